@@ -1,0 +1,317 @@
+"""clip.py: turn an image into a row of patch vectors, and know which words they go with.
+
+    pixels (B, 3, S, S) -> S/p x S/p patches -> one vector each      (B, P, C)
+    a class token in front, learned positions, a norm               (B, 1+P, C)
+    depth blocks of attention (all see all) and MLP
+
+    picture  [cls] p1 p2 ... pP -> blocks ... -> block depth-1 -> last block -> norm, projection
+                                                     |                                |
+                                    LLaVA reads here: patches                 CLIP reads here: [cls]
+
+Trained by contrast [CLIP] 2103.00020: among a batch of pictures and captions, find the pairs.
+LLaVA takes the second-last block: the last one has gathered its findings into the class token.
+
+CLIP details that load without an error and are wrong when missed: a norm *before* the blocks
+(spelled pre_layrnorm in the files), QuickGELU instead of GELU, no bias in the patch embedding.
+Checked against: transformers' CLIPModel (tests/test_parity.py).
+
+The toy tower is trained by *late interaction* [FILIP] 2111.07783: a phrase of the caption scores
+by its best patch, not by the class token. The pooled loss alone is won by colour and place, and
+the patches, which are what LLaVA reads, lose the shape (README, "The parts").
+
+Letters: B batch, T tokens, P patches, C width, H heads, D head size, E shared width.
+Alone: `python clip.py photo.jpg` prints the phrases nearest to a picture.
+Next: llama.py, the decoder.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from kernels import attention, causal, full, layer_norm, quick_gelu
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of one tower. Defaults are ViT-L/14's, which old hub configs leave out."""
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    eps: float = 1e-5
+    image: int = 224                # pixels of a side (picture tower)
+    patch: int = 14
+    vocab: int = 49408              # (text tower)
+    context: int = 77
+    end: int = 49407                # id of the token that closes a text, where it is read
+
+    @classmethod
+    def from_hf(cls, c, text=False):
+        """From `vision_config` or `text_config` of a CLIP's config.json."""
+        d = cls(width=512, depth=12, heads=8, mlp=2048) if text else cls()
+        if c.get("hidden_act", "quick_gelu") != "quick_gelu":
+            raise data.BadModel(f"config.json: hidden_act {c['hidden_act']!r} is not CLIP's "
+                                "quick_gelu; give an OpenAI CLIP")
+        made = cls(c.get("hidden_size", d.width), c.get("num_hidden_layers", d.depth),
+                   c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
+                   c.get("layer_norm_eps", d.eps), c.get("image_size", d.image),
+                   c.get("patch_size", d.patch), c.get("vocab_size", d.vocab),
+                   c.get("max_position_embeddings", d.context), c.get("eos_token_id", d.end))
+        made.check()
+        return made
+
+    def check(self):
+        """BadModel before any memory is taken, if the numbers cannot be a tower's."""
+        for name, high in (("width", 2 ** 15), ("depth", 2 ** 9), ("heads", 2 ** 9),
+                           ("mlp", 2 ** 17), ("image", 2 ** 13), ("patch", 2 ** 10),
+                           ("vocab", 2 ** 20), ("context", 2 ** 20)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= high:
+                raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from 1 "
+                                    f"to {high}; take the config.json of the weights")
+        if self.width % self.heads or self.patch > self.image:
+            raise data.BadModel(f"config.json: width {self.width} / heads {self.heads} or image "
+                                f"{self.image} / patch {self.patch} do not divide; take the "
+                                "config.json of the weights")
+
+    def to_hf(self, text=False):
+        shared = {"hidden_size": self.width, "num_hidden_layers": self.depth,
+                  "num_attention_heads": self.heads, "intermediate_size": self.mlp,
+                  "layer_norm_eps": self.eps, "hidden_act": "quick_gelu"}
+        if text:
+            return {"model_type": "clip_text_model", **shared, "vocab_size": self.vocab,
+                    "max_position_embeddings": self.context, "bos_token_id": self.end - 1,
+                    "eos_token_id": self.end, "pad_token_id": 0}
+        return {"model_type": "clip_vision_model", **shared, "image_size": self.image,
+                "patch_size": self.patch, "num_channels": 3}
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with biases, the same in both towers."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.norm1 = LayerNorm(c.width, c.eps)
+        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.out = nn.Linear(c.width, c.width)
+        self.norm2 = LayerNorm(c.width, c.eps)
+        self.up = nn.Linear(c.width, c.mlp)
+        self.down = nn.Linear(c.mlp, c.width)
+
+    def forward(self, x, allow=full):
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).unbind(2)
+        x = x + self.out(attention(q, k, v, allow).reshape(B, T, C))
+        return x + self.down(quick_gelu(self.up(self.norm2(x))))
+
+
+# ours: theirs, of one block, in both towers
+BLOCK_NAMES = {f"blocks.{{}}.{ours}.{kind}": theirs if type(theirs) is not str else
+               f"encoder.layers.{{}}.{theirs}.{kind}"
+               for kind in ("weight", "bias") for ours, theirs in {
+                   "norm1": "layer_norm1", "norm2": "layer_norm2",
+                   "qkv": tuple(f"encoder.layers.{{}}.self_attn.{p}_proj.{kind}" for p in "qkv"),
+                   "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}.items()}
+
+
+def prefixed(names, ours, theirs):
+    """The table with a prefix on either side."""
+    return {ours + k: theirs + v if type(v) is str else tuple(theirs + x for x in v)
+            for k, v in names.items()}
+
+
+class ViT(nn.Module):
+    """The picture tower. Holds all blocks, so that it can be handed back; LLaVA runs all but one."""
+    NAMES = {
+        "cls": "embeddings.class_embedding",
+        "patch": "embeddings.patch_embedding.weight",
+        "position": "embeddings.position_embedding.weight",
+        "norm_pre.weight": "pre_layrnorm.weight",          # quirk: spelled so in every file
+        "norm_pre.bias": "pre_layrnorm.bias",
+        **BLOCK_NAMES,
+        "norm_post.weight": "post_layernorm.weight",
+        "norm_post.bias": "post_layernorm.bias",
+    }
+    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
+              r"(text_model\.|text_projection|visual_projection|logit_scale).*":
+                  "the half of CLIP that reads text"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        patches = (c.image // c.patch) ** 2
+        self.cls = nn.Parameter(torch.randn(c.width) * c.width ** -0.5)
+        self.patch = nn.Parameter(torch.randn(c.width, 3, c.patch, c.patch) * c.patch ** -1 * .58)
+        self.position = nn.Parameter(torch.randn(1 + patches, c.width) * .1)
+        self.norm_pre = LayerNorm(c.width, c.eps)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm_post = LayerNorm(c.width, c.eps)
+
+    def embed(self, pixels):
+        """pixels (B, 3, S, S) -> (B, 1+P, C), ready for the blocks."""
+        B, p, side = len(pixels), self.config.patch, self.config.image // self.config.patch
+        if pixels.shape[1:] != (3, self.config.image, self.config.image):
+            raise ValueError(f"pixels {tuple(pixels.shape)} do not fit a tower for (B, 3, "
+                             f"{self.config.image}, {self.config.image}); use data.preprocess")
+        x = pixels[:, :, :side * p, :side * p].view(B, 3, side, p, side, p)
+        # a convolution with stride = size is one matrix product a patch
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T
+        x = torch.cat((self.cls.to(x.dtype).expand(B, 1, -1), x), dim=1)       # (B, 1+P, C)
+        return self.norm_pre(x + self.position)
+
+    def forward(self, pixels):
+        """pixels (B, 3, S, S) -> (B, 1+P, C), the output of the second-last block, class first."""
+        x = self.embed(pixels)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """From a folder or hub id of a full CLIP or of its picture tower alone."""
+        folder = data.resolve(folder)
+        config = data.read_config(folder)
+        with torch.device("meta"):
+            model = cls(Config.from_hf(config.get("vision_config", config)))
+        weights = data.load_weights(folder)
+        prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
+        return data.fill(model, prefixed(cls.NAMES, "", prefix), weights, cls.IGNORE).eval()
+
+
+class Text(nn.Module):
+    """The text tower: causal, read where the text ends."""
+    NAMES = {"token": "embeddings.token_embedding.weight",
+             "position": "embeddings.position_embedding.weight", **BLOCK_NAMES,
+             "norm.weight": "final_layer_norm.weight", "norm.bias": "final_layer_norm.bias"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.token = nn.Parameter(torch.randn(c.vocab, c.width) * .1)
+        self.position = nn.Parameter(torch.randn(c.context, c.width) * .1)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.norm = LayerNorm(c.width, c.eps)
+
+    def forward(self, ids):
+        """ids (B, T) -> (B, C), the state at the first end token."""
+        x = self.token[ids] + self.position[:ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, causal)
+        # quirk: files that say eos_token_id 2 are from before the field was right; there the end
+        # is the largest id of the text
+        end = ids.argmax(1) if self.config.end == 2 else (ids == self.config.end).int().argmax(1)
+        return self.norm(x)[torch.arange(len(x)), end]
+
+
+class CLIP(nn.Module):
+    """Both towers and their projections into one space."""
+    NAMES = {**prefixed(ViT.NAMES, "vision.", "vision_model."),
+             **prefixed(Text.NAMES, "text.", "text_model."),
+             "to_shared.weight": "visual_projection.weight",
+             "text_to_shared.weight": "text_projection.weight", "scale": "logit_scale"}
+    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ..."}
+
+    def __init__(self, vision, text, shared):
+        super().__init__()
+        self.vision, self.text = ViT(vision), Text(text)
+        self.to_shared = nn.Linear(vision.width, shared, bias=False)
+        self.text_to_shared = nn.Linear(text.width, shared, bias=False)
+        self.scale = nn.Parameter(torch.tensor(2.6592))        # ln(1 / 0.07)      [CLIP] 2.5
+
+    def patches(self, pixels):
+        """pixels -> (B, 1+P, E): class token and patches in the shared space, unit length."""
+        x = self.vision.blocks[-1](self.vision(pixels))
+        return F.normalize(self.to_shared(self.vision.norm_post(x)), dim=-1)
+
+    def encode_image(self, pixels):
+        """pixels (B, 3, S, S) -> (B, E) unit vectors."""
+        return self.patches(pixels)[:, 0]
+
+    def encode_text(self, ids):
+        """ids (B, T), padded behind the end token -> (B, E) unit vectors."""
+        return F.normalize(self.text_to_shared(self.text(ids)), dim=-1)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """From a folder or hub id in the Hugging Face layout."""
+        folder = data.resolve(folder)
+        c = data.read_config(folder)
+        text = Config.from_hf(c.get("text_config", {}), text=True)
+        with torch.device("meta"):
+            model = cls(Config.from_hf(c.get("vision_config", {})), text,
+                        c.get("projection_dim", 512))
+        return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE).eval()
+
+    def save_pretrained(self, folder):
+        """config.json, preprocessor_config.json and model.safetensors, as transformers reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = self.to_shared.weight.shape[0]
+        config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": shared,
+                  "vision_config": {**self.vision.config.to_hf(), "projection_dim": shared},
+                  "text_config": {**self.text.config.to_hf(text=True), "projection_dim": shared}}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        data.save_weights(folder, data.export(self, self.NAMES))
+
+
+# ----------------------------------------------------------------------- the contrastive losses
+
+def contrastive_loss(scores, truth, pairs):
+    """Find the right one, both ways, among all that are not also right.
+
+    scores (B, K): picture b with text k, temperature included; truth (B, K) bool: k is true of b;
+    pairs (M, 2): which text stands with which picture. The other true ones are taken out of the
+    denominator: without that, "a red star" would be pushed away from every other red star."""
+    b, k = pairs[:, 0], pairs[:, 1]
+    own = scores[b, k]
+    masked = scores.masked_fill(truth, float("-inf"))
+    to_text = torch.logsumexp(torch.cat((own[:, None], masked[b]), 1), 1) - own
+    to_picture = torch.logsumexp(torch.cat((own[:, None], masked.T[k]), 1), 1) - own
+    return (to_text.mean() + to_picture.mean()) / 2
+
+
+def late_scores(patches, phrases):
+    """(B, P, E) and (K, E), unit length -> (B, K): a phrase scores by its best patch. [FILIP] 3.2"""
+    return (patches @ phrases.T).amax(dim=1)
+
+
+def read_tokenizer(folder):
+    """The toy CLIP's tokenizer: a function from texts to ids (B, T), padded behind the end."""
+    import tokenizers
+    words = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    words.enable_padding(pad_id=0)
+    return lambda texts: torch.tensor([e.ids for e in words.encode_batch(list(texts))])
+
+
+if __name__ == "__main__":
+    import sys
+
+    import world
+    toy = Path(__file__).parent / "weights/toy/clip"
+    clip, ids_of = CLIP.from_pretrained(toy), read_tokenizer(toy)
+    picture = (data.load_image(sys.argv[1]) if len(sys.argv) > 1 else world.draw(world.scene(3)))
+    texts = [f"{world.article(c)} {s}" for c in world.COLOURS for s in world.SHAPES]
+    with torch.inference_mode():
+        dots = data.preprocess(picture, clip.vision.config.image, "pad")
+        vectors = clip.patches(dots)                                           # (1, 1+P, E)
+        close = late_scores(vectors[:, 1:], clip.encode_text(ids_of(texts)))[0]
+    print(f"pixels {tuple(dots.shape)} -> patches {tuple(clip.vision(dots).shape)}")
+    for i in close.topk(6).indices.tolist():
+        print(f"{float(close[i]):.3f}  {texts[i]}")

@@ -1,0 +1,918 @@
+"""Everything that comes off a disk, turned into tensors, and refused in one line when it is bad.
+
+    conversation.json ── read_conversations ─┐
+    tokenizer.json ───── Tokenizer ──────────┴─ encode ─── ids    (T)  IMAGE: picture here
+                                                       └── labels (T)  IGNORE: not learned
+    photo.jpg ────────── load_image ── preprocess ──────── pixels (n, 3, S, S), n tiles
+    model.safetensors ── load_weights ── fill ──────────── parameters, and `export` back again
+
+A conversation is text with two kinds of stretches: what a person or a template wrote (read, not
+learned) and what the model must say (learned). In template v1 the learned ones are in brackets:
+
+    {system} USER: <image>⏎What is this? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
+
+The text is tokenised once. A token is learned if its first character lies in a learned stretch, so
+labels cannot drift from ids, whatever the tokeniser merges.           labels[t] = ids[t] or IGNORE
+
+A picture becomes (x/255 − mean) / std after Pillow's bicubic resize, equal to the bit to CLIP's:
+
+    square  short side → S, centre crop          stage 1 of LLaVA-1.5
+    pad     mean-coloured square, then square    stage 2 of LLaVA-1.5, and inference
+    anyres  whole picture squashed to S×S, then the tiles of the best grid     LLaVA-NeXT
+
+Weights are safetensors only: a pickle can run code when it is opened, so none is ever opened.
+Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLaVA15] 2310.03744
+Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py
+"""
+import errno
+import json
+import math
+import os
+import re
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
+MARK = "<image>"
+
+
+# ---------------------------------------------------------------- failures: one line and a number
+
+class Failure(Exception):
+    """A foreseen failure; `code` is the exit status."""
+    code = 3
+
+
+class BadImage(Failure): """A picture that cannot be used."""
+class BadModel(Failure): """A model folder that cannot be used."""
+class BadData(Failure): """Training text that cannot be used."""
+class Offline(Failure): code = 4            # something that would have to be downloaded
+class Usage(Failure): code = 2              # a command line that makes no sense
+class TrainingFailed(Failure): code = 1     # NaN, divergence, out of memory, disk full
+
+
+def guarded(main, debug: bool = False) -> int:
+    """Run `main()` and return an exit status; foreseen trouble is one line on stderr.
+
+    debug: let the traceback through instead. SystemExit (argparse) passes untouched."""
+    try:
+        return int(main() or 0)
+    except (Failure, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        line, code = " ".join(str(error).split()), getattr(error, "code", None)
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if isinstance(error, BrokenPipeError):      # `| head` has seen enough; flush into nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            line, code = f"out of memory ({line or 'host'}): lower the batch or picture size", 1
+        elif isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise
+            code = 1 if error.errno == errno.ENOSPC else 3
+            where = error.filename or "disk"
+            line = f"{where}: {error.strerror}: free space or choose another folder"
+        print("error:", line, file=sys.stderr)
+        return code
+
+
+def _parse(text: str, **options):
+    """json.loads without the NaN and Infinity that Python adds. ValueError or RecursionError."""
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+    return json.loads(text, parse_constant=refuse, **options)
+
+
+def _json(path, limit: int):
+    """Parse one JSON file of a model folder, of at most `limit` bytes."""
+    try:
+        if (size := os.stat(path).st_size) > limit:
+            raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
+        return _parse(Path(path).read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise BadModel(f"{path}: no such file: check the folder, or download it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadModel(f"{path}: unreadable JSON ({error}): replace the file") from None
+
+
+def read_config(folder, name: str = "config.json", missing_ok: bool = False) -> dict:
+    """A small JSON object of a model folder, at most 1 MB. Raises BadModel naming the file."""
+    path = Path(folder) / name
+    if missing_ok and not path.exists():
+        return {}
+    config = _json(path, 1_000_000)
+    if not isinstance(config, dict):
+        raise BadModel(f"{path}: must hold a JSON object: replace the file")
+    return config
+
+
+# ---------------------------------------------------------------- text: characters to ids
+
+class Tokenizer:
+    """The tokeniser of a model folder: `tokenizer.json` beside `tokenizer_config.json`.
+
+    .bos .eos .pad .unk: ids or None; .legacy: LLaMA's prefix rule; len(): vocabulary size.
+    Raises BadModel for a file that is missing, damaged, or has ids outside its own vocabulary.
+
+    LLaMA writes a space as ▁ and puts one before the text. Which text is the rule:
+        legacy       every stretch between special tokens      </s>USER → </s> ▁US ER
+        not legacy   only the very start                       </s>USER → </s> USER
+    Files in the wild disagree with their own config about it, so the prefix is taken out of the
+    library's pipeline and added here, where it can be seen."""
+
+    def __init__(self, folder):
+        path = Path(folder) / "tokenizer.json"
+        config = read_config(folder, "tokenizer_config.json", missing_ok=True)
+        spec = _json(path, 64_000_000)
+        try:
+            added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+            vocabulary = {**spec["model"]["vocab"], **added}
+            ids = set(vocabulary.values())
+            if not ids or not all(type(i) is int and 0 <= i < len(ids) for i in ids):
+                raise ValueError("token ids must be 0, 1, 2 ... without gaps")
+            if not all(type(token) is str for token in added):
+                raise ValueError("an added token is not text")
+            prefix = self._take_prefix(spec)
+            spec["truncation"] = spec["padding"] = None     # CLIP's file cuts at 77 by itself
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadModel(f"{path}: not a tokenizer ({error!r}): replace the file") from None
+        self.size, self.folder = len(ids), Path(folder)
+        # The slow tokeniser of the official code obeys the config, not the file.
+        legacy = config.get("legacy")
+        self.legacy = prefix == "every" if legacy is None else bool(legacy)
+        self.prefix = prefix and ("every" if self.legacy else "first")
+        longest_first = sorted(filter(None, added), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._added = added
+        config = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
+
+        def find(key, default):
+            token = config.get(key) if isinstance(config.get(key), str) else default
+            return vocabulary.get(token)
+
+        self.bos, self.eos = find("bos_token", "<s>"), find("eos_token", "</s>")
+        self.unk, pad = find("unk_token", "<unk>"), find("pad_token", None)
+        self.pad = next(i for i in (pad, self.unk, self.eos, 0) if i is not None)
+        self.add_bos = bool(config.get("add_bos_token", bool(prefix))) and self.bos is not None
+        length = config.get("model_max_length", 2048)
+        self.max_length = length if isinstance(length, (int, float)) else 2048
+        self._load(spec, path)
+
+    @staticmethod
+    def _take_prefix(spec) -> str:
+        """Remove the ▁ prefix from the pipeline; say where it stood: every | first | (nowhere)."""
+        found, normalizer = "", spec.get("normalizer")
+        parts = normalizer.get("normalizers", []) if normalizer else []
+        if any(part["type"] == "Prepend" for part in parts):
+            parts[:] = [part for part in parts if part["type"] != "Prepend"]
+            found = "every"
+        splitter = spec.get("pre_tokenizer")
+        if splitter and splitter["type"] == "Metaspace":
+            scheme = splitter.get("prepend_scheme", "always")
+            found = {"always": "every", "first": "first"}.get(scheme, "")
+            splitter["prepend_scheme"] = "never"
+            splitter.pop("add_prefix_space", None)
+        return found
+
+    def _load(self, spec, path):
+        try:
+            self._lib = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._lib.encode_special_tokens = True      # specials are found here, not in there
+            self._lib.encode("a ▁ é 😀\n", add_special_tokens=False)
+        except BaseException as error:
+            # The library raises bare Exception, which has no subclass to name; anything more
+            # specific (Ctrl-C, a bug of ours) must still get through.
+            if type(error) is not Exception:
+                raise
+            raise BadModel(f"{path}: not a tokenizer ({error}): replace the file") from None
+
+    def __len__(self):
+        return self.size
+
+    def added(self, token: str, default=None):
+        """Id of an added token such as <image>, or the default."""
+        return self._added.get(token, default)
+
+    def pairs(self, text: str, special=True) -> list[tuple[int, int]]:
+        """[(id, index of its first character)] without BOS.
+
+        special: True parses "</s>" in the text as the official code does, False never does, and
+        a function of the match says which. Raises BadData for text that is not Unicode."""
+        allowed = special if callable(special) else lambda match: special
+        out, start = [], 0
+
+        def stretch(end):
+            if end == start:
+                return
+            pad = self.prefix == "every" or (self.prefix == "first" and start == 0)
+            try:
+                coded = self._lib.encode(" " * pad + text[start:end], add_special_tokens=False)
+            except TypeError:
+                raise BadData("text holds half a surrogate pair: save it as valid UTF-8") from None
+            for i, (first, _) in zip(coded.ids, coded.offsets):
+                out.append((i, start + max(0, first - pad)))
+
+        for match in self._special.finditer(text):
+            if allowed(match):
+                stretch(match.start())
+                out.append((self._added[match.group()], match.start()))
+                start = match.end()
+        stretch(len(text))
+        return out
+
+    def encode(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
+        """Ids of the text, BOS first if asked and the model uses one.
+
+        special=False: no stretch of the text can become a control token."""
+        return [self.bos] * (bos and self.add_bos) + [i for i, _ in self.pairs(text, special)]
+
+    def decode(self, ids, skip_special: bool = True) -> str:
+        """Text of the ids; places of pictures (negative ids) and unknown ids are passed over."""
+        return self._lib.decode([i for i in map(int, ids) if 0 <= i < self.size],
+                                skip_special_tokens=skip_special)
+
+
+# ---------------------------------------------------------------- templates
+
+@dataclass(frozen=True)
+class Template:
+    """How one model family writes a conversation. style: two | chat | llama2 | single | plain."""
+    style: str
+    system: str = ""
+    roles: tuple = ("USER", "ASSISTANT")
+    sep: str = " "                       # after the system text and every human turn
+    end: str = "</s>"                    # after every answer: where generation stops
+    picture: str = MARK
+
+
+_CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant "
+         "gives helpful, detailed, and polite answers to the {0}'s questions.")
+_SEES = ("able to understand the visual content that the user provides, and assist the user with "
+         "a variety of tasks using natural language.")
+# quirk: no space before "The visual content"; the models were trained on it.
+_TAGS = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+         f"is {_SEES}The visual content will be provided with the following format: "
+         f"<Image>visual content</Image>.")
+# quirk: two spaces after "while being safe."
+_META = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as "
+         "possible, while being safe.  Your answers should not include any harmful, unethical, "
+         "racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses "
+         "are socially unbiased and positive in nature.\n\nIf a question does not make any sense, "
+         "or is not factually coherent, explain why instead of answering something not correct. If "
+         "you don't know the answer to a question, please don't share false information.")
+_MPT = ("A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
+        "and honest answers.")
+_OLD = dict(style="single", roles=("Human", "Assistant"), sep="###", end="###")
+_IM = dict(style="chat", roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+           sep="<|im_end|>", end="<|im_end|>")
+_TAG = dict(system=_TAGS, picture="<Image><image></Image>")
+
+TEMPLATES = {
+    "plain": Template("plain", end="\n"),
+    "v1": Template("two", _CHAT.format("user")),
+    # quirk: official command lines pick this "human" text for models trained on v1's "user".
+    "llava_v1": Template("two", _CHAT.format("human")),
+    "v1_mmtag": Template("two", **_TAG),
+    "llava_v0": Template(system=_CHAT.format("human"), **_OLD),
+    "v0_mmtag": Template(**_OLD, **_TAG),
+    "llava_llama_2": Template("llama2", "You are a helpful language and vision assistant. You are "
+                              + _SEES, sep="<s>"),
+    "llama_2": Template("llama2", _META, sep="<s>"),
+    "mistral_instruct": Template("llama2", sep=""),
+    "mpt": Template(system="<|im_start|>system\n" + _MPT, **_IM),
+    "chatml_direct": Template(system="<|im_start|>system\nAnswer the questions.", **_IM),
+}
+TEMPLATES |= {"vicuna_v1": TEMPLATES["v1"], "v0": TEMPLATES["llava_v0"],
+              "mistral_direct": TEMPLATES["chatml_direct"]}
+_ROLE = {"human": False, "user": False, "gpt": True, "assistant": True}
+
+
+def _turns(conversation, name) -> tuple[Template, list]:
+    """The template and [(is it an answer?, text)]."""
+    if name not in TEMPLATES:
+        raise BadData(f"template {name!r} is unknown: choose one of {', '.join(TEMPLATES)}")
+    try:
+        turns = [(_ROLE[turn["from"]], turn["value"] or "") for turn in conversation]
+    except (KeyError, TypeError) as error:
+        raise BadData(f"a turn needs from (human or gpt) and value: {error!r}") from None
+    return TEMPLATES[name], turns
+
+
+def _alternating(turns) -> list:
+    turns = turns[1:] if turns and turns[0][0] else turns       # quirk: a leading answer is dropped
+    for i, (answer, _) in enumerate(turns):
+        if answer != bool(i % 2):
+            raise BadData(f"turn {i + 1} has the wrong speaker: human and gpt must take turns")
+    return turns
+
+
+def _pieces(turns, t: Template, training: bool):
+    """Yield (text, learned?, written by a person?) whose texts join to the whole conversation."""
+    if t.style == "plain":
+        yield MARK, False, False                    # quirk: the human's words are thrown away
+        if training:
+            yield turns[1][1], True, True
+            yield t.end, True, False                # a newline and no </s>   [LLaVA15] stage 1
+        return
+    if t.style == "single" and training:
+        # quirk: training writes "### Role: text⏎", generation "###Role: text" as in `two`. The ###
+        # that opens a human turn is learned: it is how the model comes to stop.
+        yield t.system + "\n\n", False, False
+        for answer, value in turns:
+            yield "###", True, False
+            yield f" {t.roles[answer]}: ", answer, False
+            yield value, answer, True
+            yield "\n", answer, False
+        yield "### ", True, False
+        return
+    if t.style != "llama2":
+        yield t.system + t.sep, False, False
+    for i, (answer, value) in enumerate(turns):
+        if t.style == "llama2":
+            opening = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if t.system and i == 0 else ""
+            before = " " if answer else t.sep * (i > 0) + "[INST] " + opening
+            after = " " + t.end if answer else " [/INST]"
+        else:
+            colon = "" if t.style == "chat" else ":"
+            yield t.roles[answer] + colon, False, False
+            before, after = colon and " ", t.end if answer else t.sep
+        if value:                  # quirk: an empty turn has no end token, so it teaches nothing
+            yield before, answer, False
+            yield value, answer, True
+            yield after, answer, False
+
+
+def _tokenise(pieces, tokenizer, has_image=True, special=True) -> tuple[list, list]:
+    """Pieces to (ids, learned flags). special=False: what people wrote stays plain text."""
+    text, learned, human = "", bytearray(), bytearray()
+    for piece, learn, person in pieces:
+        text += piece
+        learned += bytes([learn]) * len(piece)
+        human += bytes([person]) * len(piece)
+    ids, flags, at = [tokenizer.bos] * tokenizer.add_bos, [False] * tokenizer.add_bos, 0
+    # quirk: the text between two pictures is tokenised as if it stood alone, prefix space included.
+    for i, chunk in enumerate(text.split(MARK) if has_image else [text]):
+        if i:
+            ids.append(IMAGE)
+            flags.append(False)
+            at += len(MARK)
+        for token, start in tokenizer.pairs(
+                chunk, lambda m: special or not any(human[at + m.start():at + m.end()])):
+            ids.append(token)
+            flags.append(bool(learned[at + start]))
+        at += len(chunk)
+    return ids, flags
+
+
+def prompt_ids(text: str, tokenizer, special: bool = True) -> list[int]:
+    """Ids of a text in which <image> stands for a picture (official tokenizer_image_token)."""
+    return _tokenise([(text, False, True)], tokenizer, special=special)[0]
+
+
+def _prompt_pieces(conversation, template):
+    t, turns = _turns(conversation, template)
+    turns = turns + [(True, "")] if turns and not turns[-1][0] else turns
+    turns = turns if t.style == "plain" else _alternating(turns)
+    if not turns or t.style == "llama2" and not turns[0][1]:
+        raise BadData("a conversation must open with something a human says")
+    return list(_pieces(turns, t, training=False))
+
+
+def prompt(conversation, template: str) -> str:
+    """The generation prompt, ending where the model starts to write (llava/conversation.py).
+
+    A last gpt turn may be absent or None. quirk: mmtag templates do not wrap <image> here."""
+    return "".join(text for text, _, _ in _prompt_pieces(conversation, template))
+
+
+def chat_ids(conversation, template: str, tokenizer) -> list[int]:
+    """Ids of `prompt`, in which nothing that people typed can become a control token."""
+    return _tokenise(_prompt_pieces(conversation, template), tokenizer, special=False)[0]
+
+
+def _mismatch(text, t: Template, tokenizer, has_image, ids) -> bool:
+    """Would the official code print "tokenization mismatch" and learn nothing from this text?
+
+    It counts tokens round by round on a second tokenisation; special tokens in the text, empty
+    answers or a tokeniser it does not know make the sum differ from the length."""
+    if t.style not in ("two", "llama2"):
+        return False
+    count, size = 1, lambda s: len(_tokenise([(s, False, False)], tokenizer, has_image)[0])
+    split = "[/INST] " if t.style == "llama2" else f"{t.sep}{t.roles[1]}: "
+    for i, part in enumerate(text.split(t.end)):
+        if not part or len(part.split(split)) != 2:
+            break
+        count += size(part) - (i > 0 and t.style == "two" and not tokenizer.legacy)
+    total = sum(i != tokenizer.pad for i in ids)
+    return count < tokenizer.max_length and count != total
+
+
+def encode(conversation, template: str, tokenizer, has_image: bool = True,
+           official_quirks: bool = False) -> tuple[list[int], list[int]]:
+    """One training sample: (ids, labels), lists of equal length T (llava/train/train.py).
+
+    conversation: [{"from": "human"|"gpt", "value": str}]; user and assistant are accepted too.
+    has_image: <image> marks the picture; otherwise it is ordinary text.
+    Equal to the official code wherever that prints no warning, save where the text itself holds
+    </s> or a role marker. Where it warns of a mismatch it learns nothing; here the answers are
+    learned, unless official_quirks asks for its behaviour.
+    mpt and chatml learn the answers with their end, which the official arithmetic misses by one.
+    Raises BadData for an unknown template or role, or speakers that do not alternate."""
+    t, turns = _turns(conversation, template)
+    if t.style not in ("single", "plain"):
+        turns = _alternating(turns)
+    if t.style == "plain" and not (has_image and len(turns) == 2 and MARK in turns[0][1]):
+        raise BadData("template plain needs <image> in one human turn, and one gpt turn: a caption")
+    if t.style == "llama2" and not (turns and turns[0][1]):
+        raise BadData("the first human turn is empty: give the question")
+    if has_image:       # the picture comes first in its turn, and twice in one turn is once
+        turns = [(a, f"{MARK}\n{v.replace(MARK, '').strip()}".strip().replace(MARK, t.picture)
+                  if MARK in v else v) for a, v in turns]
+    pieces = list(_pieces(turns, t, training=True))
+    ids, flags = _tokenise(pieces, tokenizer, has_image)
+    if t.style == "single" and not has_image:
+        # quirk: text-only lengths leave out the pad token (= <unk>), so an <unk> typed in the text
+        # shifts every later label by one to the left.
+        kept = [flag for i, flag in zip(ids, flags) if i != tokenizer.pad]
+        flags = kept + [True] * (len(ids) - len(kept))
+    if official_quirks and _mismatch("".join(p[0] for p in pieces), t, tokenizer, has_image, ids):
+        flags = [False] * len(ids)
+    return ids, [i if flag else IGNORE for i, flag in zip(ids, flags)]
+
+
+def collate(pairs, pad: int) -> tuple[Tensor, Tensor]:
+    """[(ids, labels)] of any lengths → ids (B, T), labels (B, T), int64, padded on the right."""
+    if not pairs:
+        raise BadData("an empty batch: there is nothing to train on")
+    T = max(len(ids) for ids, _ in pairs)
+    rows = [(list(i) + [pad] * (T - len(i)), list(l) + [IGNORE] * (T - len(l))) for i, l in pairs]
+    return torch.tensor([i for i, _ in rows]), torch.tensor([l for _, l in rows])
+
+
+# ---------------------------------------------------------------- conversations on disk
+
+def _row(row, where: str) -> dict:
+    """Check one sample; give it an id if it has none."""
+    if not isinstance(row, dict):
+        raise BadData(f"{where}: a sample must be an object with conversations")
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadData(f"{where}: conversations must be a list of turns, and is missing or empty")
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("from") not in list(_ROLE):
+            raise BadData(f"{where}: each turn needs from: human or gpt")
+        if not isinstance(turn.get("value"), str):
+            raise BadData(f"{where}: each turn needs value: text")
+    name = row.get("image")
+    if "image" in row and not (isinstance(name, str) and name):
+        raise BadData(f"{where}: image must be a file name; leave the key out for text alone")
+    try:
+        "".join([name or "", *(turn["value"] for turn in turns)]).encode()
+    except UnicodeEncodeError:
+        raise BadData(f"{where}: half a surrogate pair: save the file as valid UTF-8") from None
+    return {"id": where, **row}
+
+
+def read_conversations(path) -> list[dict]:
+    """Samples {id, image?, conversations} of a LLaVA JSON list or of JSON lines (one a line).
+
+    Extra keys are kept. Raises BadData naming file and row for whatever is malformed."""
+    where = str(path)
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig").strip()
+        if text.startswith("["):
+            rows = _parse(text)
+        else:
+            rows = []
+            for i, line in enumerate(text.split("\n"), 1):
+                where = f"{path}: line {i}"
+                if line.strip():
+                    rows.append(_parse(line))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadData(f"{where}: cannot be read as JSON or JSON lines ({error})") from None
+    if not rows:
+        raise BadData(f"{path}: holds no samples: expected a list of conversations")
+    return [_row(row, f"{path}: row {i}") for i, row in enumerate(rows, 1)]
+
+
+def picture_path(root, name: str) -> Path:
+    """The regular file `name` inside the folder `root`, links resolved; else BadData."""
+    windows = PureWindowsPath(name)         # also splits at "/", so one look serves both worlds
+    if not name or "\0" in name or windows.anchor or ".." in windows.parts:
+        raise BadData(f"image {name!r}: must be a plain path inside {root}: correct the sample")
+    try:
+        path = (Path(root) / name).resolve()
+        inside, regular = path.is_relative_to(Path(root).resolve()), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadData(f"image {name!r}: {error}: correct the sample") from None
+    if not (inside and regular):
+        what = "is not a file" if inside else "leads outside"
+        raise BadData(f"image {name!r}: {what} of {root}: correct the sample or the folder")
+    return path
+
+
+# ---------------------------------------------------------------- pictures
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MEAN = 0.48145466, 0.4578275, 0.40821073            # CLIP's, of RGB in 0 .. 1
+STD = 0.26862954, 0.26130258, 0.27577711
+PAD = (122, 116, 104)               # quirk: 255 × MEAN cut to integers, not rounded
+# What Pillow raises on damaged files, found by mutating some; Failure is none of these.
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+           OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
+           Image.DecompressionBombError)
+
+
+def _rgb(image):
+    """Any mode to RGB as a viewer would show it: alpha on white, 16 bits scaled to 8."""
+    if image.mode.startswith("I"):              # convert() would clip 16 bits to white
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its numbers lie outside 0 .. 65535")
+        return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pictures do not say which number is white")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_image(path) -> Image.Image:
+    """A picture as RGB: upright by its EXIF tag, alpha on white, first frame of an animation.
+
+    path: a file name or a binary file object. PNG, JPEG, WEBP, GIF, BMP or TIFF, at most 50
+    megapixels (checked before decoding). Raises BadImage for every other file, however damaged."""
+    name = path if isinstance(path, (str, Path)) else getattr(path, "name", "picture")
+    try:
+        if isinstance(path, (str, Path)) and not Path(path).is_file():  # opening a pipe would hang
+            raise OSError("no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > 50_000_000:
+                    raise ValueError(f"{image.width}×{image.height} is over 50 megapixels")
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+    except _DAMAGE as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise BadImage(f"{name}: {why}: give a whole PNG, JPEG, WEBP, GIF, BMP or TIFF") from None
+
+
+class Grid(NamedTuple):
+    """How anyres cuts a picture; pairs are (width, height) except `unpadded`."""
+    best: tuple         # pixels of the canvas
+    tiles: tuple        # tiles across and down
+    resized: tuple      # pixels of the picture in the middle of the canvas
+    unpadded: tuple     # (rows, columns) of patch features left after the padding is cut
+    tokens: int         # features in all: overview, rows × columns, one newline vector a row
+
+
+def anyres_grid(width: int, height: int, size: int = 336, patches: int = 24) -> Grid:
+    """The LLaVA-NeXT grid of a picture (llava/mm_utils.py, llava_arch.py).
+
+    patches: features along the side of one tile. quirk: an odd remainder leaves one padding row in,
+    and a very thin picture can be left with no columns at all, only newlines."""
+    def fit(side):
+        # Most pixels kept, then least waste, then first in the list.
+        scale = min(side[0] / width, side[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - side[0] * side[1]
+    shapes = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+    W, H = best = max(((size * a, size * b) for a, b in shapes), key=fit)
+    if W / width < H / height:
+        resized = W, min(math.ceil(height * (W / width)), H)
+    else:
+        resized = min(math.ceil(width * (H / height)), W), H
+    columns, rows = across, down = patches * W // size, patches * H // size
+    if width / height > across / down:
+        rows -= 2 * ((down - int(height * (across / width))) // 2)
+    else:
+        columns -= 2 * ((across - int(width * (down / height))) // 2)
+    return Grid(best, (W // size, H // size), resized, (rows, columns),
+                patches ** 2 + rows * (columns + 1))
+
+
+def _room(width, height):
+    """Refuse an intermediate picture that would fill the memory."""
+    if width * height > 2 ** 28:
+        raise BadImage(f"a {width}×{height} intermediate is too large: crop the picture first")
+
+
+def _clip(image, size) -> np.ndarray:
+    """CLIP's own steps on an RGB picture: (3, size, size) float32."""
+    w, h = image.size
+    short = min(w, h)
+    new = (size, int(size * h / short)) if w <= h else (int(size * w / short), size)
+    _room(*new)
+    if new != image.size:
+        image = image.resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    x = np.asarray(image.crop((left, top, left + size, top + size)))
+    x = (x * (1 / 255)).astype(np.float32)              # quirk: scaled in float64, then rounded
+    return ((x - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+
+
+def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad") -> Tensor:
+    """Pixels (n, 3, size, size) float32; n = 1, or 1 + tiles for anyres, the overview first.
+
+    aspect: square | pad | anyres. Pillow's bicubic on uint8 is the reference: a resize of tensors
+    is close but not equal. Raises BadImage for shapes that would fill the memory."""
+    image = image.convert("RGB")
+    if aspect == "square":
+        tiles = [image]
+    elif aspect == "pad":
+        side = max(image.size)
+        _room(side, side)
+        canvas = Image.new("RGB", (side, side), PAD)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        tiles = [canvas]
+    elif aspect == "anyres":
+        grid = anyres_grid(*image.size, size)
+        canvas = Image.new("RGB", grid.best)        # quirk: black here, the mean colour in `pad`
+        canvas.paste(image.resize(grid.resized), tuple((b - r) // 2 for b, r in
+                                                       zip(grid.best, grid.resized)))
+        tiles = [image.resize((size, size))]        # quirk: squashed, not cropped or padded
+        tiles += [canvas.crop((x, y, x + size, y + size)) for y in range(0, grid.best[1], size)
+                  for x in range(0, grid.best[0], size)]
+    else:
+        raise Usage(f"aspect {aspect!r} is unknown: choose square, pad or anyres")
+    return torch.from_numpy(np.stack([_clip(tile, size) for tile in tiles]))
+
+
+# ---------------------------------------------------------------- weights
+
+def resolve(folder_or_hub_id) -> Path:
+    """The local folder of a model; a hub id (owner/name) is downloaded, or found in the cache.
+
+    Raises BadModel for a path that is no folder, Offline if the download is not possible."""
+    path, name = Path(folder_or_hub_id), str(folder_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise BadModel(f"{name}: not a model folder: give a folder, or a hub id like owner/name")
+    import huggingface_hub                              # slow to import, and rarely needed
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise Offline(f"{name}: no such folder, and not to be had from the hub ({why}): "
+                      f"check the name and the network, or give a local folder") from None
+
+
+class Weights(Mapping):
+    """Name → tensor of safetensors files, in sorted order, read from disk only when asked for."""
+
+    def __init__(self, paths):
+        self._where = {}                                # name → (open file, path, shape)
+        for path in paths:
+            shapes = self._header(path)
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BadModel(f"{path}: damaged ({error}): download it again") from None
+            for name, shape in shapes.items():
+                if name in self._where:
+                    raise BadModel(f"{path}: tensor {name} is in two files: remove one")
+                self._where[name] = file, path, shape
+        self._where = dict(sorted(self._where.items()))
+
+    @staticmethod
+    def _header(path) -> dict:
+        """Shapes by name. The library accepts a name twice, and tensors without elements."""
+        def once(pairs):
+            table = dict(pairs)
+            if len(table) != len(pairs):
+                raise ValueError(f"a name twice among {sorted(k for k, _ in pairs)[:3]}")
+            return table
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= 100_000_000:
+                    raise ValueError(f"a header of {length} bytes")
+                table = _parse(file.read(length), object_pairs_hook=once)
+            table.pop("__metadata__", None)
+            shapes = {name: tuple(entry["shape"]) for name, entry in table.items()}
+            for name, shape in shapes.items():
+                if not all(type(n) is int and n > 0 for n in shape):
+                    raise ValueError(f"tensor {name} of shape {shape}")
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            raise BadModel(f"{path}: damaged ({error!r}): download it again") from None
+        return shapes
+
+    def __getitem__(self, name) -> Tensor:
+        file, path, _ = self._where[name]
+        try:
+            tensor = file.get_tensor(name)
+            finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+        except (SafetensorError, RuntimeError) as error:
+            raise BadModel(f"{path}: tensor {name}: {error}: download it again") from None
+        if not finite:
+            raise BadModel(f"{path}: tensor {name} holds NaN or infinity: use another checkpoint")
+        return tensor
+
+    def __iter__(self):
+        return iter(self._where)
+
+    def __len__(self):
+        return len(self._where)
+
+    def shape(self, name) -> tuple:
+        """Shape of a tensor, without reading it."""
+        return self._where[name][2]
+
+
+def load_weights(folder_or_hub_id) -> Weights:
+    """All tensors of a model folder: model.safetensors, or its shards by their index.
+
+    Memory-mapped: nothing is read before it is asked for. Raises BadModel for a folder without
+    safetensors, damaged files, repeated or empty tensors, and, when read, NaN or infinity."""
+    folder = resolve(folder_or_hub_id)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return Weights([single])
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return Weights(files)
+        old = next((f.name for end in ("bin", "pt", "pth") for f in folder.glob(f"*.{end}")), None)
+        raise BadModel(
+            f"{folder}: only pickled weights ({old}), which can run code: get the safetensors "
+            "version (llava-hf has them), or convert once with transformers' save_pretrained"
+            if old else f"{folder}: no model.safetensors: give the folder that holds it")
+    table = _json(index, 64_000_000)
+    table = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or not table or not all(
+            type(f) is str and PureWindowsPath(f).name == f and f.endswith(".safetensors")
+            for f in table.values()):
+        raise BadModel(f"{index}: weight_map must name files beside it: download it again")
+    weights = Weights([folder / file for file in sorted(set(table.values()))])
+    if odd := set(table) ^ set(weights):
+        raise BadModel(f"{index}: disagrees with its files about {min(odd)}: download them again")
+    return weights
+
+
+def save_weights(folder, tensors: Mapping, max_bytes: int = 5_000_000_000):
+    """Write model.safetensors, or shards of at most max_bytes with their index.
+
+    Each file is written aside and renamed. Tensors that share memory are stored once each.
+    Raises TrainingFailed if the disk does not take them."""
+    folder, shards, used, seen = Path(folder), [{}], 0, set()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensor in sorted(tensors.items()):
+        if used and used + tensor.nbytes > max_bytes:
+            shards.append({})
+            used = 0
+        tensor = tensor.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        shards[-1][name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+        used += tensor.nbytes
+    n = len(shards)
+    files = [f"model-{i:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors"
+             for i in range(1, n + 1)]
+    try:
+        for file, shard in zip(files, shards):
+            save_file(shard, folder / f"{file}.tmp", {"format": "pt"})
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(folder / f"{file}.tmp", 0o666 & ~mask)     # the library makes it 0600
+            os.replace(folder / f"{file}.tmp", folder / file)
+    except SafetensorError as error:
+        raise TrainingFailed(f"{folder}: cannot write weights ({error}): free some space") from None
+    finally:
+        for left in folder.glob("model*.safetensors.tmp"):
+            left.unlink()
+    index = folder / "model.safetensors.index.json"
+    if n > 1:
+        table = {name: file for file, shard in zip(files, shards) for name in shard}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        table = {"metadata": {"total_size": size}, "weight_map": table}
+        index.write_text(json.dumps(table, indent=1))
+    else:
+        index.unlink(missing_ok=True)
+    for stale in set(folder.glob("model*.safetensors")) - {folder / file for file in files}:
+        stale.unlink()
+
+
+def _expand(module, names) -> dict:
+    """{our parameter: (their names)} with every {} replaced by its layer number."""
+    table = {}
+    for ours, _ in module.named_parameters():
+        for pattern, theirs in names.items():
+            if found := re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), ours):
+                theirs = (theirs,) if isinstance(theirs, str) else theirs
+                table[ours] = tuple(name.format(*found.groups()) for name in theirs)
+                break
+        else:
+            raise BadModel(f"parameter {ours} has no name in the table of {type(module).__name__}")
+    return table
+
+
+def _materialise(module):
+    """Give memory to parameters on the meta device; tied ones stay tied, unlike in to_empty()."""
+    fresh = {}
+    for part in module.modules():
+        for name, p in list(part._parameters.items()):
+            if p is not None and p.is_meta:
+                if id(p) not in fresh:
+                    empty = torch.empty_like(p, device="cpu")
+                    fresh[id(p)] = torch.nn.Parameter(empty, p.requires_grad)
+                part._parameters[name] = fresh[id(p)]
+
+
+def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None):
+    """Copy `weights` into the parameters of `module` in place, in its own dtype; returns it.
+
+    names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
+    (fused q, k, v). ignore: {regex of theirs: reason}. A module built on the meta device is given
+    memory on the CPU. Nothing is copied unless all fits: BadModel names the tensor that is missing,
+    left over, or of the wrong shape, with both shapes."""
+    table, used = _expand(module, names), set()
+    ours = dict(module.named_parameters())
+    for name, theirs in table.items():
+        if lost := [t for t in theirs if t not in weights]:
+            raise BadModel(f"tensor {lost[0]} is missing (needed for {name}): wrong kind of model?")
+        shapes = [tuple(weights.shape(t) if hasattr(weights, "shape") else weights[t].shape)
+                  for t in theirs]
+        want = tuple(ours[name].shape)
+        got = (sum(s[0] for s in shapes if s), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        if got != want or any(s[1:] != want[1:] for s in shapes):
+            raise BadModel(f"tensor {', '.join(theirs)}: shape {' + '.join(map(str, shapes))}, but "
+                           f"{name} needs {want}: config.json and weights disagree")
+        used.update(theirs)
+    rest = [t for t in weights if t not in used
+            and not any(re.fullmatch(pattern, t) for pattern in ignore or {})]
+    if rest:
+        raise BadModel(f"tensor {rest[0]} (and {len(rest) - 1} more) has no place in "
+                       f"{type(module).__name__}: wrong kind of model?")
+    _materialise(module)
+    ours = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, theirs in table.items():
+            row = 0
+            for tensor in map(weights.__getitem__, theirs):
+                target = ours[name] if len(theirs) == 1 else ours[name][row:row + len(tensor)]
+                target.copy_(tensor)
+                row += len(tensor) if len(theirs) > 1 else 0
+    return module
+
+
+def export(module, names: Mapping) -> dict[str, Tensor]:
+    """The reverse of `fill`: {theirs: tensor}, views where ours is fused.
+
+    A fused tensor is split by `module.split_sizes(our_name)` (rows of each piece) if the module has
+    that method, else into equal pieces."""
+    ours, out = dict(module.named_parameters()), {}
+    for name, theirs in _expand(module, names).items():
+        tensor = ours[name].detach()
+        if len(theirs) == 1:
+            out[theirs[0]] = tensor
+            continue
+        equal = lambda _: [len(tensor) // len(theirs)] * len(theirs)
+        sizes = getattr(module, "split_sizes", equal)(name)
+        out.update(zip(theirs, tensor.split(sizes), strict=True))
+    return out
+
+
+# ---------------------------------------------------------------- look
+
+def _show() -> int:
+    """Print one conversation as the model meets it."""
+    folder = Path(__file__).parent / "weights/toy/llama"
+    talk = [{"from": who, "value": text} for who, text in [
+        ("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Sure?"), ("gpt", "Yes.")]]
+    if not (folder / "tokenizer.json").exists():
+        print("No tokenizer in weights/toy/llama (python train.py --stage 0 makes it); as text:\n")
+        for text, learned, _ in _pieces(*_turns(talk, "v1")[::-1], training=True):
+            print("learned" if learned else "       ", repr(text))
+        return 0
+    words = Tokenizer(folder)
+    ids, labels = encode(talk, "v1", words)
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    for i, label in zip(ids, labels):
+        text = MARK if i == IMAGE else words._lib.id_to_token(i)
+        print(text if label == IGNORE else on + text + off, end=" ")
+    print(f"\n\n{len(ids)} tokens, {sum(l != IGNORE for l in labels)} of them learned (marked).")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(_show))

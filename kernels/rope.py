@@ -1,0 +1,29 @@
+"""kernels/rope.py: positions as rotations, so that q · k depends on the distance alone.
+
+Channel pair m of D/2 turns by position · θₘ, θₘ = base^(-2m/D):         [RoPE] 2104.09864, 3.2.2
+
+    y₁ = x₁ cos - x₂ sin
+    y₂ = x₂ cos + x₁ sin
+
+Which channels are a pair is a convention. For D = 8:
+    half-split (Hugging Face, here)    (0,4) (1,5) (2,6) (3,7)
+    interleaved (the paper, Meta)      (0,1) (2,3) (4,5) (6,7)
+The same model under the other convention is garbage, without an error: the rows of q and k differ
+by a fixed permutation.
+"""
+
+import torch
+
+
+def rope_table(positions, dim, base):
+    """cos and sin (..., dim/2) in fp32 for positions (...)."""
+    theta = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions[..., None].float() * theta
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """x (B, T, H, D) turned by cos, sin (B or 1, T, D/2); returns x's dtype."""
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,0 +1,305 @@
+"""llama.py: a LLaMA decoder that takes embeddings as well as token ids, with its KV cache.
+
+    ids (B, T) -> embed -> x (B, T, C)      or x comes in ready made: a picture's vectors do
+    depth times:   x += attention(RMSNorm(x))        causal, RoPE, grouped keys and values
+                   x += SwiGLU-MLP(RMSNorm(x))
+    RMSNorm -> head -> logits (B, T, V)
+
+What differs from the 2017 transformer: norms come before the blocks and divide by the root mean
+square only; positions are rotations of q and k (kernels/rope.py); the MLP is gated; no biases.
+Checked against: transformers' LlamaForCausalLM (tests/test_parity.py).
+Left out: dropout (LLaMA has none), tensor parallelism.
+[LLaMA] 2302.13971 section 2.2.  [Induction] 2209.11895.
+
+Letters: B batch, T query-side tokens, S key-side tokens, C width, H heads, G key/value heads,
+D head size, F MLP width, V vocabulary.
+Alone: `python llama.py "The red star"` continues a text with the shipped toy model.
+Next: projector.py, which puts a picture's vectors between the words.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+from kernels import attention, causal, rms_norm, rope, rope_table, swiglu
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a decoder. Defaults are Llama-2-7B's, which old hub configs leave out."""
+    vocab: int = 32000
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp: int = 11008
+    eps: float = 1e-6               # Hugging Face's default; Llama-2 and Vicuna-1.5 files say 1e-5
+    theta: float = 10000.0
+    context: int = 2048
+    tied: bool = False
+
+    @property
+    def head_dim(self):
+        return self.width // self.heads
+
+    @classmethod
+    def from_hf(cls, c):
+        """From the dict of a Hugging Face config.json (or its `text_config`)."""
+        d, rope_parameters = cls(), c.get("rope_parameters") or {}
+        heads = c.get("num_attention_heads", d.heads)
+        made = cls(c.get("vocab_size", d.vocab), c.get("hidden_size", d.width),
+                   c.get("num_hidden_layers", d.depth), heads,
+                   c.get("num_key_value_heads") or heads, c.get("intermediate_size", d.mlp),
+                   c.get("rms_norm_eps", d.eps),
+                   c.get("rope_theta", rope_parameters.get("rope_theta", d.theta)),
+                   c.get("max_position_embeddings", d.context),
+                   c.get("tie_word_embeddings", False))
+        made.check()
+        return made
+
+    def check(self):
+        """BadModel before any memory is taken, if the numbers cannot be a model's."""
+        for name, low, high in (("vocab", 1, 2 ** 20), ("width", 2, 2 ** 16), ("depth", 1, 2 ** 9),
+                                ("heads", 1, 2 ** 10), ("kv_heads", 1, 2 ** 10),
+                                ("mlp", 1, 2 ** 18), ("context", 1, 2 ** 24)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from "
+                                    f"{low} to {high}; take the config.json of the weights")
+        if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
+            raise data.BadModel(f"config.json: width {self.width}, heads {self.heads} and key/value"
+                                f" heads {self.kv_heads} do not divide; take the config.json of "
+                                "the weights")
+        if not all(type(v) in (int, float) and v > 0 for v in (self.eps, self.theta)):
+            raise data.BadModel("config.json: rms_norm_eps and rope_theta must be positive; "
+                                "take the config.json of the weights")
+
+    def to_hf(self):
+        """The dict that transformers writes for this model."""
+        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+                "vocab_size": self.vocab, "hidden_size": self.width,
+                "num_hidden_layers": self.depth, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "intermediate_size": self.mlp,
+                "rms_norm_eps": self.eps, "rope_theta": self.theta, "hidden_act": "silu",
+                "rope_parameters": {"rope_theta": self.theta, "rope_type": "default"},
+                "max_position_embeddings": self.context, "tie_word_embeddings": self.tied,
+                "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+                "torch_dtype": "float32"}
+
+
+class Cache:
+    """Keys and values of the positions already seen, (B, capacity, G, D) a layer.
+
+    `keep` (B, capacity) is False where a row's prompt was padded on the left."""
+
+    def __init__(self, config, batch, capacity, like, keep=None):
+        shape = (config.depth, batch, capacity, config.kv_heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+        self.keep = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
+        if keep is not None:
+            self.keep[:, :keep.shape[1]] = keep
+
+    def update(self, layer, k, v):
+        """Store (B, T, G, D) behind what is there; returns all (B, S, G, D)."""
+        end = self.length + k.shape[1]
+        if end > self.k.shape[2]:
+            raise ValueError(f"cache: {end} positions, room for {self.k.shape[2]}; "
+                             "make it with a larger capacity")
+        self.k[layer, :, self.length:end] = k
+        self.v[layer, :, self.length:end] = v
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """One layer. qkv and gate_up are fused: one large matrix product instead of three or two."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        self.c, self.layer = c, layer
+        self.norm1 = RMSNorm(c.width, c.eps)
+        self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=False)
+        self.out = nn.Linear(c.width, c.width, bias=False)
+        self.norm2 = RMSNorm(c.width, c.eps)
+        self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
+        self.down = nn.Linear(c.mlp, c.width, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, keep=None):
+        B, T, _ = x.shape
+        H, G, D = self.c.heads, self.c.kv_heads, self.c.head_dim
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, H + 2 * G, D).split((H, G, G), dim=2)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        start = 0
+        if cache is not None:
+            start = cache.length
+            k, v = cache.update(self.layer, k, v)                  # (B, S, G, D)
+            keep = cache.keep[:, :k.shape[1]]
+        y = attention(q, k, v, causal, start=start, keep=keep)
+        x = x + self.out(y.reshape(B, T, H * D))
+        return x + self.down(swiglu(self.gate_up(self.norm2(x))))
+
+
+class Llama(nn.Module):
+    # ours: theirs; {} is the layer, a tuple is concatenated
+    NAMES = {
+        "embed.weight": "model.embed_tokens.weight",
+        "blocks.{}.norm1.weight": "model.layers.{}.input_layernorm.weight",
+        "blocks.{}.qkv.weight": ("model.layers.{}.self_attn.q_proj.weight",
+                                 "model.layers.{}.self_attn.k_proj.weight",
+                                 "model.layers.{}.self_attn.v_proj.weight"),
+        "blocks.{}.out.weight": "model.layers.{}.self_attn.o_proj.weight",
+        "blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
+        "blocks.{}.gate_up.weight": ("model.layers.{}.mlp.gate_proj.weight",
+                                     "model.layers.{}.mlp.up_proj.weight"),
+        "blocks.{}.down.weight": "model.layers.{}.mlp.down_proj.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
+    IGNORE = {r".*rotary_emb\.inv_freq": "recomputed from rope_theta"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.depth))
+        self.norm = RMSNorm(c.width, c.eps)
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        if c.tied:
+            self.head.weight = self.embed.weight
+
+    def names(self):
+        """The weight table; a tied model has no head of its own in the file."""
+        return {k: v for k, v in self.NAMES.items() if not (self.config.tied and k[:4] == "head")}
+
+    def split_sizes(self, name):
+        """Rows of the tensors that a fused weight of ours is made of."""
+        c = self.config
+        if "gate_up" in name:
+            return [c.mlp, c.mlp]
+        return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+
+    def hidden(self, x, cache=None, positions=None, keep=None):
+        """Last hidden states (B, T, C), normed, of ids (B, T) or embeddings (B, T, C).
+
+        positions (B, T): rotary positions, 0, 1, 2 ... from the cache's length if None.
+        keep (B, T) bool: False where a token is padding (without a cache)."""
+        if not x.is_floating_point():
+            x = self.embed(x)
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.theta)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, keep)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+    def forward(self, x, cache=None, positions=None, keep=None):
+        """ids (B, T) or embeddings (B, T, C) -> logits (B, T, V)."""
+        return self.head(self.hidden(x, cache, positions, keep))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """From a folder or hub id in the Hugging Face layout. Raises data.BadModel, data.Offline."""
+        folder = data.resolve(folder)
+        config = data.read_config(folder)
+        if config.get("model_type", "llama") not in ("llama", "mistral"):
+            raise data.BadModel(f"{folder}: config.json says model_type "
+                                f"{config['model_type']!r}, not a LLaMA; give a LLaMA's folder")
+        with torch.device("meta"):
+            model = cls(Config.from_hf(config))
+        model = data.fill(model, model.names(), data.load_weights(folder), cls.IGNORE)
+        return model.eval()
+
+    def save_pretrained(self, folder):
+        """config.json and model.safetensors, as transformers reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+        data.save_weights(folder, data.export(self, self.names()))
+
+
+@torch.no_grad()
+def start_copying(model, seed=0):
+    """Starting values from which a small model learns to copy from its context in minutes.
+
+    To answer "What colour is the star?" from a text, a head must find the "star" there and copy a
+    word beside it. It takes two layers: one writes into every position which words stand before
+    it, the next matches its own word against those notes. This circuit, the induction head
+    [Induction], forms by itself in large models, suddenly, after a long plateau of loss. A toy
+    of one million weights sat on that plateau for as long as we could wait (README), so we start
+    near it. Only starting values: everything trains, and the architecture is plain LLaMA.
+
+      channel 0 of every embedding is 1: a constant that heads can turn into a pure position
+      layer 0   heads 0, 1 look one and two tokens back, and write what they see elsewhere
+                q = R(-δ) k for a constant k:  q · R(j-i) k is largest where j = i - δ
+      layer 1-2 head 0 matches its word against the notes "one back", head 1 against words,
+                heads 2, 3 the same with "two back"; slow channels only, which hardly rotate
+    """
+    c, D = model.config, model.config.head_dim
+    dice = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.normal_(0, p.shape[1] ** -0.5, generator=dice)
+    for block in model.blocks:
+        block.out.weight.mul_((2 * c.depth) ** -0.5)
+        block.down.weight.mul_((2 * c.depth) ** -0.5)
+    model.embed.weight.normal_(0, 1, generator=dice)       # the scale that the blocks read at
+    model.embed.weight[:, 0] = 1
+    basis = torch.linalg.qr(torch.randn(c.width, c.width, generator=dice))[0]
+    basis[0] = 0                                                   # leave the constant alone
+    read = [basis[:, i * D:(i + 1) * D].T for i in range(2)]       # (D, C): words as D numbers
+    write = [basis[:, (i + 2) * D:(i + 3) * D] for i in range(2)]  # (C, D): where notes go
+    theta = c.theta ** (-torch.arange(D // 2) * 2 / D)
+    fast = torch.arange(4)                                         # pairs that turn quickly
+    slow = [i for i in range(D // 2) if theta[i] < .005]
+    slow = slow + [i + D // 2 for i in slow]
+
+    def rows(block, part, head):                # a view of one head's q, k or v rows
+        at = ({"q": 0, "k": c.heads, "v": c.heads + c.kv_heads}[part] + head) * D
+        return block.qkv.weight[at:at + D]
+
+    for head, delta in enumerate((1, 2)):
+        q, k = rows(model.blocks[0], "q", head), rows(model.blocks[0], "k", head)
+        q.zero_(), k.zero_()
+        k[fast, 0] = 5
+        q[fast, 0] = 5 * torch.cos(delta * theta[fast])
+        q[fast + D // 2, 0] = -5 * torch.sin(delta * theta[fast])
+        rows(model.blocks[0], "v", head).copy_(read[head])
+        model.blocks[0].out.weight[:, head * D:(head + 1) * D] = write[head]
+    for block in model.blocks[1:3]:
+        for head in range(min(4, c.kv_heads)):
+            q, k = rows(block, "q", head), rows(block, "k", head)
+            q.zero_(), k.zero_()
+            notes = write[head // 2].T if head % 2 == 0 else read[head // 2]
+            q[slow] = 1.6 * read[head // 2][slow]
+            k[slow] = 1.6 * notes[slow]
+    model.head.weight.copy_(model.embed.weight / c.width ** 0.5)   # a copied word is a likely word
+
+
+if __name__ == "__main__":
+    import sys
+    toy = Path(__file__).parent / "weights/toy/llama"
+    llama, words = Llama.from_pretrained(toy), data.Tokenizer(toy)
+    ids = words.encode(sys.argv[1] if len(sys.argv) > 1 else "This picture shows two objects on")
+    print(f"{sum(p.numel() for p in llama.parameters()):,} weights; {len(ids)} tokens in")
+    with torch.inference_mode():
+        for _ in range(40):
+            ids.append(int(llama(torch.tensor([ids]))[0, -1].argmax()))
+    print(words.decode(ids))

@@ -1,0 +1,744 @@
+"""train.py: run one stage of one recipe.
+
+    python train.py --stage 1                     align the bridge: pictures and captions
+    python train.py --stage 2                     instruction tuning: pictures and conversations
+    python train.py --stage 1 --show-batch 2      what is learned, in colour, and exit
+    python train.py --stage 0                     make the toy parts in weights/toy from nothing
+
+    stage   starts from                  trains                  learns to
+    0       nothing                      CLIP; LLaMA, apart      see; read and answer
+    1       CLIP + LLaMA + new bridge    bridge                  turn patches into words
+    2       stage 1                      bridge + LLaMA          answer about pictures
+
+A recipe is two rows of one table, below: what the paper and the released script say. Every field
+is a flag too. `--base toy` (shipped) runs on two CPU cores; its sizes have their own small table.
+
+One step is five movements, always in this order: schedule, data, accumulate, step, log.
+Every batch is a function of (seed, stage, step) alone, so a run that is killed and resumed ends
+with the same bits as one that was not, on the same machine with the same number of threads.
+Weights are fp32; the forward runs in bf16 where the processor multiplies bf16 faster.
+"""
+
+import argparse
+import math
+import os
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of a paper's table of hyper-parameters."""
+    source: str                     # where the numbers come from
+    bridge: str                     # linear | mlp
+    train: tuple                    # parts that learn: bridge, llm
+    template: str                   # how the text is laid out, data.TEMPLATES
+    aspect: str                     # how pictures are made square, data.preprocess
+    lr: float
+    batch: int                      # samples a step
+    epochs: float = 1
+    steps: int = 0                  # 0: from epochs and the data
+    warmup: float = .03             # fraction of the steps; then cosine to 0
+    decay: float = 0.0
+    clip: float = 0.0               # 0: not clipped, as the official runs were
+
+
+RECIPES = {
+    # [LLaVA] 2304.08485, scripts/pretrain.sh, finetune.sh. Paper: stage 2 with batch 32, 3 epochs;
+    # a later script says 128. Not run by us at 7B.
+    "llava": (
+        Stage("LLaVA, April 2023", "linear", ("bridge",), "plain", "square", 2e-3, 128),
+        Stage("LLaVA, April 2023", "linear", ("bridge", "llm"), "v1", "square", 2e-5, 32, 3)),
+    # [LLaVA15] 2310.03744, scripts/v1_5/pretrain.sh, finetune.sh. Not run by us at 7B.
+    # quirk: stage 1 crops pictures to a square, stage 2 and inference pad them.
+    "llava-1.5": (
+        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge",), "plain", "square", 1e-3, 256),
+        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128)),
+}
+# What two CPU cores need instead: a model 5,000 times smaller wants larger steps and fewer.
+TOY = (dict(lr=3e-3, batch=32, steps=150, clip=1.0), dict(lr=1e-3, batch=24, steps=300, clip=1.0))
+BASES = {"toy": ("weights/toy/clip", "weights/toy/llama"),
+         "7b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"),
+         "13b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-13b-v1.5")}
+
+
+def arguments(argv=None):
+    """The command line: the recipe's row of this stage, each field overridable."""
+    p = argparse.ArgumentParser(description="Run one stage of one recipe.", allow_abbrev=False)
+    p.add_argument("--stage", type=int, choices=(0, 1, 2), required=True)
+    p.add_argument("--recipe", choices=RECIPES, default="llava-1.5")
+    p.add_argument("--base", choices=BASES, default="toy", help="the parts to start from")
+    p.add_argument("--vision", help="CLIP folder or hub id, instead of the base's")
+    p.add_argument("--llm", help="LLaMA folder or hub id, instead of the base's")
+    p.add_argument("--from", dest="start", help="model to start stage 2 from; 'none' skips stage 1")
+    p.add_argument("--data", help="LLaVA JSON or JSONL; without it, the toy world")
+    p.add_argument("--images", default=".", help="folder that the data's pictures are relative to")
+    p.add_argument("--output-dir", help="default: runs/<base>/<recipe>/stage<n>")
+    p.add_argument("--resume", choices=("auto",), help="go on from the newest good checkpoint")
+    p.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
+    p.add_argument("--accum", type=int, default=1, help="micro-batches a step")
+    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    p.add_argument("--keep-last", type=int, default=2, help="checkpoints kept")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--part", choices=("both", "clip", "llama"), default="both", help="of stage 0")
+    p.add_argument("--show-batch", type=int, default=0, metavar="N", help="print N samples, exit")
+    p.add_argument("--debug", action="store_true", help="tracebacks")
+    for f in fields(Stage):
+        if f.name != "source":
+            kind = {"train": str, "steps": int, "batch": int}.get(f.name, f.type)
+            p.add_argument(f"--{f.name}", type=kind, help="field of the recipe's stage")
+    a = p.parse_args(argv)
+    row = RECIPES[a.recipe][max(a.stage, 1) - 1]
+    if a.base == "toy" and not a.data:
+        row = replace(row, **TOY[max(a.stage, 1) - 1])
+    given = {f.name: getattr(a, f.name) for f in fields(Stage)
+             if f.name != "source" and getattr(a, f.name) is not None}
+    if "train" in given:
+        given["train"] = tuple(given["train"].split(","))
+    a.row = replace(row, **given)
+    for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0)):
+        if getattr(a, name) < low:
+            p.error(f"--{name.replace('_', '-')} must be at least {low}")
+    r = a.row
+    if not (0 <= r.lr < 10 and r.batch >= 1 and 0 < r.epochs < 1e6 and 0 <= r.warmup < 1
+            and r.steps >= 0 and 0 <= r.clip < math.inf and 0 <= r.decay < math.inf):
+        p.error("lr, batch, epochs, steps, warmup, decay or clip is out of range")
+    if set(r.train) - {"bridge", "llm"} or not r.train or r.bridge not in ("linear", "mlp"):
+        p.error("--train takes bridge and llm with a comma, --bridge linear or mlp")
+    if r.batch % a.accum:
+        p.error(f"--batch {r.batch} does not divide into --accum {a.accum} micro-batches")
+    return a
+
+
+if __name__ == "__main__":
+    ARGS = arguments()              # before torch is imported: --help answers at once
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads starve each other
+
+import fcntl
+import hashlib
+import json
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+import world
+from clip import CLIP, contrastive_loss, late_scores, read_tokenizer
+from clip import Config as TowerConfig
+from generate import generate
+from kernels import linear_cross_entropy
+from llama import Config as LlamaConfig
+from llama import Llama, start_copying
+from projector import VLM
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Job:
+    """What the loop needs to know of a stage."""
+    model: torch.nn.Module
+    optimizers: list
+    steps: int
+    batches: object                 # step -> list of micro-batches
+    loss: object                    # micro-batch -> scalar
+    factor: object                  # step -> multiple of the peak learning rate
+    finish: object                  # folder -> writes the finished model into it
+    clip: float = 0.0
+    watch: object = None            # () -> list of dicts for samples.jsonl
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self):
+        for o in self.optimizers:
+            for g in o.param_groups:
+                g["peak"] = g["lr"]
+
+    def trained(self):
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------- checkpoints
+# Write aside, fsync, rename, then prune: whatever moment the power fails at, either the old
+# checkpoint is whole or the new one is. A rename is the only step that others can see.
+
+def sync(path):
+    """Make a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(aside, final):
+    """fsync everything in the folder `aside` and give it its name in one step."""
+    for path in sorted(aside.rglob("*")):
+        sync(path)
+    sync(aside)
+    os.rename(aside, final)
+    sync(final.parent)
+
+
+def digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save(job, out, step, keep):
+    """out/step-N: weights that train, optimizer state, and trainer.json with their checksums."""
+    final, aside = out / f"step-{step:06d}", out / f"step-{step:06d}.tmp"
+    if final.exists():
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    trained = job.trained()
+    names = {id(p): n for n, p in trained.items()}
+    state = {f"{names[id(p)]}|{key}": value for o in job.optimizers
+             for p, entry in o.state.items() for key, value in entry.items()}
+    try:
+        save_file({n: p.data.contiguous() for n, p in trained.items()},
+                  aside / "trained.safetensors")
+        save_file({n: v.contiguous() for n, v in state.items()}, aside / "optimizer.safetensors")
+    except data.SafetensorError as error:       # a full disk arrives as this
+        shutil.rmtree(aside, ignore_errors=True)
+        raise data.TrainingFailed(f"{aside}: {error}; the checkpoint before is whole: free space "
+                                  "and go on with --resume auto") from None
+    files = {p.name: digest(p) for p in sorted(aside.iterdir())}
+    (aside / "trainer.json").write_text(json.dumps({"step": step, "sha256": files}) + "\n")
+    publish(aside, final)
+    for old in sorted(out.glob("step-??????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def restore(job, out):
+    """Load the newest good checkpoint; returns its step, 0 if there is none."""
+    for folder in sorted(out.glob("step-??????"), reverse=True):
+        try:
+            trainer = json.loads((folder / "trainer.json").read_text())
+            if any(digest(folder / n) != d for n, d in trainer["sha256"].items()):
+                raise ValueError("a checksum differs")
+            weights = data.Weights([folder / "trained.safetensors"])
+            state = data.Weights([folder / "optimizer.safetensors"])
+        except (OSError, ValueError, KeyError, TypeError, data.Failure) as error:
+            print(f"{folder} passed over: {error}", file=sys.stderr)
+            continue
+        trained = job.trained()
+        if set(weights) != set(trained):
+            raise data.BadModel(f"{folder}: holds other weights than this run trains; resume with "
+                                "the flags it was started with")
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(weights[name])
+        names = {n: (o, p) for o in job.optimizers for g in o.param_groups for p in g["params"]
+                 for n, q in trained.items() if q is p}
+        for key in state:
+            name, entry = key.split("|")
+            optimizer, p = names[name]
+            optimizer.state[p][entry] = state[key].clone()
+        return trainer["step"]
+    return 0
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+class Stop:
+    """Ctrl-C and SIGTERM: finish the step, save, leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.code = 0
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            signal.signal(number, lambda n, frame, code=code: self.ask(n, code))
+
+    def ask(self, number, code):
+        if self.code and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.code = code
+
+
+def rewind(path, step):
+    """Drop the lines of a .jsonl that a resumed run will write again."""
+    if path.exists():
+        lines = [x for x in path.read_text().splitlines() if x.endswith("}")]
+        path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= step))
+
+
+def fit(job, out, args):
+    """Train to the end; returns an exit code. Raises data.TrainingFailed on NaN or infinity."""
+    step = restore(job, out) if args.resume else 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rewind(out / name, step)
+    stop, started, seen, told = Stop(), time.time(), 0, 0.0
+    parameters = list(job.trained().values())
+    bar = tqdm(total=job.steps, initial=step, disable=not sys.stderr.isatty())
+    while step < job.steps:
+        # schedule
+        for o in job.optimizers:
+            for g in o.param_groups:
+                g["lr"] = g["peak"] * job.factor(step)
+        # data, accumulate
+        micros, loss = job.batches(step), 0.0
+        for micro in micros:
+            with torch.autocast(parameters[0].device.type, job.dtype,
+                                enabled=job.dtype != torch.float32):
+                part = job.loss(micro) / len(micros)
+            part.backward()
+            loss += float(part)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            (out / f"nan-step-{step}.json").write_text(json.dumps(
+                {"step": step, "loss": str(loss), "grad_norm": str(norm)}) + "\n")
+            raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped "
+                                      "before the update; lower --lr or look at the data")
+        # step
+        for o in job.optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        # log
+        seen += args.row.batch
+        line = {"step": step, "loss": round(loss, 5), "grad_norm": round(norm, 4),
+                "lr": job.optimizers[-1].param_groups[0]["lr"],
+                "samples_per_second": round(seen / (time.time() - started), 1)}
+        with open(out / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        bar.set_postfix(loss=f"{loss:.3f}")
+        bar.update()
+        if bar.disable and time.time() - told > 10:
+            told = time.time()
+            print(f"step {step}/{job.steps}  loss {loss:.3f}  {told - started:.0f} s", flush=True)
+        if job.watch and (step == job.steps or step % max(1, job.steps // 5) == 0):
+            with open(out / "samples.jsonl", "a") as f:
+                f.writelines(json.dumps({"step": step, **x}) + "\n" for x in job.watch())
+        if stop.code or step % args.save_every == 0 or step == job.steps:
+            save(job, out, step, args.keep_last)
+        if stop.code:
+            print(f"stopped at step {step}, saved; go on with --resume auto", file=sys.stderr)
+            return stop.code
+    bar.close()
+    aside = out / "model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    job.finish(aside)
+    publish(aside, out / "model")
+    plot(out)
+    print(f"{out / 'model'} written after {job.steps} steps, {time.time() - started:.0f} s")
+    return 0
+
+
+def plot(out):
+    """loss.png from metrics.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines])
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    figure.savefig(out / "loss.png", dpi=100)
+    pyplot.close(figure)
+
+
+# ----------------------------------------------------------------------- stages 1 and 2: samples
+
+def toy_sample(seed, stage, index):
+    """Sample of the toy world, a function of its arguments: (picture, conversation)."""
+    scene, dice = world.scene(f"{seed}-{stage}-{index}"), random.Random(f"{seed}-{stage}-{index}")
+    if stage == 1:
+        text = dice.choice([world.description(scene)] * 5 + world.captions(scene))
+        return world.draw(scene), [{"from": "human", "value": "<image>\n" + world.DESCRIBE[1]},
+                                   {"from": "gpt", "value": text}]
+    pairs = world.dialogue(scene, dice, 5)
+    # A description answers every later question in words; put last, it cannot be read off.
+    pairs.sort(key=lambda pair: pair[0] in world.DESCRIBE)
+    talk = [{"from": who, "value": text} for pair in pairs
+            for who, text in zip(("human", "gpt"), pair)]
+    talk[0]["value"] = "<image>\n" + talk[0]["value"]
+    return world.draw(scene), talk
+
+
+class Samples:
+    """Where samples come from: the toy world, without end, or a file in LLaVA's format."""
+
+    def __init__(self, args):
+        self.args = args
+        self.rows = data.read_conversations(args.data) if args.data else None
+
+    def steps(self):
+        row = self.args.row
+        if row.steps:
+            return row.steps
+        if not self.rows:
+            raise data.Usage("the toy world has no end: give --steps")
+        return math.ceil(len(self.rows) * row.epochs / row.batch)
+
+    def __getitem__(self, index):
+        """(picture or None, conversation) number `index` of the run, whatever the epoch."""
+        if self.rows is None:
+            return toy_sample(self.args.seed, self.args.stage, index)
+        epoch, at = divmod(index, len(self.rows))
+        order = torch.Generator().manual_seed(self.args.seed * 1000 + epoch)
+        chosen = self.rows[int(torch.randperm(len(self.rows), generator=order)[at])]
+        picture = chosen.get("image")
+        if picture is not None:
+            picture = data.load_image(data.picture_path(self.args.images, picture))
+        return picture, chosen["conversations"]
+
+
+def make_batches(samples, model, args):
+    """step -> micro-batches of (ids, labels, pixels, keep)."""
+    row, device = args.row, model.llm.embed.weight.device
+    size = row.batch // args.accum
+
+    def micro(first):
+        pairs, pixels = [], []
+        for index in range(first, first + size):
+            picture, talk = samples[index]
+            pairs.append(data.encode(talk, row.template, model.words, picture is not None))
+            if picture is not None:
+                pixels.append(data.preprocess(picture, model.image_size, row.aspect))
+        ids, labels = data.collate(pairs, model.words.pad)
+        lengths = torch.tensor([len(i) for i, _ in pairs])
+        keep = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        stacked = torch.cat(pixels) if pixels else None
+        return tuple(t if t is None else t.to(device) for t in (ids, labels, stacked, keep))
+
+    return lambda step: [micro(step * row.batch + m * size) for m in range(args.accum)]
+
+
+def cosine(step, steps, warmup):
+    """Linear warm-up over ceil(warmup · steps), then half a cosine to 0. The first update is 0,
+    as in the official runs."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return step / warm
+    return (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+
+
+def set_trained(model, parts):
+    """The whole freezing policy: only the named parts learn. Returns their parameters."""
+    model.requires_grad_(False)
+    for part in parts:
+        getattr(model, part).requires_grad_(True)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def watcher(model, row):
+    """Describes the same four held-out scenes as training goes on: watching it learn to see."""
+    scenes = [world.scene(i, "test", count=i) for i in (1, 2, 3, 4)]
+    turns = [{"from": "human", "value": "<image>\nDescribe this image"}]
+    ids = data.chat_ids(turns, row.template, model.words)
+
+    def look():
+        for scene in scenes:
+            pixels = data.preprocess(world.draw(scene), model.image_size, row.aspect)
+            tokens = list(generate(model, ids, pixels, max_new_tokens=80))
+            yield {"truth": world.description(scene),
+                   "says": model.words.decode(tokens).strip().split("\n")[0]}
+    return look
+
+
+def bridge_job(args, out, device):
+    """Stages 1 and 2."""
+    row, (vision, llm) = args.row, BASES[args.base]
+    vision, llm = args.vision or vision, args.llm or llm
+    if args.base == "toy":
+        vision, llm = (p if args_p else HERE / p for p, args_p in
+                       ((vision, args.vision), (llm, args.llm)))
+    start = args.start or (HERE / out.parent / "stage1/model" if args.stage == 2 else "none")
+    if str(start) == "none":
+        model = VLM.from_parts(vision, llm, row.bridge, row.template, row.aspect, args.seed)
+    elif args.start is None and not Path(start).exists():
+        raise data.BadModel(f"{start}: stage 2 starts from stage 1's model and there is none; run "
+                            "--stage 1 first, or give --from FOLDER or --from none")
+    else:
+        model = VLM.from_pretrained(start)
+        model.template, model.aspect = row.template, row.aspect
+    model.to(device)
+    parameters = set_trained(model, row.train)
+    samples = Samples(args)
+    steps = samples.steps()
+    optimizer = torch.optim.AdamW(parameters, row.lr, betas=(.9, .999), eps=1e-8,
+                                  weight_decay=row.decay, fused=True)
+    return Job(model, [optimizer], steps, make_batches(samples, model, args),
+               lambda micro: model.loss(*micro), lambda step: cosine(step, steps, row.warmup),
+               model.save_pretrained, row.clip,
+               watcher(model, row) if args.base == "toy" and not args.data else None)
+
+
+# ------------------------------------------------------------------ stage 0: the parts, from nothing
+
+def muon(model, lr, rest_lr, betas):
+    """[Muon] for the blocks' matrices, AdamW for the rest: a fifth of AdamW's time on the toy."""
+    blocks = {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "blocks" in n}
+    parts = [[p for p in model.parameters() if (id(p) in blocks) == wanted]
+             for wanted in (True, False)]
+    return [torch.optim.Muon(parts[0], lr, weight_decay=.01, momentum=.95),
+            torch.optim.AdamW(parts[1], rest_lr, betas, weight_decay=0, fused=True)]
+
+
+def clip_tokenizer(folder):
+    """A word-level tokenizer.json of the toy captions; the end token has the largest id."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    texts = ["object photo picture image of the with"]
+    for i in range(2000):
+        scene = world.scene(i)
+        texts += world.captions(scene) + [f"a {scene.background} background"]
+    words = sorted({w for t in texts for w in t.lower().replace(",", " ,").split()})
+    ids = {w: i for i, w in enumerate(["<pad>", "<unk>", *words, "<start>", "<end>"])}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[(w, ids[w]) for w in ("<start>", "<end>")])
+    made.save(str(folder / "tokenizer.json"))
+    return len(ids)
+
+
+def clip_job(out):
+    """The eye: phrases to patches, and captions to the class token at a quarter of the weight.
+
+    Pictures come with a twin that differs in one attribute of every object, so that neither
+    colours nor places alone can tell which phrase is whose."""
+    vocab = clip_tokenizer(out)
+    ids_of = read_tokenizer(out)
+    torch.manual_seed(0)
+    model = CLIP(TowerConfig(128, 5, 4, 512, image=world.SIDE, patch=8),
+                 TowerConfig(128, 2, 4, 512, vocab=vocab, context=64, end=vocab - 1), 128)
+    steps, pairs = 2400, 64
+
+    def batch(step):
+        scenes = []
+        for i in range(step * pairs, (step + 1) * pairs):
+            scenes += [world.scene(i), world.twin(world.scene(i), i)]
+        dice, facts, links = random.Random(f"phrases:{step}"), {}, []
+        for b, scene in enumerate(scenes):
+            for text, fact in world.phrases(scene, dice):
+                facts.setdefault(text, (len(facts), fact))
+                links.append((b, facts[text][0]))
+        truth = torch.tensor([[world.holds(f, s) for _, f in facts.values()] for s in scenes])
+        captions = [world.captions(s)[0] for s in scenes]
+        same = torch.tensor([[a == b for b in captions] for a in captions])
+        pixels = torch.cat([data.preprocess(world.draw(s), world.SIDE, "square") for s in scenes])
+        return [(pixels, ids_of(facts), truth, torch.tensor(links), ids_of(captions), same)]
+
+    def loss(micro):
+        pixels, phrases, truth, links, captions, same = micro
+        seen, scale = model.patches(pixels), model.scale.clamp(max=math.log(100)).exp()
+        fine = contrastive_loss(late_scores(seen[:, 1:], model.encode_text(phrases)) * scale,
+                                truth, links)
+        whole = contrastive_loss(seen[:, 0] @ model.encode_text(captions).T * scale, same,
+                                 torch.arange(len(pixels))[:, None].expand(-1, 2))
+        return fine + .25 * whole
+
+    def finish(folder):
+        model.save_pretrained(folder)
+        shutil.copy(out / "tokenizer.json", folder)
+
+    def factor(step):
+        return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+    return Job(model, muon(model, .02, 2e-3, (.9, .98)), steps, batch, loss, factor, finish), 128
+
+
+def llama_tokenizer(folder):
+    """tokenizer.json and its config in LLaMA's layout: BPE, bytes for what it has never seen.
+
+    Merges are learned inside words, so every common word of the toy world is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    texts = [data.prompt([{"from": "human", "value": "hi"}], "v1"),
+             "Yes. No. yes no none The notes: . , ; ? ! '"]
+    for words in (world.COLOURS, world.SHAPES, world.SIZES, world.BACKGROUNDS, world.NUMBERS):
+        texts += [t for w in words for t in (w, w.capitalize())]
+    for i in range(4000):
+        scene, dice = world.scene(i), random.Random(i)
+        texts += world.captions(scene) + [world.web_caption(scene, dice), world.notes(scene, dice)]
+        texts += [t for pair in world.dialogue(scene, dice, 3) for t in pair]
+        texts.append(dice.choice(world.DESCRIBE))
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=True),
+        pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)])
+    made.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2048, min_frequency=1, show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]))
+    spec = json.loads(made.to_str())
+    one = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    two = [{"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    spec |= {"added_tokens": spec["added_tokens"][:3], "normalizer": None,
+             "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
+                               "split": False},
+             "post_processor": {
+                 "type": "TemplateProcessing", "single": one, "pair": one + two,
+                 "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+             "decoder": {"type": "Sequence", "decoders": [
+                 {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                 {"type": "ByteFallback"}, {"type": "Fuse"},
+                 {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "legacy": False, "add_bos_token": True,
+        "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "pad_token": "<unk>", "model_max_length": 1024, "padding_side": "right",
+        "clean_up_tokenization_spaces": False}, indent=1) + "\n")
+
+
+def llama_job(out):
+    """The language model: a scene told in words, then questions about it, or another telling.
+
+    Answers count fully, everything else a twentieth: what notes say cannot be predicted."""
+    llama_tokenizer(out)
+    words = data.Tokenizer(out)
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(-(-len(words) // 64) * 64, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
+    start_copying(model)
+    steps, size = 4500, 24
+
+    def row(i):
+        scene, dice = world.scene(i), random.Random(f"row:{i}")
+        told = (world.description(scene, dice) if dice.random() < .4
+                else world.notes(scene, dice))
+        if dice.random() < .12:
+            second = dice.choice(world.captions(scene) + [world.description(scene)] * 3)
+            first, second = words.encode(told + "\n"), words.encode(second + "\n", bos=False)
+            return first + second, [.05] * len(first) + [1.] * len(second)
+        talk = []
+        for question, answer in world.dialogue(scene, dice, 5):
+            talk += [{"from": "human", "value": question if talk else f"{told}\n{question}"},
+                     {"from": "gpt", "value": answer}]
+        ids, labels = data.encode(talk, "v1", words, has_image=False)
+        return ids, [.05 if x == data.IGNORE else 1. for x in labels]
+
+    def batch(step):
+        rows = [row(i) for i in range(step * size, (step + 1) * size)]
+        length = -(-max(len(r[0]) for r in rows) // 32) * 32 + 1   # few lengths: few compilations
+        ids, weights = torch.zeros(size, length, dtype=torch.long), torch.zeros(size, length)
+        for i, (a, b) in enumerate(rows):
+            ids[i, :len(a)], weights[i, :len(a)] = torch.tensor(a), torch.tensor(b)
+        return [(ids, weights)]
+
+    @torch.compile(dynamic=False)           # 40 s to start, twice as fast after
+    def loss(micro):
+        ids, weights = micro
+        weights = weights[:, 1:]
+        return linear_cross_entropy(model.hidden(ids[:, :-1]).flatten(0, 1), model.head.weight,
+                                    ids[:, 1:].flatten(), (weights / weights.sum()).flatten())
+
+    def finish(folder):
+        model.save_pretrained(folder)
+        data.save_tokenizer(words, folder)
+
+    def factor(step):                       # constant, then straight to 0 over the last 40 %
+        return min(1, (step + 1) / 50) * min(1, (steps - step) / (.4 * steps))
+    return Job(model, muon(model, .01, 2e-3, (.9, .95)), steps, batch, loss, factor, finish,
+               clip=1.0), size
+
+
+# --------------------------------------------------------------------------------- one run of it
+
+def claim(out, args):
+    """The output folder, ours alone: exits clearly if it holds a run or another process writes."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise data.BadData(f"{out} is in use by another run; wait for it, or give another "
+                           "--output-dir") from None
+    resolved = {k: v for k, v in sorted(vars(args).items())
+                if k not in ("resume", "overwrite", "save_every", "keep_last", "debug", "row",
+                             "show_batch", "output_dir", *(f.name for f in fields(Stage)))}
+    resolved["stage_row"] = json.loads(json.dumps(vars(args.row)))
+    before = out / "config.json"
+    if args.overwrite:
+        for path in out.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif args.resume and before.exists():
+        old = data.read_config(out)
+        changed = [k for k in resolved if old.get(k) != resolved[k]]
+        changed += [f"stage_row.{k}" for k, v in resolved["stage_row"].items()
+                    if "stage_row" in changed and old.get("stage_row", {}).get(k) != v]
+        if changed:
+            raise data.BadData(f"{out}: --resume with other flags ({', '.join(changed)}); give the "
+                               "flags of its config.json, or --overwrite to start anew")
+    elif before.exists():
+        raise data.BadData(f"{out} holds a run already; --resume auto goes on with it, --overwrite "
+                           "deletes it, --output-dir goes elsewhere")
+    before.write_text(json.dumps(resolved, indent=1) + "\n")
+    return lock
+
+
+def manifest(out, args, job):
+    """run.json: what would have to be equal for the same bits."""
+    sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    (out / "run.json").write_text(json.dumps({
+        "python": platform.python_version(), "torch": torch.__version__,
+        "machine": platform.machine(), "device": str(next(job.model.parameters()).device),
+        "threads": torch.get_num_threads(), "dtype": str(job.dtype), "seed": args.seed,
+        "git": sha.stdout.strip() or None, "steps": job.steps,
+        "trained": sum(p.numel() for p in job.trained().values()),
+        "frozen": sum(p.numel() for p in job.model.parameters() if not p.requires_grad)},
+        indent=1) + "\n")
+
+
+def show(samples, words, row, count):
+    """Samples as the model reads them, what is learned in colour (in brackets off a terminal)."""
+    for index in range(count):
+        picture, talk = samples[index]
+        ids, labels = data.encode(talk, row.template, words, picture is not None)
+        print(f"sample {index}: {len(ids)} tokens")
+        print(data.marked(ids, labels, words))
+
+
+def train(args):
+    """One run; returns an exit code."""
+    torch.manual_seed(args.seed)
+    if args.threads or args.stage == 0:
+        torch.set_num_threads(args.threads or 1)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    base = "toy" if args.base == "toy" and not (args.vision or args.llm) else args.base
+    if args.stage == 0:
+        for part, make in (("clip", clip_job), ("llama", llama_job)):
+            if args.part in ("both", part):
+                out = Path(args.output_dir or "runs/toy/stage0") / part
+                lock = claim(out, args)
+                job, batch = make(out)
+                args.row = replace(args.row, batch=batch)
+                code = 0 if (out / "model").exists() else fit(job, out, args)
+                manifest(out, args, job)
+                lock.close()
+                if code:
+                    return code
+        return 0
+    out = Path(args.output_dir or f"runs/{base}/{args.recipe}/stage{args.stage}")
+    if args.show_batch:
+        show(Samples(args), data.Tokenizer(data.resolve(args.llm or HERE / BASES[args.base][1])),
+             args.row, args.show_batch)
+        return 0
+    lock = claim(out, args)
+    if args.resume and (out / "model").exists():
+        print(f"{out / 'model'} is finished already")
+        return 0
+    job = bridge_job(args, out, device)
+    if args.dtype != "fp32":
+        fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+        job.dtype = torch.bfloat16 if fast or args.dtype == "bf16" else torch.float32
+    manifest(out, args, job)
+    code = fit(job, out, args)
+    lock.close()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(data.guarded(lambda: train(ARGS), ARGS.debug))
