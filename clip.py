@@ -25,7 +25,7 @@ Next: llama.py, the decoder.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,6 +54,9 @@ class Config:
     def from_hf(cls, c, text=False):
         """From `vision_config` or `text_config` of a CLIP's config.json."""
         d = cls(width=512, depth=12, heads=8, mlp=2048) if text else cls()
+        if type(c) is not dict:
+            raise data.BadModel("config.json: a tower's settings must be an object; take the "
+                                "config.json of the weights")
         if c.get("hidden_act", "quick_gelu") != "quick_gelu":
             raise data.BadModel(f"config.json: hidden_act {c['hidden_act']!r} is not CLIP's "
                                 "quick_gelu; give an OpenAI CLIP")
@@ -74,6 +77,9 @@ class Config:
             if type(value) is not int or not 1 <= value <= high:
                 raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from 1 "
                                     f"to {high}; take the config.json of the weights")
+        if type(self.end) is not int or type(self.eps) not in (int, float) or not self.eps > 0:
+            raise data.BadModel("config.json: eos_token_id must be a whole number and "
+                                "layer_norm_eps positive; take the config.json of the weights")
         if self.width % self.heads or self.patch > self.image:
             raise data.BadModel(f"config.json: width {self.width} / heads {self.heads} or image "
                                 f"{self.image} / patch {self.patch} do not divide; take the "
@@ -138,7 +144,7 @@ def prefixed(names, ours, theirs):
 
 
 class ViT(nn.Module):
-    """The picture tower. Holds all blocks, so that it can be handed back; LLaVA runs all but one."""
+    """The picture tower. Holds all blocks, to hand them back; LLaVA runs all but the last."""
     NAMES = {
         "cls": "embeddings.class_embedding",
         "patch": "embeddings.patch_embedding.weight",
@@ -254,9 +260,12 @@ class CLIP(nn.Module):
         folder = data.resolve(folder)
         c = data.read_config(folder)
         text = Config.from_hf(c.get("text_config", {}), text=True)
+        shared = c.get("projection_dim", 512)
+        if type(shared) is not int or not 1 <= shared <= 2 ** 15:
+            raise data.BadModel(f"config.json: projection_dim = {shared!r} is not a whole number "
+                                f"from 1 to {2 ** 15}; take the config.json of the weights")
         with torch.device("meta"):
-            model = cls(Config.from_hf(c.get("vision_config", {})), text,
-                        c.get("projection_dim", 512))
+            model = cls(Config.from_hf(c.get("vision_config", {})), text, shared)
         return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE).eval()
 
     def save_pretrained(self, folder):
@@ -288,7 +297,7 @@ def contrastive_loss(scores, truth, pairs):
 
 
 def late_scores(patches, phrases):
-    """(B, P, E) and (K, E), unit length -> (B, K): a phrase scores by its best patch. [FILIP] 3.2"""
+    """(B, P, E), (K, E) unit vectors -> (B, K): a phrase scores by its best patch. [FILIP]"""
     return (patches @ phrases.T).amax(dim=1)
 
 

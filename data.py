@@ -83,8 +83,6 @@ def guarded(main, debug: bool = False) -> int:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             line, code = f"out of memory ({line or 'host'}): lower the batch or picture size", 1
         elif isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                raise
             code = 1 if error.errno == errno.ENOSPC else 3
             where = error.filename or "disk"
             line = f"{where}: {error.strerror}: free space or choose another folder"
@@ -892,7 +890,46 @@ def export(module, names: Mapping) -> dict[str, Tensor]:
     return out
 
 
+def save_tokenizer(words: Tokenizer, folder, extra=()):
+    """Copy tokenizer.json and its config; `extra` tokens get the next free ids."""
+    folder = Path(folder)
+    spec = _json(words.folder / "tokenizer.json", 64_000_000)
+    config = read_config(words.folder, "tokenizer_config.json", missing_ok=True)
+    have = {token["content"] for token in spec.get("added_tokens") or []}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    new = [token for token in extra if token not in have]
+    for i, token in enumerate(new):
+        spec["added_tokens"].append({"id": len(words) + i, "content": token, **flags,
+                                     "special": True})
+    if "<pad>" in extra:
+        config["pad_token"] = "<pad>"
+    (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def chat_template(template: str) -> str:
+    """chat_template.jinja for transformers' processor; ours is `prompt`, this is for others."""
+    t = TEMPLATES[template]
+    if t.style != "two":                    # pictures and texts in their order, nothing around them
+        return ("{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == "
+                "'image' else c['text'] }}{% endfor %}{% endfor %}")
+    return (f"{{{{ {json.dumps(t.system + t.sep)} }}}}{{% for m in messages %}}"
+            f"{{% if m['role'] == 'user' %}}{t.roles[0]}: "
+            "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}"
+            f"{{{{ c['text'] }}}}{{% endfor %}} {{% else %}}{t.roles[1]}: "
+            "{% for c in m['content'] %}"
+            f"{{{{ c['text'] }}}}{{% endfor %}}{t.end}{{% endif %}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{t.roles[1]}:{{% endif %}}")
+
+
 # ---------------------------------------------------------------- look
+
+def marked(ids, labels, words: Tokenizer) -> str:
+    """The tokens in a row, learned ones green on a terminal, in [brackets] elsewhere."""
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    texts = [MARK if i == IMAGE else words._lib.id_to_token(i) for i in ids]
+    return " ".join(t if x == IGNORE else on + t + off for t, x in zip(texts, labels))
+
 
 def _show() -> int:
     """Print one conversation as the model meets it."""
@@ -906,11 +943,8 @@ def _show() -> int:
         return 0
     words = Tokenizer(folder)
     ids, labels = encode(talk, "v1", words)
-    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    for i, label in zip(ids, labels):
-        text = MARK if i == IMAGE else words._lib.id_to_token(i)
-        print(text if label == IGNORE else on + text + off, end=" ")
-    print(f"\n\n{len(ids)} tokens, {sum(l != IGNORE for l in labels)} of them learned (marked).")
+    print(marked(ids, labels, words))
+    print(f"\n{len(ids)} tokens, {sum(l != IGNORE for l in labels)} of them learned (marked).")
     return 0
 
 

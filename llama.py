@@ -18,7 +18,7 @@ Next: projector.py, which puts a picture's vectors between the words.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,14 @@ class Config:
     @classmethod
     def from_hf(cls, c):
         """From the dict of a Hugging Face config.json (or its `text_config`)."""
+        if type(c) is not dict or type(c.get("rope_parameters") or {}) is not dict:
+            raise data.BadModel("config.json: the language model's settings, and rope_parameters in"
+                                " them, must be objects; take the config.json of the weights")
         d, rope_parameters = cls(), c.get("rope_parameters") or {}
+        if (c.get("hidden_act", "silu") != "silu" or c.get("rope_scaling")
+                or rope_parameters.get("rope_type", "default") != "default"):
+            raise data.BadModel("config.json: hidden_act other than silu, or scaled rotary "
+                                "positions, are not known here; give a plain LLaMA")
         heads = c.get("num_attention_heads", d.heads)
         made = cls(c.get("vocab_size", d.vocab), c.get("hidden_size", d.width),
                    c.get("num_hidden_layers", d.depth), heads,
@@ -193,6 +200,18 @@ class Llama(nn.Module):
             return [c.mlp, c.mlp]
         return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
 
+    def grow(self, rows):
+        """Room for more tokens: new embedding and head rows are the mean of the old ones."""
+        old, C = self.config.vocab, self.config.width
+        self.config = replace(self.config, vocab=rows)
+        for layer in ((self.embed,) if self.config.tied else (self.embed, self.head)):
+            wide = layer.weight.new_empty(rows, C)
+            wide[:old] = layer.weight.data
+            wide[old:] = layer.weight.data.float().mean(0)
+            layer.weight = nn.Parameter(wide)
+        if self.config.tied:
+            self.head.weight = self.embed.weight
+
     def hidden(self, x, cache=None, positions=None, keep=None):
         """Last hidden states (B, T, C), normed, of ids (B, T) or embeddings (B, T, C).
 
@@ -216,7 +235,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """From a folder or hub id in the Hugging Face layout. Raises data.BadModel, data.Offline."""
+        """From a folder or hub id, Hugging Face layout. Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
         config = data.read_config(folder)
         if config.get("model_type", "llama") not in ("llama", "mistral"):
@@ -237,20 +256,25 @@ class Llama(nn.Module):
 
 @torch.no_grad()
 def start_copying(model, seed=0):
-    """Starting values from which a small model learns to copy from its context in minutes.
+    """Starting values from which a small model learns to look things up in minutes.
 
-    To answer "What colour is the star?" from a text, a head must find the "star" there and copy a
-    word beside it. It takes two layers: one writes into every position which words stand before
-    it, the next matches its own word against those notes. This circuit, the induction head
-    [Induction], forms by itself in large models, suddenly, after a long plateau of loss. A toy
-    of one million weights sat on that plateau for as long as we could wait (README), so we start
-    near it. Only starting values: everything trains, and the architecture is plain LLaMA.
+    "What colour is the star? The star is ..." has to find "star" in the text and copy the word
+    before it. That takes two layers: one writes into every position which words stand before it,
+    the next matches against those notes. Large models grow this circuit, the induction head
+    [Induction], suddenly, after a long plateau of loss. The toy, one million weights, stayed on
+    that plateau ("some colour that is present") for as long as we could wait, so it starts with
+    the circuit laid out. Only starting values: everything trains, and the model is plain LLaMA.
 
-      channel 0 of every embedding is 1: a constant that heads can turn into a pure position
-      layer 0   heads 0, 1 look one and two tokens back, and write what they see elsewhere
-                q = R(-δ) k for a constant k:  q · R(j-i) k is largest where j = i - δ
-      layer 1-2 head 0 matches its word against the notes "one back", head 1 against words,
-                heads 2, 3 the same with "two back"; slow channels only, which hardly rotate
+    The width is four heads wide, C = 4 D, and each quarter of the residual stream gets a meaning:
+
+        x = [ word | note 1 | note 2 | note 3 ]          note i: the word i tokens back
+
+    layer 0    head i looks i+1 back and copies `word` there into note i+1. Position alone decides:
+               channel 0 of every word is constant, and for a constant k, q = R(-i) k makes
+               q · R(j-i) k largest at the distance i
+    layer 1, 2 a head compares one quarter of its own position with one of all others, in channels
+               that hardly rotate, and copies a quarter from where they agree into `word`, where
+               the output head reads it:   (note 1, word) -> note 1   is   "star is" -> "red"
     """
     c, D = model.config, model.config.head_dim
     dice = torch.Generator().manual_seed(seed)
@@ -260,36 +284,37 @@ def start_copying(model, seed=0):
     for block in model.blocks:
         block.out.weight.mul_((2 * c.depth) ** -0.5)
         block.down.weight.mul_((2 * c.depth) ** -0.5)
-    model.embed.weight.normal_(0, 1, generator=dice)       # the scale that the blocks read at
-    model.embed.weight[:, 0] = 1
-    basis = torch.linalg.qr(torch.randn(c.width, c.width, generator=dice))[0]
-    basis[0] = 0                                                   # leave the constant alone
-    read = [basis[:, i * D:(i + 1) * D].T for i in range(2)]       # (D, C): words as D numbers
-    write = [basis[:, (i + 2) * D:(i + 3) * D] for i in range(2)]  # (C, D): where notes go
+    model.embed.weight[:, :D].normal_(0, 2, generator=dice)        # rms 1 over the whole width
+    model.embed.weight[:, D:] = 0
+    model.embed.weight[:, 0] = 2
+    quarter = [slice(i * D, (i + 1) * D) for i in range(4)]        # word, note 1, note 2, note 3
     theta = c.theta ** (-torch.arange(D // 2) * 2 / D)
-    fast = torch.arange(4)                                         # pairs that turn quickly
-    slow = [i for i in range(D // 2) if theta[i] < .005]
-    slow = slow + [i + D // 2 for i in slow]
+    fast, slow = torch.arange(4), torch.nonzero(theta < .005)[:, 0]
+    slow = torch.cat((slow, slow + D // 2))                        # both halves of a rotated pair
 
     def rows(block, part, head):                # a view of one head's q, k or v rows
         at = ({"q": 0, "k": c.heads, "v": c.heads + c.kv_heads}[part] + head) * D
+        block.qkv.weight[at:at + D] = 0
         return block.qkv.weight[at:at + D]
 
-    for head, delta in enumerate((1, 2)):
-        q, k = rows(model.blocks[0], "q", head), rows(model.blocks[0], "k", head)
-        q.zero_(), k.zero_()
-        k[fast, 0] = 5
-        q[fast, 0] = 5 * torch.cos(delta * theta[fast])
-        q[fast + D // 2, 0] = -5 * torch.sin(delta * theta[fast])
-        rows(model.blocks[0], "v", head).copy_(read[head])
-        model.blocks[0].out.weight[:, head * D:(head + 1) * D] = write[head]
-    for block in model.blocks[1:3]:
-        for head in range(min(4, c.kv_heads)):
-            q, k = rows(block, "q", head), rows(block, "k", head)
-            q.zero_(), k.zero_()
-            notes = write[head // 2].T if head % 2 == 0 else read[head // 2]
-            q[slow] = 1.6 * read[head // 2][slow]
-            k[slow] = 1.6 * notes[slow]
+    first = model.blocks[0]
+    for head in range(3):
+        back = (head + 1) * theta[fast]
+        rows(first, "k", head)[fast, 0] = 3.5
+        q = rows(first, "q", head)
+        q[fast, 0], q[fast + D // 2, 0] = 3.5 * torch.cos(back), -3.5 * torch.sin(back)
+        rows(first, "v", head)[:, quarter[0]] = torch.eye(D)
+        first.out.weight[:, quarter[head]] = 0
+        first.out.weight[quarter[head + 1], quarter[head]] = torch.eye(D)
+    looks = (((1, 0, 1), (1, 0, 2), (0, 1, 0), (3, 3, 0)),         # (query, key, copied) quarters
+             ((3, 1, 0), (2, 0, 1), (0, 0, 1), (1, 1, 0)))
+    for block, plan in zip(model.blocks[1:3], looks):
+        for head, (asks, finds, copies) in enumerate(plan):
+            rows(block, "q", head)[slow, D * asks + slow] = 1.75
+            rows(block, "k", head)[slow, D * finds + slow] = 1.75
+            rows(block, "v", head)[:, quarter[copies]] = torch.eye(D)
+            block.out.weight[:, quarter[head]] = 0
+            block.out.weight[quarter[0], quarter[head]] = torch.eye(D)
     model.head.weight.copy_(model.embed.weight / c.width ** 0.5)   # a copied word is a likely word
 
 

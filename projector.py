@@ -36,8 +36,6 @@ from kernels import linear_cross_entropy
 from llama import Config as LlamaConfig
 from llama import Llama
 
-SYSTEM_FILES = ("tokenizer.json", "tokenizer_config.json")
-
 
 class Linear(nn.Module):
     """LLaVA's bridge: (..., Cv) -> (..., C)."""
@@ -80,7 +78,7 @@ def splice(ids, words, features, labels=None, keep=None, left=False):
         raise data.BadData(f"{int(picture.sum())} <image> places in the text, but {len(features)} "
                            "pictures given; give one picture for each place")
     width = keep.long()                                     # slots that a token takes: 0, 1 or P_i
-    width[picture] = torch.tensor([len(f) for f in features], device=ids.device)
+    width[picture] = width.new_tensor([len(f) for f in features])
     source = torch.repeat_interleave(torch.arange(B * T, device=ids.device), width.flatten())
     lengths = width.sum(1)                                  # (B,)
     longest = int(lengths.max())
@@ -89,7 +87,7 @@ def splice(ids, words, features, labels=None, keep=None, left=False):
     column = torch.arange(len(source), device=ids.device) - first[row]
     if left:
         column = column + (longest - lengths)[row]
-    seen = picture.flatten()[source]                        # slots that belong to pictures, in order
+    seen = picture.flatten()[source]                        # picture slots, in order
     x = words.new_zeros(B, longest, words.shape[-1])
     x[row[~seen], column[~seen]] = words.flatten(0, 1)[source[~seen]]
     if len(features):
@@ -191,6 +189,12 @@ class VLM(nn.Module):
         if c.get("model_type") != "llava":
             raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, "
                                 "not 'llava'; give the model/ folder of a run")
+        for key, known in (("template", tuple(data.TEMPLATES)), ("vision_feature_layer", (-2,)),
+                           ("image_aspect_ratio", ("square", "pad", "anyres")),
+                           ("vision_feature_select_strategy", ("default",))):
+            if key in c and c[key] not in known:
+                raise data.BadModel(f"{folder}: config.json says {key} {c[key]!r}, which is not one"
+                                    f" of {', '.join(map(str, known))}; take another model")
         bridge = "linear" if c.get("projector_hidden_act") == "linear" else "mlp"
         words = data.Tokenizer(folder)
         with torch.device("meta"):
@@ -217,6 +221,11 @@ class VLM(nn.Module):
             "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
             "text_config": self.llm.config.to_hf(), "vision_config": self.vision.config.to_hf(),
             "template": self.template, "image_aspect_ratio": self.aspect}
+
+    @property
+    def pad_token(self):
+        """Id of `<pad>` in the files: the next one, if the tokenizer has none yet."""
+        return self.words.added("<pad>", max(len(self.words), self.image_token + 1))
 
     @property
     def image_token(self):
@@ -250,7 +259,7 @@ class VLM(nn.Module):
                  # quirk: sampling settings with do_sample off make transformers refuse to save
                  "generation_config.json": {"bos_token_id": self.words.bos, "do_sample": False,
                                             "eos_token_id": self.words.eos,
-                                            "pad_token_id": self.words.pad}}
+                                            "pad_token_id": self.pad_token}}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         (folder / "chat_template.jinja").write_text(data.chat_template(self.template))

@@ -64,6 +64,7 @@ BASES = {"toy": ("weights/toy/clip", "weights/toy/llama"),
 def arguments(argv=None):
     """The command line: the recipe's row of this stage, each field overridable."""
     p = argparse.ArgumentParser(description="Run one stage of one recipe.", allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"error: {message}; see --help\n")
     p.add_argument("--stage", type=int, choices=(0, 1, 2), required=True)
     p.add_argument("--recipe", choices=RECIPES, default="llava-1.5")
     p.add_argument("--base", choices=BASES, default="toy", help="the parts to start from")
@@ -98,15 +99,21 @@ def arguments(argv=None):
     if "train" in given:
         given["train"] = tuple(given["train"].split(","))
     a.row = replace(row, **given)
-    for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0)):
+    for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0),
+                      ("show_batch", 0), ("seed", 0)):
         if getattr(a, name) < low:
             p.error(f"--{name.replace('_', '-')} must be at least {low}")
     r = a.row
     if not (0 <= r.lr < 10 and r.batch >= 1 and 0 < r.epochs < 1e6 and 0 <= r.warmup < 1
-            and r.steps >= 0 and 0 <= r.clip < math.inf and 0 <= r.decay < math.inf):
-        p.error("lr, batch, epochs, steps, warmup, decay or clip is out of range")
+            and 0 <= r.steps < 10 ** 6 and 0 <= r.clip < math.inf and 0 <= r.decay < math.inf
+            and a.seed < 2 ** 32):
+        p.error("lr, batch, epochs, steps, warmup, decay, clip or seed is out of range")
     if set(r.train) - {"bridge", "llm"} or not r.train or r.bridge not in ("linear", "mlp"):
         p.error("--train takes bridge and llm with a comma, --bridge linear or mlp")
+    if a.stage == 0 and a.show_batch:
+        p.error("--show-batch is for stages 1 and 2")
+    if r.aspect not in ("square", "pad"):
+        p.error(f"--aspect {r.aspect!r} must be square or pad")
     if r.batch % a.accum:
         p.error(f"--batch {r.batch} does not divide into --accum {a.accum} micro-batches")
     return a
@@ -158,6 +165,7 @@ class Job:
     clip: float = 0.0
     watch: object = None            # () -> list of dicts for samples.jsonl
     dtype: torch.dtype = torch.float32
+    batch: int = 0                  # samples a step, for the log
 
     def __post_init__(self):
         for o in self.optimizers:
@@ -190,33 +198,44 @@ def publish(aside, final):
     sync(final.parent)
 
 
+def put(path, text):
+    """Write a small file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    sync(aside)
+    os.replace(aside, path)
+
+
 def digest(path):
+    found = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while piece := f.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def save(job, out, step, keep):
     """out/step-N: weights that train, optimizer state, and trainer.json with their checksums."""
     final, aside = out / f"step-{step:06d}", out / f"step-{step:06d}.tmp"
-    if final.exists():
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     trained = job.trained()
     names = {id(p): n for n, p in trained.items()}
     state = {f"{names[id(p)]}|{key}": value for o in job.optimizers
              for p, entry in o.state.items() for key, value in entry.items()}
     try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
         save_file({n: p.data.contiguous() for n, p in trained.items()},
                   aside / "trained.safetensors")
         save_file({n: v.contiguous() for n, v in state.items()}, aside / "optimizer.safetensors")
-    except data.SafetensorError as error:       # a full disk arrives as this
+        files = {p.name: digest(p) for p in sorted(aside.iterdir())}
+        (aside / "trainer.json").write_text(json.dumps({"step": step, "sha256": files}) + "\n")
+        if final.exists():                          # `restore` passed it over: it is damaged
+            shutil.rmtree(final)
+        publish(aside, final)
+    except (OSError, data.SafetensorError) as error:       # a full disk arrives as either
         shutil.rmtree(aside, ignore_errors=True)
         raise data.TrainingFailed(f"{aside}: {error}; the checkpoint before is whole: free space "
                                   "and go on with --resume auto") from None
-    files = {p.name: digest(p) for p in sorted(aside.iterdir())}
-    (aside / "trainer.json").write_text(json.dumps({"step": step, "sha256": files}) + "\n")
-    publish(aside, final)
     for old in sorted(out.glob("step-??????"))[:-keep]:
         shutil.rmtree(old)
 
@@ -226,6 +245,8 @@ def restore(job, out):
     for folder in sorted(out.glob("step-??????"), reverse=True):
         try:
             trainer = json.loads((folder / "trainer.json").read_text())
+            if folder.name != f"step-{trainer['step']:06d}":
+                raise ValueError(f"trainer.json says step {trainer['step']}")
             if any(digest(folder / n) != d for n, d in trainer["sha256"].items()):
                 raise ValueError("a checksum differs")
             weights = data.Weights([folder / "trained.safetensors"])
@@ -234,7 +255,8 @@ def restore(job, out):
             print(f"{folder} passed over: {error}", file=sys.stderr)
             continue
         trained = job.trained()
-        if set(weights) != set(trained):
+        shapes = {n: tuple(p.shape) for n, p in trained.items()}
+        if {n: weights.shape(n) for n in weights} != shapes:
             raise data.BadModel(f"{folder}: holds other weights than this run trains; resume with "
                                 "the flags it was started with")
         with torch.no_grad():
@@ -245,7 +267,7 @@ def restore(job, out):
         for key in state:
             name, entry = key.split("|")
             optimizer, p = names[name]
-            optimizer.state[p][entry] = state[key].clone()
+            optimizer.state[p][entry] = state[key].to(p.device, copy=True)
         return trainer["step"]
     return 0
 
@@ -267,14 +289,16 @@ class Stop:
 
 
 def rewind(path, step):
-    """Drop the lines of a .jsonl that a resumed run will write again."""
+    """Drop the lines of a .jsonl that a resumed run will write again, and one cut short."""
     if path.exists():
-        lines = [x for x in path.read_text().splitlines() if x.endswith("}")]
-        path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= step))
+        lines = [x for x in path.read_text().splitlines(True) if x.endswith("}\n")]
+        put(path, "".join(x for x in lines if json.loads(x)["step"] <= step))
 
 
 def fit(job, out, args):
     """Train to the end; returns an exit code. Raises data.TrainingFailed on NaN or infinity."""
+    for left in out.glob("step-??????.tmp"):        # of a kill in the middle of a save
+        shutil.rmtree(left)
     step = restore(job, out) if args.resume else 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         rewind(out / name, step)
@@ -292,12 +316,14 @@ def fit(job, out, args):
             with torch.autocast(parameters[0].device.type, job.dtype,
                                 enabled=job.dtype != torch.float32):
                 part = job.loss(micro) / len(micros)
-            part.backward()
-            loss += float(part)
+            if part.requires_grad:          # text alone has nothing to teach a bridge
+                part.backward()
+            loss += float(part.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             (out / f"nan-step-{step}.json").write_text(json.dumps(
-                {"step": step, "loss": str(loss), "grad_norm": str(norm)}) + "\n")
+                {"step": step, "loss": str(loss), "grad_norm": str(norm),
+                 "samples": [step * job.batch, (step + 1) * job.batch - 1]}) + "\n")
             raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped "
                                       "before the update; lower --lr or look at the data")
         # step
@@ -306,7 +332,7 @@ def fit(job, out, args):
             o.zero_grad(set_to_none=True)
         step += 1
         # log
-        seen += args.row.batch
+        seen += job.batch
         line = {"step": step, "loss": round(loss, 5), "grad_norm": round(norm, 4),
                 "lr": job.optimizers[-1].param_groups[0]["lr"],
                 "samples_per_second": round(seen / (time.time() - started), 1)}
@@ -330,8 +356,8 @@ def fit(job, out, args):
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     job.finish(aside)
+    plot(out)                               # before the model, which says that all is done
     publish(aside, out / "model")
-    plot(out)
     print(f"{out / 'model'} written after {job.steps} steps, {time.time() - started:.0f} s")
     return 0
 
@@ -373,6 +399,7 @@ class Samples:
     def __init__(self, args):
         self.args = args
         self.rows = data.read_conversations(args.data) if args.data else None
+        self.epoch, self.order = -1, []
 
     def steps(self):
         row = self.args.row
@@ -382,13 +409,22 @@ class Samples:
             raise data.Usage("the toy world has no end: give --steps")
         return math.ceil(len(self.rows) * row.epochs / row.batch)
 
+    def row(self, index):
+        """The file's sample number `index` of the run; every epoch has an order of its own."""
+        epoch, at = divmod(index, len(self.rows))
+        if epoch != self.epoch:
+            dice = torch.Generator().manual_seed(self.args.seed * 1000 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=dice).tolist()
+        return self.rows[self.order[at]]
+
+    def name(self, index):
+        return f"sample {self.row(index)['id']}" if self.rows else f"toy sample {index}"
+
     def __getitem__(self, index):
         """(picture or None, conversation) number `index` of the run, whatever the epoch."""
         if self.rows is None:
             return toy_sample(self.args.seed, self.args.stage, index)
-        epoch, at = divmod(index, len(self.rows))
-        order = torch.Generator().manual_seed(self.args.seed * 1000 + epoch)
-        chosen = self.rows[int(torch.randperm(len(self.rows), generator=order)[at])]
+        chosen = self.row(index)
         picture = chosen.get("image")
         if picture is not None:
             picture = data.load_image(data.picture_path(self.args.images, picture))
@@ -403,11 +439,20 @@ def make_batches(samples, model, args):
     def micro(first):
         pairs, pixels = [], []
         for index in range(first, first + size):
-            picture, talk = samples[index]
-            pairs.append(data.encode(talk, row.template, model.words, picture is not None))
+            try:
+                picture, talk = samples[index]
+                ids, labels = data.encode(talk, row.template, model.words, picture is not None)
+                if (places := ids.count(data.IMAGE)) != (picture is not None):
+                    raise data.BadData(f"one picture, but {places} <image> places in the text")
+            except data.Failure as error:
+                raise type(error)(f"{samples.name(index)}: {error}") from None
+            pairs.append((ids, labels))
             if picture is not None:
                 pixels.append(data.preprocess(picture, model.image_size, row.aspect))
         ids, labels = data.collate(pairs, model.words.pad)
+        if (labels == data.IGNORE).all():
+            raise data.BadData(f"{samples.name(first)} and the {size - 1} after it have nothing to "
+                               "train on: no answer in them; correct them, or look at --show-batch")
         lengths = torch.tensor([len(i) for i, _ in pairs])
         keep = torch.arange(ids.shape[1])[None] < lengths[:, None]
         stacked = torch.cat(pixels) if pixels else None
@@ -448,14 +493,17 @@ def watcher(model, row):
     return look
 
 
+def parts(args):
+    """(CLIP, LLaMA): folders or hub ids. The toy's are beside this file."""
+    base = [HERE / p if args.base == "toy" else p for p in BASES[args.base]]
+    return args.vision or base[0], args.llm or base[1]
+
+
 def bridge_job(args, out, device):
     """Stages 1 and 2."""
-    row, (vision, llm) = args.row, BASES[args.base]
-    vision, llm = args.vision or vision, args.llm or llm
-    if args.base == "toy":
-        vision, llm = (p if args_p else HERE / p for p, args_p in
-                       ((vision, args.vision), (llm, args.llm)))
-    start = args.start or (HERE / out.parent / "stage1/model" if args.stage == 2 else "none")
+    row, (vision, llm), samples = args.row, parts(args), Samples(args)
+    steps = samples.steps()
+    start = args.start or (out.parent / "stage1/model" if args.stage == 2 else "none")
     if str(start) == "none":
         model = VLM.from_parts(vision, llm, row.bridge, row.template, row.aspect, args.seed)
     elif args.start is None and not Path(start).exists():
@@ -463,20 +511,22 @@ def bridge_job(args, out, device):
                             "--stage 1 first, or give --from FOLDER or --from none")
     else:
         model = VLM.from_pretrained(start)
+        if model.kind != row.bridge:
+            raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.bridge}; "
+                                f"give --bridge {model.kind}, or another --from")
         model.template, model.aspect = row.template, row.aspect
     model.to(device)
     parameters = set_trained(model, row.train)
-    samples = Samples(args)
-    steps = samples.steps()
     optimizer = torch.optim.AdamW(parameters, row.lr, betas=(.9, .999), eps=1e-8,
                                   weight_decay=row.decay, fused=True)
     return Job(model, [optimizer], steps, make_batches(samples, model, args),
                lambda micro: model.loss(*micro), lambda step: cosine(step, steps, row.warmup),
                model.save_pretrained, row.clip,
-               watcher(model, row) if args.base == "toy" and not args.data else None)
+               watcher(model, row) if args.base == "toy" and not args.data else None,
+               batch=row.batch)
 
 
-# ------------------------------------------------------------------ stage 0: the parts, from nothing
+# ---------------------------------------------------------------- stage 0: the parts, from nothing
 
 def muon(model, lr, rest_lr, betas):
     """[Muon] for the blocks' matrices, AdamW for the rest: a fifth of AdamW's time on the toy."""
@@ -645,47 +695,66 @@ def llama_job(out):
 
 # --------------------------------------------------------------------------------- one run of it
 
-def claim(out, args):
-    """The output folder, ours alone: exits clearly if it holds a run or another process writes."""
+def resolved(args):
+    """What decides the finished bits: the content of config.json."""
+    skip = {"resume", "overwrite", "save_every", "keep_last", "debug", "row", "show_batch", "part",
+            "output_dir", *(f.name for f in fields(Stage))}
+    return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
+                                  "stage_row": vars(args.row)}))
+
+
+def claim(out):
+    """The output folder, ours alone while the result is open."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
     except BlockingIOError:
+        lock.close()
         raise data.BadData(f"{out} is in use by another run; wait for it, or give another "
                            "--output-dir") from None
-    resolved = {k: v for k, v in sorted(vars(args).items())
-                if k not in ("resume", "overwrite", "save_every", "keep_last", "debug", "row",
-                             "show_batch", "output_dir", *(f.name for f in fields(Stage)))}
-    resolved["stage_row"] = json.loads(json.dumps(vars(args.row)))
-    before = out / "config.json"
+
+
+def check(out, args):
+    """Refuses, and changes nothing, if the folder holds what the flags do not fit."""
+    if not (out / "config.json").exists():
+        if (out / "model").exists() or any(out.glob("step-??????")):
+            raise data.BadData(f"{out} holds a model but no config.json of a run; give another "
+                               "--output-dir")
+        return
+    old, new = data.read_config(out), resolved(args)
+    if not isinstance(old.get("stage_row"), dict):
+        raise data.BadData(f"{out} holds something that is not a run; give another --output-dir")
     if args.overwrite:
-        for path in out.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif args.resume and before.exists():
-        old = data.read_config(out)
-        changed = [k for k in resolved if old.get(k) != resolved[k]]
-        changed += [f"stage_row.{k}" for k, v in resolved["stage_row"].items()
-                    if "stage_row" in changed and old.get("stage_row", {}).get(k) != v]
-        if changed:
-            raise data.BadData(f"{out}: --resume with other flags ({', '.join(changed)}); give the "
-                               "flags of its config.json, or --overwrite to start anew")
-    elif before.exists():
+        return
+    if not args.resume:
         raise data.BadData(f"{out} holds a run already; --resume auto goes on with it, --overwrite "
                            "deletes it, --output-dir goes elsewhere")
-    before.write_text(json.dumps(resolved, indent=1) + "\n")
-    return lock
+    old, new = ({**c, **c["stage_row"], "from": c.get("start")} for c in (old, new))
+    changed = [f"--{k}" for k in new if k not in ("stage_row", "start") and old.get(k) != new[k]]
+    if changed:
+        raise data.BadData(f"{out}: --resume with other flags ({', '.join(changed)}); give the "
+                           "flags of its config.json, or --overwrite to start anew")
 
 
 def manifest(out, args, job):
-    """run.json: what would have to be equal for the same bits."""
-    sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    (out / "run.json").write_text(json.dumps({
+    """The run begins: config.json, and run.json: what would have to be equal for the same bits.
+
+    config.json is the first file of a run to come and the last to go."""
+    if args.overwrite:
+        for name in ("step-*", "model", "model.tmp", "metrics.jsonl", "samples.jsonl", "loss.png",
+                     "nan-step-*.json", "run.json", "config.json"):
+            for path in out.glob(name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    put(out / "config.json", json.dumps(resolved(args), indent=1) + "\n")
+    sha = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, text=True,
+                                                 capture_output=True).stdout.strip()
+    put(out / "run.json", json.dumps({
         "python": platform.python_version(), "torch": torch.__version__,
         "machine": platform.machine(), "device": str(next(job.model.parameters()).device),
         "threads": torch.get_num_threads(), "dtype": str(job.dtype), "seed": args.seed,
-        "git": sha.stdout.strip() or None, "steps": job.steps,
+        "git": sha or None, "steps": job.steps,
         "trained": sum(p.numel() for p in job.trained().values()),
         "frozen": sum(p.numel() for p in job.model.parameters() if not p.requires_grad)},
         indent=1) + "\n")
@@ -705,39 +774,45 @@ def train(args):
     torch.manual_seed(args.seed)
     if args.threads or args.stage == 0:
         torch.set_num_threads(args.threads or 1)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise data.Usage(f"--device {device} is not to be had here; give cpu, or auto") from None
+    if args.row.template not in data.TEMPLATES:
+        raise data.Usage(f"--template {args.row.template!r} is unknown: choose one of "
+                         f"{', '.join(data.TEMPLATES)}")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    base = "toy" if args.base == "toy" and not (args.vision or args.llm) else args.base
+    if args.show_batch:
+        show(Samples(args), data.Tokenizer(data.resolve(parts(args)[1])), args.row, args.show_batch)
+        return 0
     if args.stage == 0:
         for part, make in (("clip", clip_job), ("llama", llama_job)):
-            if args.part in ("both", part):
-                out = Path(args.output_dir or "runs/toy/stage0") / part
-                lock = claim(out, args)
-                job, batch = make(out)
-                args.row = replace(args.row, batch=batch)
-                code = 0 if (out / "model").exists() else fit(job, out, args)
+            out = Path(args.output_dir or "runs/toy/stage0") / part
+            if args.part not in ("both", part):
+                continue
+            with claim(out):
+                check(out, args)
+                if args.resume and (out / "model").exists():
+                    continue
+                job, job.batch = make(out)
                 manifest(out, args, job)
-                lock.close()
-                if code:
+                if code := fit(job, out, args):
                     return code
         return 0
-    out = Path(args.output_dir or f"runs/{base}/{args.recipe}/stage{args.stage}")
-    if args.show_batch:
-        show(Samples(args), data.Tokenizer(data.resolve(args.llm or HERE / BASES[args.base][1])),
-             args.row, args.show_batch)
-        return 0
-    lock = claim(out, args)
-    if args.resume and (out / "model").exists():
-        print(f"{out / 'model'} is finished already")
-        return 0
-    job = bridge_job(args, out, device)
-    if args.dtype != "fp32":
-        fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
-        job.dtype = torch.bfloat16 if fast or args.dtype == "bf16" else torch.float32
-    manifest(out, args, job)
-    code = fit(job, out, args)
-    lock.close()
-    return code
+    out = Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")
+    with claim(out):
+        check(out, args)
+        if args.resume and (out / "model").exists():
+            print(f"{out / 'model'} is finished already")
+            return 0
+        job = bridge_job(args, out, device)
+        if args.dtype != "fp32":
+            fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+            job.dtype = torch.bfloat16 if fast or args.dtype == "bf16" else torch.float32
+        manifest(out, args, job)
+        return fit(job, out, args)
 
 
 if __name__ == "__main__":

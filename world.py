@@ -5,8 +5,8 @@ A scene is drawn from a seed: 1 to 4 objects in the cells of a 3 x 3 grid, on a 
         +---------+---------+---------+      5 shapes  x  6 colours  x  2 sizes  x  9 places
         |    *    |         |         |
         +---------+---------+---------+      "This picture shows two objects on a plain background.
-        |         |   (o)   |         |       A large red star is in the top left.
-        +---------+---------+---------+       A small blue circle is in the centre."
+        |         |   (o)   |         |       There is a large red star in the top left.
+        +---------+---------+---------+       There is a small blue circle in the centre."
         |         |         |         |
         +---------+---------+---------+
 
@@ -268,9 +268,8 @@ def web_caption(scene_, rng):
 
 
 def sentence(t):
-    """One object in full: "A large red star is in the top left."."""
-    words = article(t.full)
-    return f"{words[0].upper()}{words[1:]} is {t.where}."
+    """One object in full."""
+    return f"There is {article(t.full)} {t.where}."
 
 
 def description(scene_, rng=None):
@@ -313,8 +312,8 @@ def holds(fact, scene_):
     *wanted, behind = fact
     if behind:
         return scene_.background == behind
-    return any(all(w is None or w == h for w, h in zip(wanted, (t.shape, t.colour, t.size, t.place)))
-               for t in scene_.things)
+    return any(all(w in (None, have) for w, have in
+                   zip(wanted, (t.shape, t.colour, t.size, t.place))) for t in scene_.things)
 
 
 DESCRIBE = ("Describe this image", "Describe this image.", "Describe the image in detail.",
@@ -438,8 +437,8 @@ def reasoning(scene_, rng):
         t = rng.choice(scene_.things)
         ask = rng.choice((f"If the {t.name} were removed, how many objects would be left?",
                           f"How many objects would remain without the {t.name}?"))
-        there = "is" if n == 1 else "are"
-        return ask, f"There {there} {objects(n)}, so {NUMBERS[n - 1]} would be left.", NUMBERS[n - 1]
+        there, left = "is" if n == 1 else "are", NUMBERS[n - 1]
+        return ask, f"There {there} {objects(n)}, so {left} would be left.", left
     wanted = rng.random() < .5
     named = "name" if kind == "size" else "shape"
     things = list(scene_.things) if kind == "size" else unique(scene_, "shape")

@@ -1,6 +1,6 @@
 """kernels/rope.py: positions as rotations, so that q · k depends on the distance alone.
 
-Channel pair m of D/2 turns by position · θₘ, θₘ = base^(-2m/D):         [RoPE] 2104.09864, 3.2.2
+Channel pair m of D/2 turns by position · θₘ, θₘ = base^(-2m/D):         [RoPE] 2104.09864
 
     y₁ = x₁ cos - x₂ sin
     y₂ = x₂ cos + x₁ sin

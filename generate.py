@@ -1,0 +1,466 @@
+"""generate.py: talk to a model about an image.
+
+    picture -- ViT, bridge --+
+                             splice -- prefill: the whole prompt at once --> logits -- sample
+    question -- ids ---------+              | writes                           ^         |
+                                       keys, values -- decode: one id a step --+-- id ---+
+                                       (the cache)                             until </s>
+
+Prefill is one pass over T' places, every later token a pass over one. The picture is seen once.
+Prompts of different lengths share a batch by padding on the left:
+
+    . . . <s> USER : Hi                keep       0 0 0 1 1 1 1      padding is never looked at
+    <s> USER : What is this            positions  0 0 0 0 1 2 3      from the first real token
+
+    temperature 0    the likeliest token, always         top-k   of the k likeliest only
+    temperature t    drawn from softmax(logits / t)      top-p   of the likeliest that sum to p
+    beams n          the n best beginnings side by side; the best mean log-probability wins
+
+A character outside the vocabulary is several byte tokens; a stream waits until it is whole.
+What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end.
+Left out: ends of several tokens (the ### of llava_v0), beams in a batch, tiles (anyres).
+Letters: B batch, T tokens, T' after splicing, C width, V vocabulary, S picture side.
+Next: evaluate.py, which keeps the score.
+"""
+
+import argparse
+import math
+import os
+
+DEFAULT = "runs/toy/llava-1.5/stage2/model"
+
+
+def text_fault(text):
+    """What is wrong with a question, or None."""
+    return ("the question is empty: write one" if not text.strip() else
+            "the question holds a NUL byte: remove it" if "\0" in text else
+            "the question is not valid UTF-8: type it again"
+            if any("\ud800" <= c < "\ue000" for c in text) else None)
+
+
+def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1):
+    """What is wrong with these settings, or None; the defaults are everybody's."""
+    wrong = {"max-new-tokens must be at least 1": max_new_tokens < 1,
+             "temperature must be 0 or more": not 0 <= temperature < math.inf,
+             "top-p must be above 0 and at most 1": not 0 < top_p <= 1,
+             "top-k must be 0 (all) or more": top_k < 0,
+             "num-beams must be at least 1": num_beams < 1,
+             "num-beams above 1 needs temperature 0": num_beams > 1 and temperature > 0}
+    return next((line for line, true in wrong.items() if true), None)
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description="Talk to a model about an image.", allow_abbrev=False)
+    p.add_argument("image", help="a picture, or a folder of pictures (then with --out)")
+    p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
+    p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
+    p.add_argument("--out", help="LLaVA JSON to write the answers about a folder to")
+    p.add_argument("--max-new-tokens", type=int, default=256)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    p.add_argument("--top-p", type=float, default=1.0, help="of the likeliest that sum to p")
+    p.add_argument("--top-k", type=int, default=0, help="of the k likeliest; 0: of all")
+    p.add_argument("--num-beams", type=int, default=1, help="beam search")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch-size", type=int, default=8, help="pictures of a folder at a time")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    p.add_argument("--debug", action="store_true", help="tracebacks")
+    a = p.parse_args(argv)
+    a.settings = {name: getattr(a, name) for name in
+                  ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams")}
+    folder, wrong = os.path.isdir(a.image), fault(**a.settings)
+    if a.prompt is not None:
+        a.prompt, wrong = a.prompt.strip(), wrong or text_fault(a.prompt)
+    if a.batch_size < 1 or not 0 <= a.seed < 2 ** 62:
+        wrong = "batch-size must be at least 1, seed 0 or more (below 2^62)"
+    if folder and not (a.prompt and a.out):
+        wrong = wrong or f"{a.image} is a folder: give a question and --out FILE.json"
+    if a.out and os.path.exists(a.image) and not folder:
+        wrong = "--out is for a folder of pictures; the answer about one goes to stdout"
+    if a.out and not os.path.isdir(os.path.dirname(a.out) or "."):
+        wrong = f"--out {a.out}: no such folder: make it first"
+    return p.error(wrong) if wrong else a
+
+
+if __name__ == "__main__":
+    ARGS = arguments()              # before torch is imported: --help answers at once
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import json
+import sys
+import time
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from llama import Cache
+from projector import VLM
+
+
+# ----------------------------------------------------------------------------------- the prompt
+
+def ask(turns, template, words):
+    """Ids of a conversation about one picture, ending where the model starts to write.
+
+    turns: texts of person and model alternately, the person's first and last; the picture stands
+    before the first. Equal to data.chat_ids, save that a typed "<image>" is no picture either."""
+    def laid_out(texts):
+        rows = enumerate([f"{data.MARK}\n{texts[0]}", *texts[1:]])
+        return data.prompt([{"from": ("human", "gpt")[i % 2], "value": t} for i, t in rows],
+                           template)
+    # the same page with all that was typed blanked: what still stands there is the template's own
+    text, blank = laid_out(turns), laid_out(["\0" * len(t) for t in turns])
+    ids, at = words.encode(""), 0                               # <s>, where the model has one
+    for i, chunk in enumerate(blank.split(data.MARK)):
+        if i:
+            ids.append(data.IMAGE)
+            at += len(data.MARK)
+        ids += [token for token, _ in words.pairs(
+            text[at:at + len(chunk)], lambda m: "\0" not in chunk[m.start():m.end()])]
+        at += len(chunk)
+    return ids
+
+
+def places(model, ids):
+    """Places that the ids take in the model's context: a picture takes one a patch."""
+    return len(ids) + ids.count(data.IMAGE) * (getattr(model, "patches", 1) - 1)
+
+
+def begin(model, prompts, pictures, max_new_tokens):
+    """Prompts side by side: the decoder, x (B, T', C), keep (B, T'), how many ids may follow each.
+
+    Raises data.BadData if pictures and their places differ, data.Failure for a prompt that is
+    empty or fills the context."""
+    llm, room = getattr(model, "llm", model), []
+    for ids, pixels in zip(prompts, pictures, strict=True):
+        given, taken = 0 if pixels is None else len(pixels), places(model, ids)
+        if ids.count(data.IMAGE) != given or given and llm is model:
+            raise data.BadData(f"{ids.count(data.IMAGE)} <image> places in a prompt, {given} "
+                               "pictures; give one for each place, to a model that can see")
+        if not 0 < taken < llm.config.context:
+            raise data.Failure(f"the prompt takes {taken} places, the model's context has "
+                               f"{llm.config.context} and the answer needs some: shorten it")
+        room.append(min(max_new_tokens, llm.config.context - taken))
+    T, like = max(map(len, prompts)), llm.embed.weight
+    ids = torch.tensor([[0] * (T - len(p)) + [*p] for p in prompts], device=like.device)
+    keep = torch.tensor([[i >= T - len(p) for i in range(T)] for p in prompts], device=like.device)
+    if llm is model:
+        return llm, llm.embed(ids), keep, room
+    pixels = [p for p in pictures if p is not None]
+    pixels = torch.cat(pixels).to(like) if pixels else None
+    x, _, keep = model.embed(ids, pixels, None, keep, left=True)
+    return llm, x, keep, room
+
+
+# ------------------------------------------------------------------------------- the next token
+
+def endings(model, eos=None):
+    """Ids after which the model has finished: eos if given, else those of its template."""
+    if eos is not None or not hasattr(model, "words"):
+        return {eos}
+    words, template = model.words, data.TEMPLATES.get(model.template)
+    if template and template.end == "\n":       # a caption's end is a byte token behind a prefix
+        return {words.eos, words.encode("\n", bos=False)[-1]}
+    return {words.eos, words.added(template.end if template else "</s>")}
+
+
+def predict(llm, x, cache, positions=None, keep=None):
+    """Logits (B, V) of what follows the last place. Raises data.BadModel for NaN."""
+    logits = llm.head(llm.hidden(x, cache, positions, keep)[:, -1]).float()
+    if logits.isnan().any():
+        raise data.BadModel("the model's output is not a number (NaN): its weights are damaged; "
+                            "take another checkpoint")
+    return logits
+
+
+def sample(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
+    """One id a row: logits (V) or (B, V) -> () or (B). Temperature, then top-k, then top-p.
+
+    Drawn in fp64 on the CPU, so that a seed says the same on every device. [top-p] 1904.09751"""
+    if not temperature:
+        return logits.argmax(-1)
+    x = logits.to("cpu", torch.float64)
+    x = (x - x.amax(-1, keepdim=True)) / temperature     # at most 0: small temperatures are safe
+    if 0 < top_k < x.shape[-1]:
+        x = x.masked_fill(x < x.topk(top_k).values[..., -1:], -math.inf)
+    if top_p < 1:
+        p, order = x.softmax(-1).sort(descending=True)
+        late = p.cumsum(-1) - p >= top_p                 # those before it sum to top_p already
+        x = x.masked_fill(late.scatter(-1, order, late), -math.inf)
+    return torch.multinomial(x.softmax(-1), 1, generator=generator)[..., 0]
+
+
+@torch.inference_mode()
+def beams(model, ids, pixels, ends, max_new_tokens, width):
+    """The tokens of the answer with the best mean log-probability, its end counted.
+
+    Of the likeliest continuations of `width` beginnings, those that end are put aside and the
+    best `width` others go on, until `width` have ended and none that runs has a better mean:
+    transformers' rule (length_penalty 1, early_stopping False)."""
+    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens)
+    memory = Cache(llm.config, 1, x.shape[1] + room, x)
+    running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
+    for step in range(1, room + 1):
+        scores = predict(llm, x, memory).log_softmax(-1)                             # (n, V)
+        scores = scores + scores.new_tensor([[score] for score, _, _ in running])
+        best, heads = scores.flatten().topk(min(width * (1 + len(ends)), scores.numel())), []
+        for rank, (score, at) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            parent, token = divmod(at, scores.shape[1])
+            tokens = running[parent][2] + [token]
+            if token not in ends and len(heads) < width:
+                heads.append((score, parent, tokens))
+            elif token in ends and rank < width:
+                done.append((score / step, tokens[:-1]))
+        done, running = sorted(done, reverse=True)[:width], heads
+        if not heads or len(done) == width and done[-1][0] >= heads[0][0] / step:
+            break
+        parents = torch.tensor([parent for _, parent, _ in heads], device=x.device)
+        memory.k, memory.v = memory.k[:, parents], memory.v[:, parents]
+        memory.keep = memory.keep[parents]
+        x = torch.tensor([[tokens[-1]] for _, _, tokens in heads], device=x.device)  # (n, 1)
+    else:
+        done += [(score / room, tokens) for score, _, tokens in running]
+    return max(done)[1]
+
+
+@torch.inference_mode()
+def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
+           num_beams=1, seed=0, eos=None, cache=True):
+    """Yield, a step, one id for every row, None for rows that have ended.
+
+    Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
+    if wrong := fault(max_new_tokens, temperature, top_p, top_k, num_beams):
+        raise data.Usage(wrong)
+    ends = endings(model, eos)
+    if num_beams > 1:
+        yield from zip_longest(*(beams(model, p, x, ends, max_new_tokens, num_beams)
+                                 for p, x in zip(prompts, pictures, strict=True)))
+        return
+    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens)
+    lengths, alive = keep.sum(1, keepdim=True), [True] * len(prompts)                # (B, 1)
+    positions = (keep.cumsum(1) - 1).clamp(min=0)
+    memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
+    dice = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    for step in range(max(room)):
+        logits = predict(llm, x, memory, positions, keep)                            # (B, V)
+        new = sample(logits) if not temperature else torch.stack(
+            [sample(row, temperature, top_p, top_k, die) for row, die in zip(logits, dice)])
+        said = new.tolist()
+        alive = [a and step < n and i not in ends for a, n, i in zip(alive, room, said)]
+        if not any(alive):
+            return
+        yield [i if a else None for i, a in zip(said, alive)]
+        # rows that have ended go on talking to themselves: cheaper than taking them out
+        new, at = new[:, None].to(x.device), lengths + step                          # (B, 1)
+        if cache:
+            x, positions = new, at
+        else:
+            x, positions = torch.cat((x, llm.embed(new)), 1), torch.cat((positions, at), 1)
+            keep = torch.cat((keep, torch.ones_like(new).bool()), 1)
+
+
+# ------------------------------------------------------------------------------------- answers
+
+def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
+             num_beams=1, seed=0, eos=None, cache=True):
+    """Iterator of the token ids that follow the prompt, without the end token.
+
+    model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
+    (n, 3, S, S), one for each. Beams come all at once, and always use the cache.
+    cache=False computes everything again for every token: slow, and the same.
+    Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
+    return (row[0] for row in decode(model, [ids], [pixels], max_new_tokens, temperature, top_p,
+                                     top_k, num_beams, seed, eos, cache))
+
+
+def generate_batch(model, prompts, pictures=None, **settings):
+    """What `generate` says to each of many prompts, decoded side by side; row i has seed + i.
+
+    pictures: for each prompt pixels (n, 3, S, S) or None; settings as for `generate`."""
+    out = [[] for _ in prompts]
+    for row in decode(model, prompts, pictures or [None] * len(out), **settings) if out else ():
+        for tokens, i in zip(out, row):
+            tokens += [] if i is None else [i]
+    return out
+
+
+def spell(tokens, words):
+    """Token ids -> pieces of text as they come, each of whole characters only.
+
+    Bytes that never become a character are U+FFFD inside a text and nothing at its end."""
+    anchor, held = [], []
+    for token in tokens:
+        held.append(token)
+        # decoding drops a text's first space, so later pieces are decoded behind an "a"
+        text = words.decode(anchor + held)[len(anchor):]
+        if not text.endswith("\ufffd"):
+            yield text
+            anchor, held = words.encode("a", bos=False)[-1:], []
+    yield words.decode(anchor + held)[len(anchor):].rstrip("\ufffd")
+
+
+def stream(model, ids, pixels=None, **settings):
+    """The answer as text, piece by piece; settings as for `generate`."""
+    return filter(None, spell(generate(model, ids, pixels, **settings), model.words))
+
+
+# ------------------------------------------------------------------------------ the command line
+
+def note(line):
+    """One line for the person, not for the pipe."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def load(args):
+    """The model, on its device. Raises data.BadModel, data.Offline, data.Usage."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if args.device == "auto" else args.device
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:      # what torch raises for a device not there
+        why = str(error).strip().split("\n")[0]
+        raise data.Usage(f"--device {device}: {why}: try --device cpu") from None
+    if args.model == DEFAULT and not Path(DEFAULT).is_dir():
+        raise data.BadModel(f"{DEFAULT}: no model yet: run `make demo`, or train.py --stage 1 and "
+                            "--stage 2, or name a model with --model")
+    model = VLM.from_pretrained(args.model)
+    if model.template == "plain":
+        note("note: this is a stage 1 model, which knows pictures and captions but no questions: "
+             "yours is ignored, it writes a caption")
+    return model.to(device)
+
+
+def see(path, model):
+    """pixels (n, 3, S, S) of a picture's file."""
+    return data.preprocess(data.load_image(path), model.image_size, model.aspect)
+
+
+def sample_of(name, turns):
+    """One LLaVA sample. In a file any <image> is a picture, so a typed one gets a space."""
+    turns = [t.replace(data.MARK, "< image>") for t in turns]
+    turns[0] = f"{data.MARK}\n{turns[0]}"
+    return {"id": name, "image": name, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}
+
+
+def write(path, samples):
+    """JSON, whole or not at all: aside, fsync, rename. Raises data.Failure."""
+    aside = os.path.join(os.path.dirname(path), f".generate-{os.getpid()}.tmp")
+    # a rename would replace /dev/stdout itself
+    if not os.path.isdir(os.path.dirname(path) or ".") or (os.path.exists(path)
+                                                           and not os.path.isfile(path)):
+        raise data.Failure(f"{path}: not a file in a folder that exists: name another")
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            json.dump(samples, f, ensure_ascii=False, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        Path(aside).unlink(missing_ok=True)
+        raise data.Failure(f"{path}: {error.strerror}: name another file") from None
+
+
+def answer(model, turns, pixels, args):
+    """Print the answer as it is written; returns it."""
+    said, ids = "", ask(turns, model.template, model.words)
+    for piece in stream(model, ids, pixels, seed=args.seed, **args.settings):
+        print(piece, end="", flush=True)
+        said += piece
+    print(flush=True)
+    return said.strip()
+
+
+def remembered(model, turns, max_new_tokens):
+    """The newest turns that fit the context with an answer behind them; at least the last."""
+    context, kept = model.llm.config.context, turns
+    room = context - min(max_new_tokens, context // 4)
+    while len(kept) > 1 and places(model, ask(kept, model.template, model.words)) > room:
+        kept = kept[2:]
+    if kept is not turns:
+        note(f"note: the context of {context} places is full: the oldest "
+             f"{(len(turns) - len(kept)) // 2} question(s) and answer(s) are forgotten")
+    return kept
+
+
+def chat(model, pixels, args):
+    """Questions from stdin until it ends. What goes wrong in a turn ends that turn only."""
+    turns, name = [], args.image
+    note("chat: /image PATH (another picture, from the start)  /reset  /save FILE  /quit")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        command, _, path = (part.strip() for part in line.partition(" "))
+        try:
+            if not line:
+                continue
+            if text_fault(line):
+                raise data.Usage(text_fault(line))
+            if command == "/quit":
+                return 0
+            if command == "/reset":
+                turns = []
+            elif command == "/image":
+                pixels, name, turns = see(path, model), path, []
+            elif command == "/save" and path and turns:
+                write(path, [sample_of(os.path.basename(name), turns)])
+                note(f"saved: {path}")
+            elif command.startswith("/"):
+                raise data.Usage("the commands are /image PATH, /reset, /save FILE (once something "
+                                 "has been said), /quit")
+            else:
+                kept = remembered(model, turns + [line], args.max_new_tokens)
+                turns = kept + [answer(model, kept, pixels, args)]
+        except data.Failure as error:
+            note(f"error: {error}")
+
+
+def captions(model, files, args):
+    """Ask the same about every picture and write LLaVA JSON; bad pictures are passed over."""
+    ids, samples, told = ask([args.prompt], model.template, model.words), [], time.time()
+    for start in tqdm(range(0, len(files), args.batch_size), disable=None):
+        good = []
+        for path in files[start:start + args.batch_size]:
+            try:
+                path.name.encode()
+                good.append((path.name, see(path, model)))
+            except (data.BadImage, UnicodeEncodeError) as error:
+                note(f"skipped: {error}")
+        said = generate_batch(model, [ids] * len(good), [x for _, x in good],
+                              seed=args.seed + start, **args.settings)
+        samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])
+                    for (name, _), x in zip(good, said)]
+        if not sys.stderr.isatty() and time.time() - told > 5:
+            told = time.time()
+            note(f"{min(start + args.batch_size, len(files))}/{len(files)} pictures")
+    if not samples:
+        raise data.BadImage(f"{args.image}: none of its {len(files)} pictures can be used; "
+                            "see the lines above")
+    write(args.out, samples)
+    note(f"{args.out}: {len(samples)} of {len(files)} pictures")
+
+
+def main(args):
+    """Cheap checks first: the picture, and only then the model."""
+    sys.stdin.reconfigure(errors="surrogateescape")      # a bad byte is a complaint, not a crash
+    sys.stdout.reconfigure(errors="replace")
+    if os.path.isdir(args.image):
+        kinds = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"
+        files = sorted(p for p in Path(args.image).iterdir() if p.suffix.lower() in kinds)
+        if not files:
+            raise data.BadImage(f"{args.image}: holds no picture ({' '.join(kinds)})")
+        return captions(load(args), files, args)
+    data.load_image(args.image)
+    model = load(args)
+    pixels = see(args.image, model)
+    if args.prompt is None:
+        return chat(model, pixels, args)
+    answer(model, [args.prompt], pixels, args)
+
+
+if __name__ == "__main__":
+    sys.exit(data.guarded(lambda: main(ARGS), ARGS.debug))

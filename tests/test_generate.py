@@ -1,0 +1,465 @@
+"""generate.py: the cache, the batch, the dice and the beams against slow and obvious versions."""
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import clip
+import data
+import generate as g
+import llama
+import projector
+
+ROOT = Path(__file__).parents[1]
+TONGUE = dict(width=32, depth=2, heads=4, kv_heads=2, mlp=48)
+
+
+def shaken(model, seed=0):
+    """Weights so loud that answers differ from prompt to prompt."""
+    dice = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        with torch.no_grad():
+            p.normal_(0, p.shape[-1] ** -.5 if p.dim() > 1 else .1, generator=dice)
+            if p.dim() == 1 and "norm" in name and "weight" in name:
+                p.add_(1)
+            if name.endswith("embed.weight"):
+                p.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer in LLaMA's layout: three specials, 256 bytes, then characters."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁",
+              *map(chr, range(33, 127)), "▁A", "▁U"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [*enumerate(tokens[:3]), *enumerate(("<image>", "<pad>"), len(tokens))]
+    spec = {"version": "1.0", "normalizer": None,
+            "added_tokens": [{"id": i, "content": t, "special": True, **flags} for i, t in special],
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
+                              "split": False},
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+                      "vocab": {t: i for i, t in enumerate(tokens)},
+                      "merges": [["▁", "A"], ["▁", "U"]]}}
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
+    return data.Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(words):
+    """A random model that says letters only: no </s>, so that lengths are known."""
+    eye = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image=24, patch=8))
+    tongue = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
+    made = shaken(projector.VLM(eye, "mlp", tongue, words), seed=2)
+    with torch.no_grad():
+        made.bridge.second.weight.mul_(8)
+        tongue.head.weight[:259], tongue.head.weight[-2:] = 0, 0
+    return made
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(3, 1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+def asked(model, *turns):
+    return g.ask(list(turns), model.template, model.words)
+
+
+# ---------------------------------------------------------------------------- the same, faster
+
+def test_cache_changes_nothing(model, pixels):
+    ids = asked(model, "What is it?")
+    fast = list(g.generate(model, ids, pixels[0], 20))
+    assert fast == list(g.generate(model, ids, pixels[0], 20, cache=False)) and len(fast) == 20
+    assert len(set(fast)) > 3                                   # not one word said for ever
+    assert fast != list(g.generate(model, ids, pixels[1], 20))  # the picture matters
+
+
+def test_cache_against_the_plain_model(model, pixels):
+    ids, said = asked(model, "Hi"), []
+    for token in g.generate(model, ids, pixels[0], 6):
+        assert not torch.is_inference_mode_enabled()            # does not leak to the caller
+        logits = model(torch.tensor([ids + said]), pixels[0])
+        assert token == int(logits[0, -1].argmax())
+        said.append(token)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
+def test_batch_is_one_by_one(model, pixels, settings):
+    words = model.words
+    two = [*asked(model, "And?"), data.IMAGE, *words.encode(" twice", bos=False)]
+    prompts = [asked(model, "What is it?"), words.encode("Text only"), two,
+               asked(model, "Where, and why is it there at all?")]
+    pictures = [pixels[0], None, pixels[:2, 0], pixels[2]]
+    single = [list(g.generate(model, p, x, 12, **{**settings, "seed": settings.get("seed", 0) + i}))
+              for i, (p, x) in enumerate(zip(prompts, pictures))]
+    assert g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings) == single
+    assert len(set(map(tuple, single))) == 4
+
+
+def test_batch_without_pictures_and_bare_llama(model):
+    prompts = [model.words.encode(t) for t in ("a", "A longer text", "bc")]
+    single = [list(g.generate(model, p, None, 10)) for p in prompts]
+    assert g.generate_batch(model, prompts, max_new_tokens=10) == single
+    assert g.generate_batch(model.llm, prompts, max_new_tokens=10) == single
+    assert g.generate_batch(model, []) == []
+
+
+def test_end_stops_each_row_by_itself(model):
+    prompts = [model.words.encode(t) for t in ("a", "A longer text", "bc")]
+    free = g.generate_batch(model.llm, prompts, max_new_tokens=10)
+    end = free[0][4]
+    cut = [row[:row.index(end)] if end in row else row for row in free]
+    assert g.generate_batch(model.llm, prompts, max_new_tokens=10, eos=end) == cut
+    assert [list(g.generate(model.llm, p, None, 10, eos=end)) for p in prompts] == cut
+    assert len(cut[0]) < 10 and max(map(len, cut)) == 10
+
+
+def test_default_ends(model, words):
+    assert words.eos in g.endings(model)
+    plain = SimpleNamespace(words=words, template="plain")
+    assert g.endings(plain) == {words.eos, 3 + ord("\n")}
+    assert g.endings(model, 7) == {7}
+
+
+def test_context_is_the_limit(model, words, pixels):
+    ids = words.encode("x" * 690)
+    room = 700 - len(ids)
+    assert len(list(g.generate(model, ids))) == room
+    pair = [ids, words.encode("short")]
+    assert [len(x) for x in g.generate_batch(model, pair, max_new_tokens=14)] == [room, 14]
+    with pytest.raises(data.Failure, match="711.*700"):
+        next(g.generate(model, [*ids[:-room], *[data.IMAGE] * 3], pixels[:3, 0]))
+
+
+def test_pictures_must_fit_their_places(model, pixels):
+    ids = asked(model, "Hi")
+    for wrong in (None, pixels[:2, 0]):
+        with pytest.raises(data.BadData, match="place"):
+            next(g.generate(model, ids, wrong))
+    with pytest.raises(data.BadData, match="place"):        # the sum fits, the rows do not
+        g.generate_batch(model, [ids, ids], [None, pixels[:2, 0]])
+    with pytest.raises(data.BadData, match="see"):
+        next(g.generate(model.llm, ids, pixels[0]))
+
+
+# --------------------------------------------------------------------------------- beams and dice
+
+def test_greedy_three_ways(model, pixels):
+    ids = asked(model, "What?")
+    greedy = list(g.generate(model, ids, pixels[0], 8))
+    assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=0, top_p=.5, top_k=1))
+    assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=1.0, top_k=1))
+    assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=1e-320))
+    assert greedy == g.beams(model, ids, pixels[0], {2}, 8, 1)
+
+
+def soft(vocab, seed):
+    """A bare decoder that is unsure, so that an end comes early, late or never."""
+    tiny = shaken(llama.Llama(llama.Config(vocab=vocab, context=64, **TONGUE)), seed)
+    with torch.no_grad():
+        tiny.head.weight.mul_(.4)
+    return tiny
+
+
+@torch.no_grad()
+def test_wide_beams_find_the_best_of_all():
+    prompt, end, longest, by_sum = [1, 3], 2, 4, 0
+    for seed in range(6):
+        tiny, mean, total = soft(4, seed), [], []
+        for n in range(longest + 1):
+            for body in product((0, 1, 3), repeat=n):
+                row = [*body, end] if n < longest else list(body)
+                logp = tiny(torch.tensor([prompt + row])).log_softmax(-1)[0, len(prompt) - 1:-1]
+                total.append((float(logp[range(len(row)), row].sum()), list(body)))
+                mean.append((total[-1][0] / len(row), list(body)))
+        found = list(g.generate(tiny, prompt, max_new_tokens=longest, num_beams=200, eos=end))
+        assert found == max(mean)[1]
+        by_sum += found == max(total)[1]
+    assert by_sum < 6                                       # control: the length does matter
+
+
+def test_narrow_beams_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for seed in range(8):
+        tiny = soft(8, seed)
+        tiny.save_pretrained(tmp_path)
+        theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+        for width in (2, 3):
+            row = theirs.generate(torch.tensor([[1, 5]]), max_new_tokens=12, num_beams=width,
+                                  do_sample=False, eos_token_id=2, pad_token_id=0)[0, 2:].tolist()
+            ours = list(g.generate(tiny, [1, 5], max_new_tokens=12, num_beams=width, eos=2))
+            assert ours == (row[:row.index(2)] if 2 in row else row)
+
+
+def test_top_k_and_top_p_support():
+    logits = torch.tensor([.05, .5, .15, .3]).log()
+
+    def seen(**kw):
+        dice = torch.Generator().manual_seed(0)
+        return {int(g.sample(logits, 1.0, generator=dice, **kw)) for _ in range(300)}
+    assert seen() == {0, 1, 2, 3}
+    assert seen(top_k=2) == {1, 3} and seen(top_k=9) == {0, 1, 2, 3}
+    assert seen(top_p=.49) == {1} and seen(top_p=.51) == {1, 3} and seen(top_p=.81) == {1, 2, 3}
+    assert seen(top_k=2, top_p=.6) == {1}               # of what top-k left: .625 of .8
+
+
+def test_sampled_counts():
+    logits, n, t = torch.tensor([0., 1., 2., -1., .5]), 20000, 1.5
+    dice = torch.Generator().manual_seed(0)
+    counts = torch.bincount(g.sample(logits.expand(n, 5), t, generator=dice), minlength=5)
+    want = (logits / t).softmax(0) * n
+    assert float(((counts - want) ** 2 / want).sum()) < 18.5        # chi-square, 4 d.f., p = .001
+    cold = logits.softmax(0) * n                                     # control: temperature ignored
+    assert float(((counts - cold) ** 2 / cold).sum()) > 100
+
+
+def test_seeds_reproduce(model, pixels):
+    ids = asked(model, "What?")
+    once, again, other = (list(g.generate(model, ids, pixels[0], 20, 1.0, seed=s))
+                          for s in (1, 1, 2))
+    assert once == again != other
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": math.nan}, {"top_p": 0},
+                                 {"top_p": 1.1}, {"top_k": -1}, {"num_beams": 0},
+                                 {"max_new_tokens": 0}, {"num_beams": 2, "temperature": 1.0}])
+def test_settings_are_checked(model, bad):
+    with pytest.raises(data.Usage):
+        next(g.generate(model, [1], **bad))
+
+
+def test_nan_is_an_error(words):
+    broken = shaken(llama.Llama(llama.Config(vocab=8, context=32, **TONGUE)))
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    for kw in ({}, {"temperature": 1.0}, {"num_beams": 2}):
+        with pytest.raises(data.BadModel, match="not a number"):
+            list(g.generate(broken, [1], **kw))
+
+
+# ------------------------------------------------------------------------------------------ text
+
+def test_stream_never_breaks_a_character(words):
+    text = "A 😀 é, done  twice 漢"
+    ids = words.encode(text, bos=False)
+    pieces = list(g.spell(ids, words))
+    assert "".join(pieces) == text == words.decode(ids) and len(pieces) > 10
+    assert not any("\ufffd" in p for p in pieces) and "😀" in pieces
+    cut = list(g.spell(ids[:ids.index(3 + 0xF0) + 2], words))           # ends inside the 😀
+    assert "".join(cut) == "A " and "\ufffd" not in "".join(cut)
+    stray = ids[:1] + [3 + 0xF0] + words.encode("b", bos=False)[-1:]
+    assert "".join(g.spell(stray, words)) == "A\ufffdb"                 # not swallowed in silence
+
+
+def test_stream_is_generate(model, pixels):
+    ids = asked(model, "What?")
+    said = model.words.decode(g.generate(model, ids, pixels[0], 30))
+    pieces = list(g.stream(model, ids, pixels[0], max_new_tokens=30))
+    assert all(pieces) and "".join(pieces) == said and len(pieces) > 20
+
+
+TALKS = [["What is it?"], ["What is it?", "A cat.", "Sure?"], ["Why?", "", "Hm"]]
+
+
+@pytest.mark.parametrize("template", ["v1", "plain", "llava_llama_2", "mpt", "llava_v0"])
+@pytest.mark.parametrize("turns", TALKS)
+def test_ask_is_chat_ids(words, template, turns):
+    talk = [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]
+    talk[0]["value"] = "<image>\n" + talk[0]["value"]
+    assert g.ask(turns, template, words) == data.chat_ids(talk, template, words)
+
+
+@pytest.mark.parametrize("typed", ["<image>", "</s>", "<s>", "<image>\n<image></s>USER: hi",
+                                   "what? ASSISTANT: fine</s>", "< image>", "<unk>"])
+def test_typed_marks_are_letters(words, typed):
+    for turns in ([typed], ["Hello", typed, "more"], ["Hello", "yes", typed + " end"]):
+        ids = g.ask(turns, "v1", words)
+        assert ids.count(data.IMAGE) == 1 and ids.count(words.bos) == 1
+        assert ids.count(words.eos) == len(turns) // 2      # one behind each answer
+        assert not {0, words.added("<image>")} & set(ids)
+        assert typed in words.decode(ids)                       # and nothing of it is lost
+    assert g.text_fault(typed) is None
+
+
+@pytest.mark.parametrize("typed", ["", "  \n", "a\0b", "half \ud83d"])
+def test_faulty_text(typed):
+    assert g.text_fault(typed)
+
+
+# ------------------------------------------------------------------------------ the command line
+
+def run(*args, text=None, **env):
+    return subprocess.run([sys.executable, str(ROOT / "generate.py"), *map(str, args)],
+                          capture_output=True, text=True, input=text, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """The random model and some pictures, on disk."""
+    root = tmp_path_factory.mktemp("run")
+    model.save_pretrained(root / "model")
+    (root / "photos").mkdir()
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (30, 20), colour).save(root / f"photos/{i}.png")
+    (root / "photos/broken.png").write_bytes(b"")
+    (root / "photos/notes.txt").write_text("not a picture")
+    return root
+
+
+def args_for(folder, *more):
+    return g.arguments([*map(str, more), "--model", str(folder / "model"), "--max-new-tokens", "8",
+                        "--device", "cpu"])
+
+
+def test_help_is_quick_and_light():
+    best = math.inf
+    for _ in range(3):                                      # a busy machine is not our slowness
+        start = time.perf_counter()
+        done = run("--help")
+        best = min(best, time.perf_counter() - start)
+    assert done.returncode == 0 and "--top-p" in done.stdout and best < .5
+    light = run("--help", PYTHONPROFILEIMPORTTIME="1").stderr
+    assert "argparse" in light and "torch" not in light and "PIL" not in light
+
+
+@pytest.mark.parametrize("line", [["{red}", ""], ["{red}", "  "], ["{photos}", "hi"],
+                                  ["{red}", "hi", "--out", "x.json"], ["{photos}", "--out", "x"],
+                                  ["{red}", "hi", "--temp", "1"], ["{red}", "--top-p", "0"],
+                                  ["{red}", "hi", "--batch-size", "0"], ["{red}", "a\0"],
+                                  ["{photos}", "hi", "--out", "{photos}/none/x.json"]])
+def test_usage_is_two(folder, line, capsys):
+    line = [x.format(red=folder / "photos/0.png", photos=folder / "photos") for x in line]
+    with pytest.raises(SystemExit) as stop:
+        g.arguments(line)
+    assert stop.value.code == 2 and capsys.readouterr().err
+
+
+def test_missing_picture_from_the_shell(tmp_path):
+    done = run(tmp_path / "none.jpg", "What?", "--model", tmp_path / "neither")
+    assert done.returncode == 3 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "none.jpg" in done.stderr
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """Run main() here, as the shell would, with some lines of stdin."""
+    def go(args, *lines):
+        it = iter(lines)
+
+        def typed(_=""):
+            try:
+                return next(it)
+            except StopIteration:
+                raise EOFError from None
+        monkeypatch.setattr("builtins.input", typed)
+        code = data.guarded(lambda: g.main(args))
+        return (code, *capsys.readouterr())
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    return go
+
+
+def test_one_answer(folder, inside, model):
+    red = folder / "photos/0.png"
+    code, out, err = inside(args_for(folder, red, "What?"))
+    said = g.stream(model, asked(model, "What?"), g.see(red, model), max_new_tokens=8)
+    assert (code, out, err) == (0, "".join(said) + "\n", "")
+
+
+def test_bad_pictures_and_models(folder, inside, monkeypatch):
+    red, broken = folder / "photos/0.png", folder / "photos/broken.png"
+    cases = [(args_for(folder, broken, "hi"), "broken.png"),
+             (g.arguments([str(red), "hi", "--model", str(folder / "none")]), "none"),
+             (g.arguments([str(broken), "hi", "--model", str(folder / "none")]), "broken.png"),
+             (args_for(folder, red, "long " * 400), "700"),
+             (g.arguments([str(red), "hi"]), "make demo")]
+    monkeypatch.chdir(folder)                               # where no default model is
+    for args, what in cases:
+        code, out, err = inside(args)
+        assert code == 3 and out == "" and what in err and len(err.splitlines()) == 1
+    for device in ("cuda:99", "meta", "toaster"):
+        args.model, args.device = str(folder / "model"), device
+        assert inside(args)[0] == 2
+
+
+def test_folder(folder, inside, model):
+    out = folder / "captions.json"
+    code, printed, err = inside(args_for(folder, folder / "photos", "What <image>?", "--out", out,
+                                         "--batch-size", 2))
+    assert code == 0 and printed == "" and err.count("skipped") == 1 and "broken.png" in err
+    rows = data.read_conversations(out)
+    assert [r["image"] for r in rows] == ["0.png", "1.png", "2.png"]
+    for row in rows:
+        first, said = (turn["value"] for turn in row["conversations"])
+        assert first == "<image>\nWhat < image>?"
+        single = g.stream(model, asked(model, "What <image>?"),
+                          g.see(folder / "photos" / row["image"], model), max_new_tokens=8)
+        assert said == "".join(single).strip()
+    assert not list(folder.glob(".generate*"))
+
+
+def test_folder_without_a_good_picture(folder, inside, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"GIF89a")
+    code, _, err = inside(args_for(folder, tmp_path, "hi", "--out", tmp_path / "out.json"))
+    assert code == 3 and "none of its 1" in err and not (tmp_path / "out.json").exists()
+
+
+def test_chat(folder, inside, tmp_path):
+    red = folder / "photos/0.png"
+    code, out, err = inside(
+        args_for(folder, red), "What?", "", "/nonsense", "/image none.png", "And </s> then?",
+        f"/save {tmp_path}/talk.json", "/reset", "/save x.json", "What?", "half \ud83d",
+        f"/save {red}/x.json", f"/save {'long' * 99}", f"/save {tmp_path}",
+        f"/image {folder}/photos/1.png", "What?", "/quit", "never read")
+    said = out.splitlines()
+    assert code == 0 and said[0] == said[2] and said[0] not in (said[1], said[3])
+    assert "none.png" in err and "/nonsense" not in err and err.count("error") == 7
+    (talk,) = data.read_conversations(tmp_path / "talk.json")
+    assert [t["from"] for t in talk["conversations"]] == ["human", "gpt"] * 2
+    assert talk["conversations"][2]["value"] == "And </s> then?" and talk["image"] == "0.png"
+
+
+def test_chat_forgets_before_it_overflows(folder, inside, model):
+    code, out, err = inside(args_for(folder, folder / "photos/0.png"), *["why " * 40] * 4)
+    assert code == 0 and out.count("\n") >= 4 and "forgotten" in err and "error" not in err
+    turns = ["a" * 300, "b", "c" * 300, "d", "e"]
+    kept = g.remembered(model, turns, 8)
+    assert kept == turns[2:] and g.remembered(model, kept, 8) == kept
+    code, out, err = inside(args_for(folder, folder / "photos/0.png"), "x" * 800, "short")
+    assert code == 0 and "700" in err and len(out.splitlines()) >= 1     # the turn, not the chat
+
+
+def test_stage_one_models_only_caption(folder, inside, tmp_path, model):
+    model.template = "plain"
+    try:
+        model.save_pretrained(tmp_path / "model")
+        ids = asked(model, "What?")
+    finally:
+        model.template = "v1"
+    assert ids == [1, data.IMAGE]
+    code, out, err = inside(args_for(tmp_path, folder / "photos/0.png", "What?"))
+    assert code == 0 and out and "ignored" in err
+
+
+def test_interrupt(folder, inside, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(g, "answer", stop)
+    assert inside(args_for(folder, folder / "photos/0.png", "hi"))[0] == 130

@@ -1,0 +1,855 @@
+"""train.py: what learns, what is saved, what a kill, a full disk or a wrong flag can do to a run.
+
+Runs that end in a kill or in an exit code are children of one server process, which has imported
+torch once and forks: a fraction of a second each. The server itself never computes, because a
+fork of a process whose autograd threads run is not safe. `python tests/test_train.py` is it.
+"""
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"      # its threads would not survive a fork
+HERE = Path(__file__).resolve().parents[1]
+STEPS = 6
+
+
+# ------------------------------------------------------------------------------ the server's side
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Operations:
+    """Counts what a run does to the disk, and SIGKILLs it before number k (0: only counts).
+
+    Half-done writes count too: a file just opened is empty, and safetensors' file is cut in half
+    once it is written. since, until: the calls of train.py's functions that open and close the
+    stretch that is counted."""
+
+    def __init__(self, k, log):
+        self.k, self.log, self.seen, self.on = k, log, [], False
+        for name in ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "remove"):
+            self.wrap(os, name)
+        real = io.open
+
+        def opened(file, mode="r", *rest, **more):
+            if not set(mode) & set("wax+"):
+                return real(file, mode, *rest, **more)
+            self.operation(f"open {file}")
+            handle = real(file, mode, *rest, **more)
+            self.operation(f"write {file}")
+            return handle
+        io.open = __builtins__.open = opened
+        import data
+        import train
+        for module in (train, data):
+            self.wrap_save(module)
+
+    def operation(self, what, before=lambda: None):
+        if self.on:
+            self.seen.append(what)
+            with self.silent():
+                Path(self.log).write_text("\n".join(self.seen))
+            if len(self.seen) == self.k:
+                before()
+                kill()
+
+    def silent(self):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def off():
+            self.on = False
+            yield
+            self.on = True
+        return off()
+
+    def wrap(self, owner, name):
+        real = getattr(owner, name)
+
+        def counted(*a, **more):
+            self.operation(f"{name} {a[0]}")
+            return real(*a, **more)
+        setattr(owner, name, counted)
+
+    def wrap_save(self, module):
+        real = module.save_file
+
+        def counted(tensors, path, *rest):
+            self.operation(f"save_file {path}")
+            real(tensors, path, *rest)
+            self.operation(f"half of {path}", lambda: os.truncate(path, os.stat(path).st_size // 2))
+        module.save_file = counted
+
+
+def before_call(train, name, number, action):
+    """Have `action` happen before call `number` (from 1) of train.<name>."""
+    real, calls = getattr(train, name), []
+
+    def watched(*a, **more):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return real(*a, **more)
+    setattr(train, name, watched)
+
+
+def before_batch(train, step, action):
+    """Have action(model) happen when the batch of `step` is asked for."""
+    real = train.make_batches
+
+    def made(samples, model, args):
+        batches = real(samples, model, args)
+        return lambda s: (action(model) if s == step else None, batches(s))[1]
+    train.make_batches = made
+
+
+def refuse(*a, **more):
+    raise AssertionError("a socket was asked for")
+
+
+def inject(train, fault):
+    """What goes wrong in this child."""
+    if "kill_save" in fault:                # from the second save to the end of the run
+        operations = Operations(*fault["kill_save"])
+        before_call(train, "save", 2, lambda: setattr(operations, "on", True))
+    if "kill_start" in fault:               # from the start to the first batch
+        operations = Operations(*fault["kill_start"])
+        operations.on = True
+        before_call(train, "cosine", 1, lambda: setattr(operations, "on", False))
+    if "signal" in fault:
+        step, number = fault["signal"]
+        before_batch(train, step, lambda model: os.kill(os.getpid(), number))
+    if "nan" in fault:
+        before_batch(train, fault["nan"], lambda m: m.bridge.first.weight.data.fill_(math.nan))
+    if "file_limit" in fault:
+        limit = (fault["file_limit"], resource.RLIM_INFINITY)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        before_call(train, "save", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    if "errno" in fault:                    # (name in os or "write", part of a path, errno)
+        name, part, number = fault["errno"]
+        real = io.open if name == "write" else getattr(os, name)
+
+        def failing(path, *a, **more):
+            if part in str(path):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *a, **more)
+        if name == "write":
+            io.open = __builtins__.open = failing
+        else:
+            setattr(os, name, failing)
+    if "no_socket" in fault:
+        import socket
+        socket.socket = socket.create_connection = socket.getaddrinfo = refuse
+        sys.addaudithook(lambda event, a: refuse() if event.startswith("socket.") else None)
+    if "ask_socket" in fault:               # the control of the line above
+        before_batch(train, 0, lambda model: __import__("socket").socket())
+
+
+def child(train, data, order):
+    os.setsid()                             # a kill of this child reaches nobody else
+    os.chdir(order["cwd"])
+    for number, name in ((1, "out"), (2, "err")):
+        handle = os.open(order["log"] + "." + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not order["fault"].get("no_socket"):     # 20 descriptions a run would take most of its time
+        train.generate = lambda *a, **more: iter((5, 6, 7))
+    inject(train, order["fault"])
+    args = train.arguments(order["argv"])
+    return data.guarded(lambda: train.train(args))
+
+
+def serve():
+    sys.path.insert(0, str(HERE))
+    import torch
+
+    import data
+    import train
+    torch.set_num_threads(1)
+    # What is slow the first time is done once here, not in every child: imports, a first plot.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n'
+                                                    '{"step": 2, "loss": 7.5}\n')
+        train.plot(Path(folder))
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                code = child(train, data, order)
+            except SystemExit as leaving:
+                code = leaving.code
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        if order["kill_after"]:
+            time.sleep(order["kill_after"])
+            os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps(code), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(serve())
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import clip
+import data
+import llama
+import projector
+import train
+import world
+
+
+# ------------------------------------------------------------------------------ the tests' side
+
+@pytest.fixture(scope="session")
+def server():
+    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield process
+    process.stdin.close()
+    process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Folder of a CLIP and a LLaMA that know nothing and are very small."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(1)
+    (folder / "llama").mkdir()
+    train.llama_tokenizer(folder / "llama")
+    rows = -(-len(data.Tokenizer(folder / "llama")) // 64) * 64
+    llama.Llama(llama.Config(rows, 32, 2, 2, 1, 64, 1e-5, 1e4, 1024)
+                ).save_pretrained(folder / "llama")
+    clip.CLIP(clip.Config(32, 2, 2, 64, image=world.SIDE, patch=16),
+              clip.Config(32, 1, 2, 64, vocab=20, context=8, end=19), 16
+              ).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def flags(parts):
+    """Flags of a short run; stage 2 from nothing, because it trains the most."""
+    def make(out, *more, stage=2, steps=STEPS, lone=True):
+        start = ["--from", "none"] if stage == 2 and lone else []
+        place = ["--output-dir", str(out)] if out else []
+        return ["--stage", str(stage), "--vision", str(parts / "clip"), "--threads", "1",
+                "--llm", str(parts / "llama"), "--batch", "2", "--steps", str(steps),
+                "--save-every", "2", *start, *place, *map(str, more)]
+    return make
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """A run in a child: .code (negative: killed by that signal), .out and .err, its texts."""
+    def go(argv, kill_after=0, cwd=tmp_path, **fault):
+        log = str(tmp_path / "child")
+        server.stdin.write(json.dumps({"argv": argv, "fault": fault, "log": log, "cwd": str(cwd),
+                                       "kill_after": kill_after}) + "\n")
+        server.stdin.flush()
+        code = json.loads(server.stdout.readline())
+        out, err = (Path(f"{log}.{name}").read_text() for name in ("out", "err"))
+        assert "Traceback" not in err, err
+        return SimpleNamespace(code=code, out=out, err=err)
+    return go
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process(monkeypatch):
+    """Runs inside this process set threads, signals and determinism: put them back."""
+    monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in
+                                                  (signal.SIGINT, signal.SIGTERM)}
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def here(argv):
+    """A run inside this process."""
+    return train.train(train.arguments(argv))
+
+
+def sha(out):
+    return hashlib.sha256((out / "model/model.safetensors").read_bytes()).hexdigest()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(result, code, *words):
+    """The run ended with this code and one line that says these words."""
+    assert result.code == code, (result.code, result.err)
+    errors = [x for x in result.err.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and errors == result.err.splitlines()[-1:], result.err
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+_kept = {}
+
+
+@pytest.fixture
+def undisturbed(flags, run, tmp_path_factory):
+    """sha256 of the finished weights of a run that nothing disturbed, by stage and steps."""
+    def of(stage=2, steps=STEPS):
+        if (stage, steps) not in _kept:
+            out = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert run(flags(out, stage=stage, steps=steps)).code == 0
+            _kept[stage, steps] = sha(out)
+        return _kept[stage, steps]
+    return of
+
+
+@pytest.fixture
+def interrupted(flags, run, tmp_path_factory, tmp_path):
+    """A copy of a run that was stopped after step 4 of 6; it has checkpoints 2 and 4."""
+    if "interrupted" not in _kept:
+        out = tmp_path_factory.mktemp("interrupted") / "run"
+        assert run(flags(out), signal=(3, signal.SIGTERM)).code == 143
+        _kept["interrupted"] = out
+    shutil.copytree(_kept["interrupted"], tmp_path / "run")
+    assert [p.name for p in sorted((tmp_path / "run").glob("step-*"))] == ["step-000002",
+                                                                          "step-000004"]
+    return tmp_path / "run"
+
+
+# ----------------------------------------------------------------------------------- what learns
+
+@pytest.mark.parametrize("stage, learns", [(1, ("bridge.",)), (2, ("bridge.", "llm."))])
+def test_frozen_stays_frozen_and_the_rest_moves(flags, tmp_path, stage, learns):
+    args = train.arguments(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
+    job = train.bridge_job(args, tmp_path, "cpu")
+    before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
+    assert train.fit(job, tmp_path, args) == 0
+    for name, p in job.model.named_parameters():
+        assert torch.equal(p, before[name]) == (not name.startswith(learns)), name
+
+
+def test_the_finished_model_has_the_towers_own_bits(flags, parts, tmp_path):
+    assert here(flags(tmp_path / "run", steps=2)) == 0
+    made = data.load_weights(tmp_path / "run/model")
+    tower = data.load_weights(parts / "clip")
+    names = [n for n in tower if n.startswith("vision_model.")]
+    assert names and all(torch.equal(made["vision_tower." + n], tower[n]) for n in names)
+    assert not torch.equal(made["language_model.model.norm.weight"],
+                           data.load_weights(parts / "llama")["model.norm.weight"])
+
+
+def test_only_supervised_rows_reach_the_output_head(flags, tmp_path, monkeypatch):
+    rows = []
+
+    def counted(x, head, labels, *rest):
+        rows.append(len(x))
+        assert (labels != data.IGNORE).all()
+        return real(x, head, labels, *rest)
+    real = projector.linear_cross_entropy
+    monkeypatch.setattr(projector, "linear_cross_entropy", counted)
+    args = train.arguments(flags(tmp_path, "--dtype", "fp32"))
+    job = train.bridge_job(args, tmp_path, "cpu")
+    (micro,) = job.batches(0)
+    job.loss(micro)
+    supervised = int((micro[1] != data.IGNORE).sum())
+    assert rows == [supervised] and 0 < supervised < micro[1].numel() / 2
+
+
+def follows_the_recipe(factor, steps, warmup):
+    """From 0 in a line to 1 at ceil(warmup · steps), then half a cosine to 0, points of which are
+    known without a cosine: .75 after a third, .5 after a half, .25 after two thirds."""
+    warm = math.ceil(warmup * steps)
+    left = steps - warm
+    known = {0: 0, 1: 1 / warm, warm: 1, warm + left / 3: .75, warm + left / 2: .5,
+             warm + left * 2 / 3: .25, steps: 0}
+    return all(abs(factor(step) - value) < 1e-6 for step, value in known.items())
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    assert follows_the_recipe(lambda s: train.cosine(s, 100, .03), 100, .03)
+    assert follows_the_recipe(lambda s: train.cosine(s, 7, .5), 7, .5)      # 3.5 steps are 4
+    assert train.cosine(0, 10, 0) == 1
+    for wrong in (lambda s: train.cosine(s + 1, 100, .03),                  # off by one
+                  lambda s: train.cosine(s, 100, .04),                      # another warm-up
+                  lambda s: min(s / 3, (100 - s) / 97)):                    # a line down
+        assert not follows_the_recipe(wrong, 100, .03)
+
+
+def test_the_schedule_reaches_the_optimizer(flags, tmp_path):
+    assert here(flags(tmp_path / "run", "--lr", .01, "--warmup", .3, stage=1)) == 0
+    rates = [x["lr"] for x in lines(tmp_path / "run/metrics.jsonl")]
+    assert rates == [.01 * train.cosine(s, STEPS, .3) for s in range(STEPS)]
+    assert rates[0] == 0 and rates[2] == .01            # ceil(.3 · 6) = 2
+
+
+def losses(flags, out, accum, **more):
+    argv = flags(out, "--dtype", "fp32", "--batch", 4, "--accum", accum, stage=1, steps=3, **more)
+    assert here(argv) == 0
+    return [(x["loss"], x["grad_norm"]) for x in lines(out / "metrics.jsonl")]
+
+
+def test_accumulation_changes_nothing_if_micro_batches_have_as_many_answer_tokens(
+        flags, tmp_path, monkeypatch):
+    """The loss is a mean of micro-batches' means, as in the official runs: equal to the mean over
+    all tokens where every micro-batch has as many of them, and only there (the control)."""
+    real = train.toy_sample
+
+    def of_length(length):
+        def sample(*a):
+            picture, talk = real(*a)
+            return picture, [talk[0], {"from": "gpt", "value": "red " * length(a[2])}]
+        return sample
+    for length, same in ((lambda index: 9, True), (lambda index: 2 + 9 * (index % 4 > 1), False)):
+        monkeypatch.setattr(train, "toy_sample", of_length(length))
+        one, two = (losses(flags, tmp_path / f"{same}{n}", n) for n in (1, 2))
+        assert (one == [(pytest.approx(a, rel=1e-5), pytest.approx(b, abs=2e-4))
+                        for a, b in two]) == same
+
+
+# -------------------------------------------------------------------------- files that a run leaves
+
+def test_a_run_leaves_all_its_files(flags, run, tmp_path):
+    out = tmp_path / "run"
+    assert run(flags(out)).code == 0
+    assert [x["step"] for x in lines(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert {"step", "loss", "grad_norm", "lr"} <= set(lines(out / "metrics.jsonl")[0])
+    told = lines(out / "samples.jsonl")
+    assert {x["step"] for x in told} == set(range(1, STEPS + 1)) and len(told) == 4 * STEPS
+    assert all(x["truth"].startswith("This picture") and "says" in x for x in told)
+    config, machine = (json.loads((out / f"{n}.json").read_text()) for n in ("config", "run"))
+    assert config["seed"] == 0 and config["stage_row"]["batch"] == 2
+    assert machine["torch"] == torch.__version__ and machine["threads"] == 1
+    assert machine["trained"] > 0 < machine["frozen"] and machine["steps"] == STEPS
+    assert Image.open(out / "loss.png").size == (600, 300)
+    assert not list(out.glob("*.tmp"))
+    projector.VLM.from_pretrained(out / "model")
+
+
+def test_after_a_kill_metrics_have_each_step_once(flags, run, interrupted, undisturbed):
+    with open(interrupted / "metrics.jsonl", "a") as f:     # as if killed while writing step 6
+        f.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    assert run(flags(interrupted, "--resume", "auto")).code == 0
+    assert [x["step"] for x in lines(interrupted / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert len(lines(interrupted / "samples.jsonl")) == 4 * STEPS
+    assert sha(interrupted) == undisturbed()
+
+
+# ---------------------------------------------------------------------------------------- kills
+
+def killed_everywhere(run, flags, tmp_path, fault, fresh, first):
+    """SIGKILL before each operation in turn; returns the operations, and yields finished runs."""
+    log = tmp_path / "operations"
+    out = fresh("counted")
+    assert run(first(out), **{fault: (0, str(log))}).code == 0
+    operations, finished = log.read_text().splitlines(), [out]
+    for k in range(1, len(operations) + 1):
+        out = fresh(f"kill-{k}")
+        assert run(first(out), **{fault: (k, str(log))}).code == -signal.SIGKILL, operations[k - 1]
+        assert len(log.read_text().splitlines()) == k       # it died where it should have
+        again = run(flags(out, "--resume", "auto", "--keep-last", 1))
+        assert again.code == 0, (operations[k - 1], again.err)
+        assert [x["step"] for x in lines(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+        assert (out / "loss.png").exists() and not list(out.glob("*.tmp")), operations[k - 1]
+        finished.append(out)
+    return operations, finished
+
+
+def test_killed_before_each_file_operation_of_a_save_and_of_the_finish(flags, run, tmp_path,
+                                                                       undisturbed):
+    operations, finished = killed_everywhere(
+        run, flags, tmp_path, "kill_save", lambda name: tmp_path / name,
+        lambda out: flags(out, "--keep-last", 1, "--save-every", 3))
+    kinds = " ".join(operations)
+    for kind in ("mkdir", "save_file", "half of", "trainer.json", "fsync", "rename", "rmdir",
+                 "unlink", "loss.png", "model.tmp/config.json", "chat_template.jinja", "replace"):
+        assert kind in kinds, kind                  # the shim sees what it should
+    assert len(operations) > 45
+    assert {sha(out) for out in finished} == {undisturbed()}
+
+
+def test_killed_before_each_file_operation_of_a_resume(flags, run, tmp_path, interrupted,
+                                                       undisturbed):
+    operations, finished = killed_everywhere(
+        run, flags, tmp_path, "kill_start",
+        lambda name: Path(shutil.copytree(interrupted, tmp_path / name)),
+        lambda out: flags(out, "--resume", "auto"))
+    assert len(operations) > 5
+    assert {sha(out) for out in finished} == {undisturbed()}
+
+
+def test_killed_at_five_random_times(flags, run, tmp_path, undisturbed):
+    dice, steps = random.Random(5), 12
+    target = undisturbed(steps=steps)
+    started = time.time()
+    assert run(flags(tmp_path / "timed", steps=steps)).code == 0
+    whole, kills, trials = time.time() - started, 0, []
+    while kills < 5 or not trials:
+        trials.append(out := tmp_path / f"trial-{len(trials)}")
+        assert len(trials) < 12, "the kills come too late"
+        while True:
+            argv = flags(out, "--resume", "auto", steps=steps)
+            wait = dice.uniform(.1, .9) * whole if kills < 5 else 0
+            # a run that finished first is a zombie to the server: the kill does nothing, code 0
+            code = run(argv, kill_after=wait).code
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL
+            kills += 1
+        assert sha(out) == target
+    assert kills == 5
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(flags, run, tmp_path, undisturbed, number, code):
+    out = tmp_path / "run"
+    result = run(flags(out, "--save-every", 100), signal=(2, number))
+    assert result.code == code and "--resume auto" in result.err
+    assert [p.name for p in out.glob("step-*")] == ["step-000003"]      # the step is finished
+    assert not (out / "model").exists()
+    assert run(flags(out, "--resume", "auto")).code == 0 and sha(out) == undisturbed()
+
+
+# --------------------------------------------------------------------------------------- resuming
+
+def test_stage_one_resumes_to_the_same_bits(flags, run, tmp_path, undisturbed):
+    assert run(flags(tmp_path / "run", stage=1), signal=(2, signal.SIGTERM)).code == 143
+    assert run(flags(tmp_path / "run", "--resume", "auto", stage=1)).code == 0
+    assert sha(tmp_path / "run") == undisturbed(stage=1) != undisturbed()
+
+
+def test_resuming_a_finished_run_exits_0_and_changes_nothing(flags, run, tmp_path):
+    out = tmp_path / "run"
+    assert run(flags(out)).code == 0
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "lock"}
+    assert run(flags(out, "--resume", "auto")).code == 0
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "lock"}
+
+
+@pytest.mark.parametrize("flag, value", [("--lr", ".5"), ("--seed", "1"), ("--batch", "4"),
+                                         ("--accum", "2"), ("--dtype", "bf16")])
+def test_a_changed_flag_is_refused_by_name(flags, run, interrupted, flag, value, undisturbed):
+    refused(run(flags(interrupted, "--resume", "auto", flag, value)), 3, flag, "--overwrite")
+    assert run(flags(interrupted, "--resume", "auto", "--keep-last", 3)).code == 0
+    assert sha(interrupted) == undisturbed()        # the refusal did no harm
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(flags, run, interrupted, undisturbed,
+                                                           name):
+    path = interrupted / "step-000004" / name
+    content = bytearray(path.read_bytes())
+    content[-5 if name != "trainer.json" else content.index(b"4")] ^= 1     # its step, 4 -> 5
+    path.write_bytes(content)
+    result = run(flags(interrupted, "--resume", "auto"))
+    assert result.code == 0 and "step-000004 passed over" in result.err
+    assert sha(interrupted) == undisturbed()
+    assert lines(interrupted / "step-000004/trainer.json")[0]["step"] == 4      # whole again
+
+
+def forge(folder, change):
+    """A checkpoint with other weights whose checksums are right."""
+    tensors = load_file(folder / "trained.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "trained.safetensors")
+    trainer = json.loads((folder / "trainer.json").read_text())
+    trainer["sha256"]["trained.safetensors"] = hashlib.sha256(
+        (folder / "trained.safetensors").read_bytes()).hexdigest()
+    (folder / "trainer.json").write_text(json.dumps(trainer))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop("bridge.first.bias"),
+    lambda t: t.update(extra=torch.ones(2)),
+    lambda t: t.update({"bridge.first.bias": torch.ones(1)}),       # would broadcast in silence
+], ids=["one missing", "one too many", "another shape"])
+def test_a_checkpoint_of_other_weights_is_refused(flags, run, interrupted, change):
+    forge(interrupted / "step-000004", change)
+    refused(run(flags(interrupted, "--resume", "auto")), 3, "step-000004")
+    assert not (interrupted / "model").exists()
+
+
+# ------------------------------------------------------------------------------------ disk and NaN
+
+@pytest.mark.parametrize("name, part", [("trained", .02), ("trained", .9), ("optimizer", .6),
+                                        ("optimizer", .999)])
+def test_a_full_disk_leaves_the_checkpoint_before(flags, run, interrupted, tmp_path, undisturbed,
+                                                  name, part):
+    """No file may grow past a limit that lies inside the first or the second file of a save."""
+    trained, limit = (int(os.stat(interrupted / f"step-000004/{n}.safetensors").st_size * f)
+                      for n, f in (("trained", 1), (name, part)))
+    assert 1000 < limit and (limit < trained) == (name == "trained")
+    out = tmp_path / "full"
+    refused(run(flags(out), file_limit=limit), 1, "step-000004", "--resume auto")
+    assert [p.name for p in out.glob("step-*")] == ["step-000002"]      # nothing half-written
+    assert run(flags(out, "--resume", "auto")).code == 0 and sha(out) == undisturbed()
+
+
+@pytest.mark.parametrize("call, part", [("write", "step-000004.tmp/trainer.json"),
+                                        ("rename", "step-000004"), ("mkdir", "step-000004"),
+                                        ("write", "model.tmp/config.json")])
+def test_no_space_at_any_moment_of_a_save(flags, run, tmp_path, undisturbed, call, part):
+    out = tmp_path / "run"
+    refused(run(flags(out), errno=(call, part, errno.ENOSPC)), 1)
+    newest = "step-000006" if part.startswith("model") else "step-000002"
+    assert sorted(p.name for p in out.glob("step-??????"))[-1] == newest
+    assert run(flags(out, "--resume", "auto")).code == 0 and sha(out) == undisturbed()
+    assert not list(out.glob("*.tmp"))
+
+
+def test_nan_stops_before_the_update(flags, run, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    refused(run(flags(out), nan=3), 1, "step 3", "nan")
+    assert [p.name for p in out.glob("step-*")] == ["step-000002"]
+    for path in out.rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values())
+    assert [x["step"] for x in lines(out / "metrics.jsonl")] == [1, 2, 3]
+    assert json.loads((out / "nan-step-3.json").read_text())["step"] == 3
+    assert run(flags(out, "--resume", "auto")).code == 0 and sha(out) == undisturbed()
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+def test_an_output_folder_in_use_is_refused(flags, run, tmp_path):
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for more in ((), ("--overwrite",), ("--resume", "auto")):
+            refused(run(flags(tmp_path, *more)), 3, "in use")
+    assert run(flags(tmp_path, steps=1)).code == 0          # let go of, it can be used
+
+
+def test_a_folder_that_holds_a_run_is_refused_or_overwritten(flags, run, interrupted, undisturbed):
+    before = {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()}
+    refused(run(flags(interrupted)), 3, "--resume auto", "--overwrite")
+    assert before == {p: p.read_bytes() for p in interrupted.rglob("*") if p.is_file()}
+    (interrupted / "notes.txt").write_text("mine")
+    assert run(flags(interrupted, "--overwrite", "--save-every", 5)).code == 0
+    assert [p.name for p in sorted(interrupted.glob("step-*"))] == ["step-000005", "step-000006"]
+    assert sha(interrupted) == undisturbed()
+    assert (interrupted / "notes.txt").read_text() == "mine"    # only a run's own files go
+
+
+def test_overwrite_does_not_touch_a_folder_that_holds_no_run(flags, run, parts, tmp_path):
+    folder = Path(shutil.copytree(parts, tmp_path / "mine") / "llama")
+    before = {p: p.read_bytes() for p in folder.rglob("*")}
+    refused(run(flags(folder, "--overwrite")), 3, "--output-dir")
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.name != "lock"}
+
+
+def test_a_failed_start_does_not_take_the_folder(flags, run, tmp_path):
+    """A flag mistyped once must not ask for --overwrite the next time."""
+    out = tmp_path / "run"
+    refused(run(flags(out, "--data", tmp_path / "none.json")), 3, "none.json")
+    assert run(flags(out, steps=1)).code == 0
+
+
+def test_a_failed_overwrite_keeps_the_old_run(flags, run, interrupted, undisturbed):
+    refused(run(flags(interrupted, "--overwrite", "--data", "none.json")), 3, "none.json")
+    assert run(flags(interrupted, "--resume", "auto")).code == 0
+    assert sha(interrupted) == undisturbed()
+
+
+def test_a_read_only_output_folder_is_refused(flags, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(flags(tmp_path / "file/run")), 3, "file")
+    refused(run(flags(tmp_path / "file")), 3, "file")
+    refused(run(flags(tmp_path / "run"), errno=("mkdir", "run", errno.EROFS)), 3, "Read-only")
+    (tmp_path / "run").mkdir()
+    refused(run(flags(tmp_path / "run"), errno=("write", "lock", errno.EROFS)), 3, "Read-only")
+
+
+def test_stage_two_says_that_stage_one_comes_first_and_then_finds_it(flags, run, tmp_path):
+    """With the default folders, from whatever folder the command is given."""
+    refused(run(flags(None, lone=False), cwd=tmp_path), 3, "--stage 1", "stage1/model")
+    assert run(flags(None, stage=1), cwd=tmp_path).code == 0
+    assert run(flags(None, lone=False), cwd=tmp_path).code == 0
+    one, two = (data.load_weights(tmp_path / f"runs/toy/llava-1.5/stage{n}/model") for n in (1, 2))
+    name = "multi_modal_projector.linear_1.weight"
+    assert not torch.equal(one[name], two[name])
+    assert (one[name] - two[name]).abs().max() < .02        # it went on from there
+
+
+def test_stage_two_refuses_a_model_with_another_bridge(flags, run, tmp_path):
+    assert run(flags(tmp_path / "one", "--bridge", "linear", stage=1, steps=1)).code == 0
+    start = ("--from", tmp_path / "one/model")
+    refused(run(flags(tmp_path / "two", *start, lone=False)), 3, "linear", "mlp")
+    assert run(flags(tmp_path / "two", *start, "--bridge", "linear", lone=False, steps=1)).code == 0
+
+
+@pytest.mark.parametrize("name", ["llama/config.json", "llama/model.safetensors",
+                                  "llama/tokenizer.json", "clip/config.json",
+                                  "clip/model.safetensors"])
+def test_a_model_folder_with_a_missing_file_is_refused(flags, run, parts, tmp_path, name):
+    mine = Path(shutil.copytree(parts, tmp_path / "parts"))
+    (mine / name).unlink()
+    refused(run(flags(tmp_path / "run", "--vision", mine / "clip", "--llm", mine / "llama")), 3,
+            str(mine / name.split("/")[0]), Path(name).name)
+
+
+def test_a_model_folder_with_a_foreign_file_is_refused(flags, run, parts, tmp_path):
+    refused(run(flags(tmp_path / "run", "--vision", parts / "llama")), 3)
+    refused(run(flags(tmp_path / "run", "--llm", parts / "clip")), 3)
+    refused(run(flags(tmp_path / "run", "--from", parts / "llama", lone=False)), 3, "llava")
+    mine = Path(shutil.copytree(parts / "llama", tmp_path / "llama"))
+    shutil.copy(parts / "clip/model.safetensors", mine)
+    refused(run(flags(tmp_path / "run", "--llm", mine)), 3)
+    assert not (tmp_path / "run/config.json").exists()
+
+
+COMMAND_LINES = {
+    "no stage": [], "unknown recipe": ["--stage", "1", "--recipe", "llava-9"],
+    "lr nan": ["--stage", "1", "--lr", "nan"], "negative steps": ["--stage", "1", "--steps", "-1"],
+    "batch and accum": ["--stage", "1", "--batch", "3", "--accum", "2"],
+    "abbreviation": ["--stage", "1", "--rec", "llava"], "no part": ["--stage", "1", "--train", ""],
+    "aspect": ["--stage", "1", "--aspect", "round"],
+    "huge seed": ["--stage", "1", "--seed", "9" * 30],
+    "warm-up": ["--stage", "1", "--warmup", "inf"], "text": ["--stage", "1", "--batch", "two"],
+    "samples": ["--stage", "1", "--show-batch", "-1"]}
+
+
+@pytest.mark.parametrize("argv", COMMAND_LINES.values(), ids=COMMAND_LINES)
+def test_a_wrong_command_line_is_one_line_and_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.arguments(argv)
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [("--template", "v9"), ("--device", "abacus"),
+                                  ("--device", "cuda:99")])
+def test_flags_that_need_torch_to_be_judged_are_exit_2_too(flags, run, tmp_path, more):
+    refused(run(flags(tmp_path / "run", *more)), 2, more[1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_answers_at_once_and_without_torch():
+    blocked = ("import sys, runpy\n"
+               "class Block:\n"
+               "    def find_spec(self, name, *rest):\n"
+               "        assert name.split('.')[0] not in ('torch', 'numpy', 'PIL'), name\n"
+               "sys.meta_path.insert(0, Block())\n"
+               "sys.argv = ['train.py', *sys.argv[1:]]\n"
+               f"runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')\n")
+
+    def python(*argv):
+        return subprocess.run([sys.executable, "-c", blocked, *argv], capture_output=True,
+                              text=True)
+    result = python("--help")
+    assert result.returncode == 0 and "--stage" in result.stdout, result.stderr
+    result = python("--stage", "1")
+    assert "AssertionError: torch" in result.stderr         # the control: past --help, it is needed
+    took = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, HERE / "train.py", "--help"], check=True,
+                       stdout=subprocess.DEVNULL)
+        took.append(time.perf_counter() - started)
+    assert min(took) < .5
+
+
+# ------------------------------------------------------------------------------------- the network
+
+def test_the_toy_path_opens_no_socket(flags, run, tmp_path):
+    for stage in (1, 2):
+        argv = flags(tmp_path / f"stage{stage}", stage=stage, steps=1, lone=False)
+        assert run(argv, no_socket=True).code == 0
+    assert lines(tmp_path / "stage2/samples.jsonl")
+
+
+def test_a_socket_would_be_noticed(server, flags, tmp_path):
+    order = {"argv": flags(tmp_path / "run"), "cwd": str(tmp_path), "log": str(tmp_path / "x"),
+             "kill_after": 0, "fault": {"no_socket": True, "ask_socket": True}}
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    assert json.loads(server.stdout.readline()) == 99
+    assert "a socket was asked for" in (tmp_path / "x.err").read_text()
+
+
+# -------------------------------------------------------------------------------- data of one's own
+
+@pytest.fixture
+def album(tmp_path):
+    """A small file in LLaVA's format: pictures of odd sizes, and one sample of text alone."""
+    rows = []
+    for i, size in enumerate(((50, 70), (90, 30), (64, 64))):
+        Image.new("RGB", size, (80 * i, 90, 30)).save(tmp_path / f"{i}.png")
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "What is it?\n<image>"},
+            {"from": "gpt", "value": "A plain colour."}]})
+    rows.append({"id": "text", "conversations": [{"from": "human", "value": "Say yes"},
+                                                 {"from": "gpt", "value": "Yes."}]})
+
+    def write(change=lambda rows: None):
+        mine = json.loads(json.dumps(rows))
+        change(mine)
+        (tmp_path / "album.json").write_text(json.dumps(mine))
+        return ["--data", tmp_path / "album.json", "--images", tmp_path]
+    return write
+
+
+def test_own_data_trains_with_pictures_and_text_alone(flags, run, album, tmp_path):
+    out = tmp_path / "run"
+    assert run(flags(out, *album(), "--batch", 4, "--steps", 0, "--epochs", 2)).code == 0
+    assert len(lines(out / "metrics.jsonl")) == 2           # 4 samples, 2 epochs, batches of 4
+    assert all(x["loss"] > 1 for x in lines(out / "metrics.jsonl"))
+
+
+def test_epochs_see_every_sample_once_in_an_order_of_their_own(flags, album):
+    args = train.arguments(flags(None, *album(lambda rows: rows.pop()), "--epochs", 2, steps=0))
+    samples = train.Samples(args)
+    assert samples.steps() == 3
+    epochs = [[samples[i][0].size for i in range(e * 3, e * 3 + 3)] for e in range(20)]
+    assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
+    assert len({tuple(e) for e in epochs}) > 1
+    assert samples[4][0].size == samples[4][0].size         # whatever was asked before
+
+
+@pytest.mark.parametrize("trains", ["bridge", "bridge,llm"])
+def test_a_batch_of_text_alone_is_no_trouble(flags, run, album, tmp_path, trains):
+    argv = flags(tmp_path / "run", *album(lambda rows: rows.__delitem__(slice(3))),
+                 "--train", trains, "--accum", 2, steps=2)
+    assert run(argv).code == 0
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda rows: rows[1].update(image="gone.png"), ("gone.png",)),
+    (lambda rows: rows[1].update(image="../../etc/passwd"), ("passwd",)),
+    (lambda rows: rows[1].update(image="album.json"), ("album.json",)),
+    (lambda rows: rows[1]["conversations"][0].update(value="no mark"), ("sample 1", "<image>")),
+    (lambda rows: rows[1]["conversations"].pop(0), ("sample 1",)),
+    (lambda rows: [r["conversations"].pop() for r in rows], ("nothing to train on", "sample"))],
+    ids=["missing picture", "leaves the folder", "no picture", "no mark", "no question",
+         "no answers"])
+def test_bad_samples_are_refused_by_name(flags, run, album, tmp_path, change, words):
+    refused(run(flags(tmp_path / "run", *album(change), "--batch", 4)), 3, *words)
+
+
+def test_show_batch_prints_what_is_learned_and_writes_nothing(flags, run, tmp_path):
+    result = run(flags(tmp_path / "run", "--show-batch", 2))
+    assert result.code == 0 and result.out.count("sample ") == 2
+    assert "<image>" in result.out and "[" in result.out
+    assert not (tmp_path / "run").exists()
