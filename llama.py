@@ -286,7 +286,9 @@ def start_copying(model, seed=0):
         block.down.weight.mul_((2 * c.depth) ** -0.5)
     model.embed.weight[:, :D].normal_(0, 2, generator=dice)        # rms 1 over the whole width
     model.embed.weight[:, D:] = 0
-    model.embed.weight[:, 0] = 2
+    model.embed.weight[:, 0] = 0
+    model.embed.weight.mul_(2 * (D - 1) ** .5 / model.embed.weight.norm(dim=1, keepdim=True))
+    model.embed.weight[:, 0] = 2            # equal lengths, so that RMSNorm leaves it a constant
     quarter = [slice(i * D, (i + 1) * D) for i in range(4)]        # word, note 1, note 2, note 3
     theta = c.theta ** (-torch.arange(D // 2) * 2 / D)
     fast, slow = torch.arange(4), torch.nonzero(theta < .005)[:, 0]

@@ -651,7 +651,7 @@ def llama_job(out):
     torch.manual_seed(0)
     model = Llama(LlamaConfig(-(-len(words) // 64) * 64, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
     start_copying(model)
-    steps, size = 4500, 24
+    steps, size, pool = 4500, 24, []
 
     def row(i):
         scene, dice = world.scene(i), random.Random(f"row:{i}")
@@ -669,7 +669,12 @@ def llama_job(out):
         return ids, [.05 if x == data.IGNORE else 1. for x in labels]
 
     def batch(step):
-        rows = [row(i) for i in range(step * size, (step + 1) * size)]
+        # rows of like length side by side: four batches' worth are sorted, then dealt out
+        at, part = divmod(step, 4)
+        if not pool or pool[0] != at:
+            first = 4 * at * size
+            pool[:] = [at, sorted(map(row, range(first, first + 4 * size)), key=lambda r: len(r[0]))]
+        rows = pool[1][part * size:(part + 1) * size]
         length = -(-max(len(r[0]) for r in rows) // 32) * 32 + 1   # few lengths: few compilations
         ids, weights = torch.zeros(size, length, dtype=torch.long), torch.zeros(size, length)
         for i, (a, b) in enumerate(rows):
@@ -689,7 +694,7 @@ def llama_job(out):
 
     def factor(step):                       # constant, then straight to 0 over the last 40 %
         return min(1, (step + 1) / 50) * min(1, (steps - step) / (.4 * steps))
-    return Job(model, muon(model, .01, 2e-3, (.9, .95)), steps, batch, loss, factor, finish,
+    return Job(model, muon(model, .015, 2e-3, (.9, .95)), steps, batch, loss, factor, finish,
                clip=1.0), size
 
 

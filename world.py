@@ -398,14 +398,15 @@ def exist(scene_, rng):
     ask = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?",
                       "Does the image show {}?"))
     if rng.random() < .5:
-        return (ask.format(article(t.name)), f"Yes, there is {article(t.name)} {t.where}.", "yes")
+        what = article(t.name)
+        return ask.format(what), f"A{what[1:]} is {t.where}, so yes.", "yes"
     near = ([(t.colour, s) for s in SHAPES] + [(c, t.shape) for c in COLOURS]
             + [(a.colour, b.shape) for a in scene_.things for b in scene_.things] * 2)
     far = [(c, s) for c in COLOURS for s in SHAPES]
     pool = [f"{c} {s}" for c, s in (near if rng.random() < .7 else far)
             if f"{c} {s}" not in present and (c, s) not in KEPT_OUT]
     what = article(rng.choice(pool))
-    return ask.format(what), f"No, there is not {what}.", "no"
+    return ask.format(what), f"A{what[1:]} is not there, so no.", "no"
 
 
 RELATIONS = {"left of": lambda a, b: a.column < b.column,
@@ -424,9 +425,9 @@ def relation(scene_, rng):
     a, b, how = rng.choice(pairs)
     ask = rng.choice(("Is the {} {} the {}?", "Is the {} {} the {} in the picture?",
                       "Can you tell whether the {} is {} the {}?"))
-    word = "yes" if wanted else "no"
-    return (ask.format(a.name, how, b.name),
-            f"The {a.name} is {a.where} and the {b.name} is {b.where}, so {word}.", word)
+    word, true = "yes" if wanted else "no", [r for r in RELATIONS if RELATIONS[r](a, b)]
+    return (ask.format(a.name, how, b.name), f"The {a.name} is {a.where} and the {b.name} is "
+            f"{b.where}, so it is {' and '.join(true)} it: {word}.", word)
 
 
 def reasoning(scene_, rng):
@@ -477,12 +478,10 @@ def question(scene_, kind, rng):
 def value_of(kind, text):
     """What an answer in words says, as one of ANSWERS[kind], or "" if it says none of them.
 
-    Reasons come first, so the last value counts; in "Yes, ..." and "No, ..." the first does."""
+    Reasons come before conclusions, so the last value counts."""
     words = "".join(c if c.isalpha() else " " for c in text.lower())
     padded = " " + " ".join(words.split()) + " "
     found = [(padded.rfind(f" {v} "), v) for v in ANSWERS[kind] if f" {v} " in padded]
-    if kind == "exist":
-        found = [(-padded.find(f" {v} "), v) for _, v in found]
     return max(found, default=(0, ""), key=lambda f: (f[0], len(f[1])))[1]
 
 
@@ -493,8 +492,11 @@ def things_in(text):
     return [(c, singular[s]) for c, s in zip(words, words[1:]) if c in COLOURS and s in singular]
 
 
+OFTEN = (10, 10, 10, 10, 5, 10, 15, 15, 15, 4)              # how often each of KINDS is asked
+
+
 def dialogue(scene_, rng, turns):
-    """`turns` question-answer pairs about a scene, kinds drawn evenly, one in eight a description.
+    """`turns` question-answer pairs about a scene, one in eight a description, hard kinds oftener.
 
     Returns [(question, answer), ...]; two questions never repeat."""
     pairs, seen = [], set()
@@ -502,7 +504,7 @@ def dialogue(scene_, rng, turns):
         if rng.random() < .125:
             made = (rng.choice(DESCRIBE), description(scene_), "")
         else:
-            made = question(scene_, rng.choice(KINDS), rng)
+            made = question(scene_, rng.choices(KINDS, OFTEN)[0], rng)
         if made and made[1] not in seen:
             seen.add(made[1])
             pairs.append(made[:2])
