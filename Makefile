@@ -16,7 +16,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --stage 1 --resume auto
 	$(BIN)/python train.py --stage 2 --resume auto
 	$(BIN)/python generate.py tests/scene.png "Describe this image"
-	$(BIN)/python generate.py tests/scene.png "Is the red star left of the blue circle?"
+	$(BIN)/python generate.py tests/scene.png "Is the red star above the blue circle?"
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -q tests
