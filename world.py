@@ -282,8 +282,9 @@ def description(scene_, rng=None):
 
 
 def notes(scene_, dice):
-    """The objects as terse notes in any order: "large red star, top left; plain background."."""
-    made = [f"{t.full}, {PLACES[t.place]}" for t in scene_.things]
+    """Terse notes in any order: "large red star, top left; centre: small blue circle; ..."."""
+    made = [f"{t.full}, {PLACES[t.place]}" if dice.random() < .6 else f"{PLACES[t.place]}: {t.full}"
+            for t in scene_.things]
     dice.shuffle(made)
     made.insert(dice.choice((0, len(made))), f"{scene_.background} background")
     return "; ".join(made) + "."
@@ -328,35 +329,29 @@ def unique(scene_, attribute):
     return [t for t in scene_.things if values.count(getattr(t, attribute)) == 1]
 
 
-def ask_about(scene_, rng, attribute):
-    """(thing, a phrase for it that does not give the attribute away and fits nothing else)."""
-    t = rng.choice(scene_.things)
-    options = [f"object {t.where}", f"shape {t.where}"]
-    if attribute == "colour" and t in unique(scene_, "shape"):
-        options = [t.shape] * 3 + options
-    if attribute == "shape" and t in unique(scene_, "colour"):
-        options = [f"{t.colour} object", f"{t.colour} shape"] * 2 + options
-    if attribute == "size":
-        options = [t.name] * 4 + options[:1]
-    return t, rng.choice(options)
-
-
 def colour(scene_, rng):
-    t, what = ask_about(scene_, rng, "colour")
+    if not (named := unique(scene_, "shape")):
+        return None
+    t = rng.choice(named)
+    what = t.shape
     ask = rng.choice(("What colour is the {}?", "What color is the {}?",
                       "Which colour does the {} have?", "Tell me the colour of the {}."))
     return ask.format(what), f"The {what} is {t.colour}.", t.colour
 
 
 def shape(scene_, rng):
-    t, what = ask_about(scene_, rng, "shape")
+    if not (named := unique(scene_, "colour")):
+        return None
+    t = rng.choice(named)
+    what = t.colour + rng.choice((" object", " shape", " thing"))
     ask = rng.choice(("What is the {}?", "Which shape does the {} have?",
                       "What kind of shape is the {}?", "What shape is the {}?"))
     return ask.format(what), f"The {what} is {article(t.shape)}.", t.shape
 
 
 def size(scene_, rng):
-    t, what = ask_about(scene_, rng, "size")
+    t = rng.choice(scene_.things)
+    what = t.name
     ask = rng.choice(("How big is the {}?", "What size is the {}?", "How large is the {}?",
                       "Is the {} large or small?", "Is the {} small or large?"))
     return ask.format(what), f"The {what} is {t.size}.", t.size
@@ -492,7 +487,7 @@ def things_in(text):
     return [(c, singular[s]) for c, s in zip(words, words[1:]) if c in COLOURS and s in singular]
 
 
-OFTEN = (10, 10, 10, 10, 5, 10, 15, 15, 15, 4)              # how often each of KINDS is asked
+OFTEN = (10, 10, 8, 10, 5, 12, 14, 25, 15, 4)              # how often each of KINDS is asked
 
 
 def dialogue(scene_, rng, turns):
