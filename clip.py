@@ -189,6 +189,18 @@ class ViT(nn.Module):
             x = block(x)
         return x
 
+    @torch.no_grad()
+    def unit_loudness(self, pixels):
+        """Scale the residual stream so that the second-last block's output has unit variance.
+
+        Every block reads the stream through a norm, so scaling all that writes into it changes no
+        answer. A tower trained by Muon comes out loud (26 x the toy's words), and what a bridge
+        hands on too loudly, the language model's own additions cannot be heard over."""
+        factor = 1 / self(pixels).std()
+        for layer in (self.norm_pre, *(x for b in self.blocks for x in (b.out, b.down))):
+            layer.weight.mul_(factor)
+            layer.bias.mul_(factor)
+
     @classmethod
     def from_pretrained(cls, folder):
         """From a folder or hub id of a full CLIP or of its picture tower alone."""

@@ -174,11 +174,12 @@ class VLM(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(eye, bridge, tongue, words, template, aspect)
-        # The bridge must speak at the loudness of words: unit-scale words (the toy's) would drown
-        # a whisper, and 0.02-scale words (Vicuna's) would be drowned.
-        last = model.bridge.second if bridge == "mlp" else model.bridge.first
-        with torch.no_grad():
-            last.weight.mul_(float(tongue.embed.weight.std()) / .5)
+            # The bridge should speak as loudly as words do. Torch's default start is louder than
+            # Vicuna's words (0.02) and stays, as in the official runs; the toy's words are at 1.
+            said = model.bridge(torch.randn(1000, eye.config.width))
+            last = model.bridge.second if bridge == "mlp" else model.bridge.first
+            with torch.no_grad():
+                last.weight.mul_(max(1.0, float(tongue.embed.weight.std() / said.std())))
         return model
 
     @classmethod
