@@ -152,9 +152,6 @@ def test_questions_are_put_in_many_ways(train):
         ways = {re.sub(f"{COLOUR}|{SHAPE}|{PLACE}|{'|'.join(HOW)}", "_", q)
                 for _, q, _, _ in asked(train, kind)}
         assert len(ways) >= 3, (kind, ways)
-    for kind, names in (("colour", SHAPE), ("shape", COLOUR)):      # by name, and by place
-        by_name = [bool(re.search(names, q)) for _, q, _, _ in asked(train, kind)]
-        assert .2 < sum(by_name) / len(by_name) < .8
 
 
 def test_dialogues_never_repeat_an_answer_and_stay_true(train):
@@ -205,7 +202,8 @@ def test_notes_hold_everything_in_any_order(train):
     orders = set()
     for i, scene in enumerate(train):
         parts = world.notes(scene, random.Random(i)).rstrip(".").split("; ")
-        assert sorted(parts) == sorted(
+        told = [re.sub(r"(.*): (.*)", r"\2, \1", part) for part in parts]   # place first or last
+        assert sorted(told) == sorted(
             [f"{t.size} {t.colour} {t.shape}, {world.PLACES[t.place]}" for t in scene.things]
             + [f"{scene.background} background"])
         orders.add(parts[0].endswith("background"))
