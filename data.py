@@ -913,13 +913,12 @@ def chat_template(template: str) -> str:
     if t.style != "two":                    # pictures and texts in their order, nothing around them
         return ("{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == "
                 "'image' else c['text'] }}{% endfor %}{% endfor %}")
-    return (f"{{{{ {json.dumps(t.system + t.sep)} }}}}{{% for m in messages %}}"
-            f"{{% if m['role'] == 'user' %}}{t.roles[0]}: "
-            "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}"
-            f"{{{{ c['text'] }}}}{{% endfor %}} {{% else %}}{t.roles[1]}: "
-            "{% for c in m['content'] %}"
-            f"{{{{ c['text'] }}}}{{% endfor %}}{t.end}{{% endif %}}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{t.roles[1]}:{{% endif %}}")
+    pictures = "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
+    texts = "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}"
+    return ("{{ " + json.dumps(t.system + t.sep) + " }}{% for m in messages %}"
+            "{% if m['role'] == 'user' %}" + f"{t.roles[0]}: {pictures}{texts}{t.sep}"
+            "{% else %}" + f"{t.roles[1]}: {texts}{t.end}" + "{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}" + f"{t.roles[1]}:" + "{% endif %}")
 
 
 # ---------------------------------------------------------------- look

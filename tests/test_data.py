@@ -699,3 +699,18 @@ def test_guarded(capsys):
 def test_the_demo_runs(capsys):
     assert data._show() == 0
     assert "learned" in capsys.readouterr().out
+
+
+def test_the_chat_template_for_others_writes_what_prompt_writes():
+    """transformers renders chat_template.jinja; ours is data.prompt: the same text."""
+    import jinja2
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "One?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Two."}]},
+            {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}]
+    ours = [{"from": "human", "value": "<image>\nOne?"}, {"from": "gpt", "value": "Two."},
+            {"from": "human", "value": "Sure?"}]
+    for name in ("v1", "llava_v1"):
+        made = jinja2.Template(data.chat_template(name), keep_trailing_newline=True)
+        said = made.render(messages=talk, add_generation_prompt=True)
+        assert said == data.prompt(ours, name)
+    assert jinja2.Template(data.chat_template("plain")).render(messages=talk[:1]) == "<image>One?"

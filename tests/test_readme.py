@@ -38,7 +38,7 @@ def commands():
 @pytest.mark.parametrize("line", commands())
 def test_commands_parse(line):
     """Each command's flags are accepted by its program's own parser."""
-    words = shlex.split(line.replace("[...]", ""))
+    words = shlex.split(line.replace("[...]", ""), comments=True)
     assert (ROOT / words[1]).exists(), line
     if words[1] in PROGRAMS:
         __import__(words[1].removesuffix(".py")).arguments(words[2:])
@@ -95,4 +95,4 @@ def test_the_picture_of_the_exchange_is_held_out():
     scene = world.scene(116, "test", 3)
     assert world.split_of(scene) == "test"
     picture = data.load_image(ROOT / "tests/scene.png")
-    assert list(picture.getdata()) == list(world.draw(scene, 256).getdata())
+    assert picture.tobytes() == world.draw(scene, 256).tobytes()

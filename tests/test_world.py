@@ -482,7 +482,8 @@ def test_world_alone_writes_a_sheet_and_prints_the_texts(tmp_path):
 
 @pytest.mark.parametrize("kind, text, value", [
     ("colour", "The red object is a star.", "red"), ("colour", "It is big.", ""),
-    ("colour", "the orange-ish thing is RED!", "red"), ("exist", "A cross is not there, so no.", "no"),
+    ("colour", "the orange-ish thing is RED!", "red"),
+    ("exist", "A cross is not there, so no.", "no"),
     ("exist", "A red star is in the centre, so yes.", "yes"), ("exist", "Perhaps.", ""),
     ("relation", "A is below B, so no.", "no"), ("relation", "nothing, yesterday", ""),
     ("where", "in the top left.", "top left"), ("where", "In the centre", "centre"),
