@@ -261,9 +261,10 @@ def start_copying(model, seed=0):
     "What colour is the star? The star is ..." has to find "star" in the text and copy the word
     before it. That takes two layers: one writes into every position which words stand before it,
     the next matches against those notes. Large models grow this circuit, the induction head
-    [Induction], suddenly, after a long plateau of loss. The toy, one million weights, stayed on
-    that plateau ("some colour that is present") for as long as we could wait, so it starts with
-    the circuit laid out. Only starting values: everything trains, and the model is plain LLaMA.
+    [Induction], suddenly, after a long plateau of loss. A toy of one million weights was still on
+    that plateau ("some colour that is present") after three million tokens from a vaguer layout
+    than this one, so it starts with the circuit laid out. Only starting values: everything trains,
+    and the model is plain LLaMA.
 
     The width is four heads wide, C = 4 D, and each quarter of the residual stream gets a meaning:
 
