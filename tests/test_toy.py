@@ -134,7 +134,8 @@ def album(folder):
     keep("5.jpg", drawn((600, 600), [("cross", 300, 300, 90, (128, 0, 128))]),
          {("purple", "cross")}, quality=60)
     alpha = drawn((128, 128), [("square", 100, 30, 16, (255, 140, 0))]).convert("RGBA")
-    alpha.putdata([(0, 0, 0, 0) if p[:3] == (255, 255, 255) else p for p in alpha.getdata()])
+    paper = Image.eval(alpha.convert("L"), lambda v: 0 if v == 255 else 255)
+    alpha.putalpha(paper)
     keep("6.png", alpha, {("orange", "square")})
     turned = drawn((300, 200), [("triangle", 150, 100, 40, (230, 0, 0))]).rotate(90, expand=True)
     exif = Image.Exif()
