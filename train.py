@@ -650,8 +650,9 @@ def llama_job(out):
 
     In the last third of the steps half of the scenes are told in *blends*: "large red star, top
     left" is one vector, the sum of its words' embeddings, in any order and any number of times.
-    A model of Vicuna's size reads such blends without being taught; one of a million weights has
-    grown circuits that count on one word a place, and no bridge finds a way into them (README)."""
+    A million weights grow circuits that count on one word a place, and no bridge found a way into
+    them (README); a model of Vicuna's size, which LLaVA's bridge can speak to, seems not to need
+    this lesson."""
     llama_tokenizer(out)
     words = data.Tokenizer(out)
     torch.manual_seed(0)
