@@ -323,12 +323,12 @@ def read_tokenizer(folder):
 
 if __name__ == "__main__":
     import sys
-
-    import world
     toy = Path(__file__).parent / "weights/toy/clip"
     clip, ids_of = CLIP.from_pretrained(toy), read_tokenizer(toy)
-    picture = (data.load_image(sys.argv[1]) if len(sys.argv) > 1 else world.draw(world.scene(3)))
-    texts = [f"{world.article(c)} {s}" for c in world.COLOURS for s in world.SHAPES]
+    shown = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "tests/scene.png"
+    picture = data.load_image(shown)
+    texts = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple")
+             for shape in ("circle", "square", "triangle", "star", "cross")]
     with torch.inference_mode():
         dots = data.preprocess(picture, clip.vision.config.image, "pad")
         vectors = clip.patches(dots)                                           # (1, 1+P, E)
