@@ -121,8 +121,7 @@ def ask_text(llm, words, scenes=1000, n=None):
             scene, dice = world.scene(i, "test", 1 + i % 4), random.Random(f"{kind}:{i}")
             asked, i = world.question(scene, kind, dice), i + 1
             if asked:
-                told = (world.description(scene, dice) if dice.random() < .4
-                        else world.notes(scene, dice))
+                told = world.notes(scene, dice)
                 turn = {"from": "human", "value": f"{told}\n{asked[0]}"}
                 rows.append(data.chat_ids([turn], "v1", words))
                 values.append(asked[2])

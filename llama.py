@@ -269,8 +269,9 @@ def start_copying(model, seed=0):
     The width is four heads wide, C = 4 D, and each quarter of the residual stream gets a meaning:
 
         x = [ word | note 1 | note 2 | note 3 ]          note i: the word i tokens back
+                                                          (note 3: those 3 and 4 back)
 
-    layer 0    head i looks i+1 back and copies `word` there into note i+1. Position alone decides:
+    layer 0    head i looks i+1 back and copies `word` there into its note. Position alone decides:
                channel 0 of every word is constant, and for a constant k, q = R(-i) k makes
                q · R(j-i) k largest at the distance i
     layer 1, 2 a head compares one quarter of its own position with one of all others, in channels
@@ -301,14 +302,15 @@ def start_copying(model, seed=0):
         return block.qkv.weight[at:at + D]
 
     first = model.blocks[0]
-    for head in range(3):
+    for head in range(4):                       # note 3 holds two words: 3 and 4 back
+        note = min(head, 2) + 1
         back = (head + 1) * theta[fast]
         rows(first, "k", head)[fast, 0] = 3.5
         q = rows(first, "q", head)
         q[fast, 0], q[fast + D // 2, 0] = 3.5 * torch.cos(back), -3.5 * torch.sin(back)
         rows(first, "v", head)[:, quarter[0]] = torch.eye(D)
         first.out.weight[:, quarter[head]] = 0
-        first.out.weight[quarter[head + 1], quarter[head]] = torch.eye(D)
+        first.out.weight[quarter[note], quarter[head]] = torch.eye(D)
     looks = (((1, 0, 1), (1, 0, 2), (0, 1, 0), (3, 3, 0)),         # (query, key, copied) quarters
              ((3, 1, 0), (2, 0, 1), (0, 0, 1), (1, 1, 0)))
     for block, plan in zip(model.blocks[1:3], looks):

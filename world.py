@@ -3,10 +3,10 @@
 A scene is drawn from a seed: 1 to 4 objects in the cells of a 3 x 3 grid, on a background.
 
         +---------+---------+---------+      5 shapes  x  6 colours  x  2 sizes  x  9 places
-        |    *    |         |         |
-        +---------+---------+---------+      "This picture shows two objects on a plain background.
-        |         |   (o)   |         |       There is a large red star in the top left.
-        +---------+---------+---------+       There is a small blue circle in the centre."
+        |    *    |         |         |      "This picture has a plain background.
+        +---------+---------+---------+       In the top left there is a large red star.
+        |         |   (o)   |         |       In the middle centre there is a small blue circle.
+        +---------+---------+---------+       There are two objects in all."
         |         |         |         |
         +---------+---------+---------+
 
@@ -38,8 +38,9 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "large")
-PLACES = ("top left", "top middle", "top right", "middle left", "centre", "middle right",
-          "bottom left", "bottom middle", "bottom right")          # index = 3 * row + column
+# index = 3 * row + column; always a word for the row and another for the column
+PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom")
+               for column in ("left", "centre", "right"))
 BACKGROUNDS = ("plain", "striped", "dotted", "checked")
 NUMBERS = ("zero", "one", "two", "three", "four")
 # colour: hue in turns, half-width of the hue, range of the value; wide enough for pure RGB colours
@@ -267,9 +268,13 @@ def web_caption(scene_, rng):
     return " ".join(names + tail)
 
 
+def total(number):
+    return f"There {'is' if number == 1 else 'are'} {objects(number)}"
+
+
 def sentence(t):
     """One object in full."""
-    return f"There is {article(t.full)} {t.where}."
+    return f"In the {PLACES[t.place]} there is {article(t.full)}."
 
 
 def description(scene_, rng=None):
@@ -277,14 +282,13 @@ def description(scene_, rng=None):
     order = list(scene_.things)
     if rng:
         rng.shuffle(order)
-    opening = f"This picture shows {objects(len(order))} on a {scene_.background} background."
-    return " ".join([opening] + [sentence(t) for t in order])
+    return " ".join([f"This picture has a {scene_.background} background."]
+                    + [sentence(t) for t in order] + [total(len(order)) + " in all."])
 
 
 def notes(scene_, dice):
-    """Terse notes in any order: "large red star, top left; centre: small blue circle; ..."."""
-    made = [f"{t.full}, {PLACES[t.place]}" if dice.random() < .6 else f"{PLACES[t.place]}: {t.full}"
-            for t in scene_.things]
+    """The objects as terse notes in any order: "large red star top left; plain background."."""
+    made = [f"{t.full} {PLACES[t.place]}" for t in scene_.things]
     dice.shuffle(made)
     made.insert(dice.choice((0, len(made))), f"{scene_.background} background")
     return "; ".join(made) + "."
@@ -364,11 +368,16 @@ def where(scene_, rng):
     return ask.format(t.name), f"The {t.name} is {t.where}.", PLACES[t.place]
 
 
+def tally(things):
+    """"One in the top left, one in the bottom right, so two": counting by pointing."""
+    text = ", ".join(f"one {t.where}" for t in things) or "none"
+    return f"{text[0].upper()}{text[1:]}, so {NUMBERS[len(things)]}"
+
+
 def count(scene_, rng):
-    n = len(scene_.things)
     ask = rng.choice(("How many objects are there?", "How many objects are in the picture?",
                       "Count the objects.", "How many shapes do you see?"))
-    return ask, f"There {'is' if n == 1 else 'are'} {objects(n)}.", NUMBERS[n]
+    return ask, tally(scene_.things) + ".", NUMBERS[len(scene_.things)]
 
 
 def count_of(scene_, rng):
@@ -382,8 +391,7 @@ def count_of(scene_, rng):
         what += "es" if what == "cross" else "s"
     ask = rng.choice((f"How many {what} are there?", f"How many {what} do you see?",
                       f"Count the {what}."))
-    names = listed([f"the {t.name}" for t in found]) if found else "none"
-    return ask, f"{names[0].upper()}{names[1:]}, so {NUMBERS[len(found)]}.", NUMBERS[len(found)]
+    return ask, tally(found) + ".", NUMBERS[len(found)]
 
 
 def exist(scene_, rng):
@@ -433,8 +441,8 @@ def reasoning(scene_, rng):
         t = rng.choice(scene_.things)
         ask = rng.choice((f"If the {t.name} were removed, how many objects would be left?",
                           f"How many objects would remain without the {t.name}?"))
-        there, left = "is" if n == 1 else "are", NUMBERS[n - 1]
-        return ask, f"There {there} {objects(n)}, so {left} would be left.", left
+        rest = [other for other in scene_.things if other is not t]
+        return ask, tally(rest) + " would be left.", NUMBERS[n - 1]
     wanted = rng.random() < .5
     named = "name" if kind == "size" else "shape"
     things = list(scene_.things) if kind == "size" else unique(scene_, "shape")
@@ -487,13 +495,14 @@ def things_in(text):
     return [(c, singular[s]) for c, s in zip(words, words[1:]) if c in COLOURS and s in singular]
 
 
-OFTEN = (10, 10, 8, 10, 5, 12, 14, 25, 15, 4)              # how often each of KINDS is asked
+OFTEN = (9, 9, 7, 9, 8, 16, 12, 28, 14, 4)              # how often each of KINDS is asked
 
 
 def dialogue(scene_, rng, turns):
     """`turns` question-answer pairs about a scene, one in eight a description, hard kinds oftener.
 
-    Returns [(question, answer), ...]; two questions never repeat."""
+    Returns [(question, answer), ...]; two answers never repeat. A description answers every later
+    question in words; put last, nothing can be read off it."""
     pairs, seen = [], set()
     while len(pairs) < turns:
         if rng.random() < .125:
@@ -503,7 +512,7 @@ def dialogue(scene_, rng, turns):
         if made and made[1] not in seen:
             seen.add(made[1])
             pairs.append(made[:2])
-    return pairs
+    return sorted(pairs, key=lambda pair: pair[0] in DESCRIBE)
 
 
 def contact_sheet(scenes, columns=8):
