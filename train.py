@@ -647,16 +647,16 @@ def llama_job(out):
     Answers count fully, everything else a twentieth: what notes say cannot be predicted.
 
     After the first steps half of the scenes are told in *blends*: "large red star top left" is
-    one vector, the sum of its words' embeddings, in any order and any number of times, some words
-    missing from the repeats. A million weights grow circuits that count on one word a place, and
-    no bridge found a way into them (README); a model of Vicuna's size, which LLaVA's bridge can
-    speak to, seems not to need this lesson."""
+    one vector, the sum of its words' embeddings, and 64 of them are laid out as patches are. A
+    million weights grow circuits that count on one word a place, and no bridge found a way into
+    them (README); a model of Vicuna's size, which LLaVA's bridge can speak to, seems not to need
+    this lesson."""
     llama_tokenizer(out)
     words = data.Tokenizer(out)
     torch.manual_seed(0)
     model = Llama(LlamaConfig(-(-len(words) // 64) * 64, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
     start_copying(model)
-    steps, size, pool, blends_from = 6500, 16, [], 600
+    steps, size, pool, blends_from = 6000, 16, [], 400
 
     def row(i):
         scene, dice = world.scene(i), random.Random(f"row:{i}")
@@ -676,14 +676,7 @@ def llama_job(out):
         """A row whose ids hold, for each blend, the tuple of its words' ids; nothing is predicted
         of blends."""
         scene, dice = world.scene(i), random.Random(f"blend:{i}")
-        bag = lambda text: tuple(words.encode(text, bos=False))
-        told = [bag(f"{scene.background} background")] * dice.randint(6, 32)
-        for t in scene.things:
-            whole = f"{t.full} {world.PLACES[t.place]}".split()
-            told.append(bag(" ".join(whole)))
-            for _ in range(dice.randint(0, 5)):     # as the patches on an object's edge
-                told.append(bag(" ".join(w for w in whole if dice.random() < .85) or whole[0]))
-        dice.shuffle(told)
+        told = [tuple(words.encode(text, bos=False)) for text in world.word_picture(scene, dice)]
         if dice.random() < .35:
             text = dice.choice([world.description(scene)] * 5 + world.captions(scene))
             talk, template = [("<image>", text)], "plain"

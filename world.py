@@ -287,11 +287,26 @@ def description(scene_, rng=None):
 
 
 def notes(scene_, dice):
-    """The objects as terse notes in any order: "large red star top left; plain background."."""
+    """The objects as terse notes, in reading order: "large red star top left; plain background."."""
     made = [f"{t.full} {PLACES[t.place]}" for t in scene_.things]
-    dice.shuffle(made)
     made.insert(dice.choice((0, len(made))), f"{scene_.background} background")
     return "; ".join(made) + "."
+
+
+def word_picture(scene_, dice, side=8):
+    """What a perfect eye would say of each patch, row by row: side² phrases, all words or some.
+
+    An object's full note where its middle is, most of the words elsewhere on it, and the
+    background's name around it."""
+    told = [f"{scene_.background} background"] * side ** 2
+    for t in scene_.things:
+        note = f"{t.full} {PLACES[t.place]}".split()
+        away = {i: math.dist(t.centre, ((i % side + .5) / side, (i // side + .5) / side))
+                for i in range(side ** 2)}
+        for i in (i for i in away if away[i] < t.radius + .02):
+            told[i] = " ".join(w for w in note if dice.random() < .9) or note[2]
+        told[min(away, key=away.get)] = " ".join(note)
+    return told
 
 
 def phrases(scene_, dice):
@@ -428,9 +443,10 @@ def relation(scene_, rng):
     a, b, how = rng.choice(pairs)
     ask = rng.choice(("Is the {} {} the {}?", "Is the {} {} the {} in the picture?",
                       "Can you tell whether the {} is {} the {}?"))
-    word, true = "yes" if wanted else "no", [r for r in RELATIONS if RELATIONS[r](a, b)]
+    word, axis = "yes" if wanted else "no", 1 if "of" in how else 0
+    x, y = (PLACES[t.place].split()[axis] for t in (a, b))
     return (ask.format(a.name, how, b.name), f"The {a.name} is {a.where} and the {b.name} is "
-            f"{b.where}, so it is {' and '.join(true)} it: {word}.", word)
+            f"{b.where}; is {x} {how} {y}? {word.capitalize()}.", word)
 
 
 def reasoning(scene_, rng):
@@ -455,8 +471,8 @@ def reasoning(scene_, rng):
     x, y = getattr(a, named), getattr(b, named)
     ask = rng.choice((f"Do the {x} and the {y} have the same {kind}?",
                       f"Are the {x} and the {y} of the same {kind}?"))
-    return (ask, f"The {x} is {getattr(a, kind)} and the {y} is {getattr(b, kind)}, so {word}.",
-            word)
+    one, two = getattr(a, kind), getattr(b, kind)
+    return ask, f"The {x} is {one} and the {y} is {two}: {one} and {two}, so {word}.", word
 
 
 def background(scene_, rng):
