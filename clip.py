@@ -38,7 +38,7 @@ from kernels import attention, causal, full, layer_norm, quick_gelu
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of one tower. Defaults are ViT-L/14's, which old hub configs leave out."""
+    """Sizes of one tower. Defaults are ViT-L/14's."""
     width: int = 1024
     depth: int = 24
     heads: int = 16
@@ -53,7 +53,9 @@ class Config:
     @classmethod
     def from_hf(cls, c, text=False):
         """From `vision_config` or `text_config` of a CLIP's config.json."""
-        d = cls(width=512, depth=12, heads=8, mlp=2048) if text else cls()
+        # what transformers documents for fields left out: ViT-B/32's sizes
+        d = (cls(width=512, depth=12, heads=8, mlp=2048) if text else
+             cls(width=768, depth=12, heads=12, mlp=3072, image=224, patch=32))
         if type(c) is not dict:
             raise data.BadModel("config.json: a tower's settings must be an object; take the "
                                 "config.json of the weights")
@@ -202,15 +204,16 @@ class ViT(nn.Module):
             layer.bias.mul_(factor)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """From a folder or hub id of a full CLIP or of its picture tower alone."""
+    def from_pretrained(cls, folder, dtype=None):
+        """From a folder or hub id of a full CLIP or of its picture tower alone, in `dtype` or, if
+        None, the file's own. Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
         config = data.read_config(folder)
         with torch.device("meta"):
             model = cls(Config.from_hf(config.get("vision_config", config)))
         weights = data.load_weights(folder)
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
-        return data.fill(model, prefixed(cls.NAMES, "", prefix), weights, cls.IGNORE).eval()
+        return data.fill(model, prefixed(cls.NAMES, "", prefix), weights, cls.IGNORE, dtype).eval()
 
 
 class Text(nn.Module):
@@ -267,8 +270,8 @@ class CLIP(nn.Module):
         return F.normalize(self.text_to_shared(self.text(ids)), dim=-1)
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """From a folder or hub id in the Hugging Face layout."""
+    def from_pretrained(cls, folder, dtype=None):
+        """From a folder or hub id in the Hugging Face layout, in `dtype` or the file's own."""
         folder = data.resolve(folder)
         c = data.read_config(folder)
         text = Config.from_hf(c.get("text_config", {}), text=True)
@@ -278,7 +281,7 @@ class CLIP(nn.Module):
                                 f"from 1 to {2 ** 15}; take the config.json of the weights")
         with torch.device("meta"):
             model = cls(Config.from_hf(c.get("vision_config", {})), text, shared)
-        return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE).eval()
+        return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE, dtype).eval()
 
     def save_pretrained(self, folder):
         """config.json, preprocessor_config.json and model.safetensors, as transformers reads."""
@@ -286,6 +289,7 @@ class CLIP(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         shared = self.to_shared.weight.shape[0]
         config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": shared,
+                  "dtype": data.dtype_name(self.scale.dtype),
                   "vision_config": {**self.vision.config.to_hf(), "projection_dim": shared},
                   "text_config": {**self.text.config.to_hf(text=True), "projection_dim": shared}}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

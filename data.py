@@ -27,12 +27,14 @@ Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,trai
 import errno
 import json
 import math
+import mmap
 import os
 import re
 import struct
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -582,18 +584,25 @@ class Grid(NamedTuple):
     tokens: int         # features in all: overview, rows × columns, one newline vector a row
 
 
-def anyres_grid(width: int, height: int, size: int = 336, patches: int = 24) -> Grid:
+OFFICIAL = (1, 2), (2, 1), (2, 2), (3, 1), (1, 3)       # tiles across and down, in 1.6's order
+TRANSPOSED = tuple((b, a) for a, b in OFFICIAL)         # the same list as transformers reads it
+
+
+def anyres_grid(width: int, height: int, size: int = 336, patches: int = 24,
+                grids: tuple = OFFICIAL) -> Grid:
     """The LLaVA-NeXT grid of a picture (llava/mm_utils.py, llava_arch.py).
 
-    patches: features along the side of one tile. quirk: an odd remainder leaves one padding row in,
-    and a very thin picture can be left with no columns at all, only newlines."""
+    patches: features along the side of one tile. grids: (tiles across, tiles down) to choose from;
+    of equal fits the first wins. Official files list (width, height), transformers reads the same
+    list as (height, width): pictures that fit two grids unscaled get a wide one there, a tall one
+    here, unless grids=TRANSPOSED. quirk: an odd remainder leaves one padding row in, and a very
+    thin picture can be left with no columns at all, only newlines."""
     def fit(side):
         # Most pixels kept, then least waste, then first in the list.
         scale = min(side[0] / width, side[1] / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - side[0] * side[1]
-    shapes = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-    W, H = best = max(((size * a, size * b) for a, b in shapes), key=fit)
+    W, H = best = max(((size * a, size * b) for a, b in grids), key=fit)
     if W / width < H / height:
         resized = W, min(math.ceil(height * (W / width)), H)
     else:
@@ -627,11 +636,13 @@ def _clip(image, size) -> np.ndarray:
     return ((x - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
 
 
-def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad") -> Tensor:
+def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
+               grids: tuple = OFFICIAL) -> Tensor:
     """Pixels (n, 3, size, size) float32; n = 1, or 1 + tiles for anyres, the overview first.
 
-    aspect: square | pad | anyres. Pillow's bicubic on uint8 is the reference: a resize of tensors
-    is close but not equal. Raises BadImage for shapes that would fill the memory."""
+    aspect: square | pad | anyres, with grids as in `anyres_grid`. Pillow's bicubic on uint8 is the
+    reference: a resize of tensors is close but not equal. Raises BadImage for shapes that would
+    fill the memory."""
     image = image.convert("RGB")
     if aspect == "square":
         tiles = [image]
@@ -642,7 +653,7 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad") -> Tens
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         tiles = [canvas]
     elif aspect == "anyres":
-        grid = anyres_grid(*image.size, size)
+        grid = anyres_grid(*image.size, size, grids=grids)
         canvas = Image.new("RGB", grid.best)        # quirk: black here, the mean colour in `pad`
         canvas.paste(image.resize(grid.resized), tuple((b - r) // 2 for b, r in
                                                        zip(grid.best, grid.resized)))
@@ -675,26 +686,41 @@ def resolve(folder_or_hub_id) -> Path:
                       f"check the name and the network, or give a local folder") from None
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}        # as safetensors spells them
+
+
 class Weights(Mapping):
-    """Name → tensor of safetensors files, in sorted order, read from disk only when asked for."""
+    """Name → tensor of safetensors files, in sorted order, read from disk only when asked for.
+
+    The library checks the file; the tensors are views of a memory map of ours, so that `release`
+    can hand pages back: else a loaded model and its file would stand in memory side by side."""
 
     def __init__(self, paths):
-        self._where = {}                                # name → (open file, path, shape)
+        self._where = {}                                # name → (map, path, shape, dtype, offset)
         for path in paths:
-            shapes = self._header(path)
+            start, entries = self._header(path)
             try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+                with safe_open(path, framework="pt"), open(path, "rb") as file:
+                    # private: whoever writes into a tensor changes it for himself, not the file
+                    pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise BadModel(f"{path}: damaged ({error}): download it again") from None
-            for name, shape in shapes.items():
+            for name, (shape, dtype, offset) in entries.items():
                 if name in self._where:
                     raise BadModel(f"{path}: tensor {name} is in two files: remove one")
-                self._where[name] = file, path, shape
+                if dtype not in DTYPES:
+                    raise BadModel(f"{path}: tensor {name} has dtype {dtype}, which is not read "
+                                   "here: take the checkpoint in float32, float16 or bfloat16")
+                self._where[name] = pages, path, shape, DTYPES[dtype], start + offset
         self._where = dict(sorted(self._where.items()))
 
     @staticmethod
-    def _header(path) -> dict:
-        """Shapes by name. The library accepts a name twice, and tensors without elements."""
+    def _header(path) -> tuple:
+        """(where the data begins, {name: (shape, dtype, offset)}).
+
+        The library accepts a name twice, and tensors without elements."""
         def once(pairs):
             table = dict(pairs)
             if len(table) != len(pairs):
@@ -707,24 +733,43 @@ class Weights(Mapping):
                     raise ValueError(f"a header of {length} bytes")
                 table = _parse(file.read(length), object_pairs_hook=once)
             table.pop("__metadata__", None)
-            shapes = {name: tuple(entry["shape"]) for name, entry in table.items()}
-            for name, shape in shapes.items():
+            entries = {name: (tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][0])
+                       for name, entry in table.items()}
+            for name, (shape, _, _) in entries.items():
                 if not all(type(n) is int and n > 0 for n in shape):
                     raise ValueError(f"tensor {name} of shape {shape}")
-        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OSError, RecursionError, TypeError,
+                ValueError) as error:
             raise BadModel(f"{path}: damaged ({error!r}): download it again") from None
-        return shapes
+        return 8 + length, entries
 
     def __getitem__(self, name) -> Tensor:
-        file, path, _ = self._where[name]
-        try:
-            tensor = file.get_tensor(name)
-            finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
-        except (SafetensorError, RuntimeError) as error:
-            raise BadModel(f"{path}: tensor {name}: {error}: download it again") from None
-        if not finite:
-            raise BadModel(f"{path}: tensor {name} holds NaN or infinity: use another checkpoint")
-        return tensor
+        pages, path, shape, dtype, offset = self._where[name]
+        flat = torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=offset)
+        if dtype.is_floating_point:
+            low, high = flat.aminmax()              # NaN comes through; no copy of the tensor
+            if not math.isfinite(low) or not math.isfinite(high):
+                raise BadModel(f"{path}: tensor {name} holds NaN or infinity: use another "
+                               "checkpoint")
+        return flat.view(shape)
+
+    def release(self, name):
+        """Drop a tensor's pages from memory; they are read again if the tensor is used again."""
+        pages, _, shape, dtype, offset = self._where[name]
+        first = offset - offset % mmap.PAGESIZE
+        pages.madvise(mmap.MADV_DONTNEED, first, offset - first + math.prod(shape) * dtype.itemsize)
+
+    @property
+    def dtype(self):
+        """That of most of the numbers, if they are floating point; else BadModel."""
+        total = Counter()
+        for _, _, shape, dtype, _ in self._where.values():
+            total[dtype] += math.prod(shape)
+        dtype = total.most_common(1)[0][0] if total else torch.float32
+        if not dtype.is_floating_point:
+            raise BadModel(f"{next(iter(self._where.values()))[1]}: holds {dtype} weights: take a "
+                           "checkpoint that is not quantised")
+        return dtype
 
     def __iter__(self):
         return iter(self._where)
@@ -737,11 +782,18 @@ class Weights(Mapping):
         return self._where[name][2]
 
 
+def dtype_name(dtype) -> str:
+    """As config.json spells it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def load_weights(folder_or_hub_id) -> Weights:
-    """All tensors of a model folder: model.safetensors, or its shards by their index.
+    """All tensors of a model folder: model.safetensors, or its shards by their index; or of a file.
 
     Memory-mapped: nothing is read before it is asked for. Raises BadModel for a folder without
     safetensors, damaged files, repeated or empty tensors, and, when read, NaN or infinity."""
+    if str(folder_or_hub_id).endswith(".safetensors") and Path(folder_or_hub_id).is_file():
+        return Weights([Path(folder_or_hub_id)])
     folder = resolve(folder_or_hub_id)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -810,40 +862,40 @@ def save_weights(folder, tensors: Mapping, max_bytes: int = 5_000_000_000):
         stale.unlink()
 
 
-def _expand(module, names) -> dict:
+def expand(module, names) -> dict:
     """{our parameter: (their names)} with every {} replaced by its layer number."""
     table = {}
     for ours, _ in module.named_parameters():
-        for pattern, theirs in names.items():
-            if found := re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), ours):
-                theirs = (theirs,) if isinstance(theirs, str) else theirs
-                table[ours] = tuple(name.format(*found.groups()) for name in theirs)
-                break
-        else:
+        layers = re.findall(r"(?<=\.)\d+(?=\.)", ours)
+        theirs = names.get(ours) or names.get(re.sub(r"(?<=\.)\d+(?=\.)", "{}", ours))
+        if theirs is None:
             raise BadModel(f"parameter {ours} has no name in the table of {type(module).__name__}")
+        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        table[ours] = tuple(name.format(*layers) for name in theirs)
     return table
 
 
-def _materialise(module):
+def _materialise(module, dtype):
     """Give memory to parameters on the meta device; tied ones stay tied, unlike in to_empty()."""
     fresh = {}
     for part in module.modules():
         for name, p in list(part._parameters.items()):
             if p is not None and p.is_meta:
                 if id(p) not in fresh:
-                    empty = torch.empty_like(p, device="cpu")
+                    empty = torch.empty_like(p, device="cpu", dtype=dtype)
                     fresh[id(p)] = torch.nn.Parameter(empty, p.requires_grad)
                 part._parameters[name] = fresh[id(p)]
 
 
-def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None):
-    """Copy `weights` into the parameters of `module` in place, in its own dtype; returns it.
+def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None, dtype=None):
+    """Copy `weights` into the parameters of `module` in place; returns it.
 
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
     (fused q, k, v). ignore: {regex of theirs: reason}. A module built on the meta device is given
-    memory on the CPU. Nothing is copied unless all fits: BadModel names the tensor that is missing,
-    left over, or of the wrong shape, with both shapes."""
-    table, used = _expand(module, names), set()
+    memory on the CPU, in dtype or the file's own; another keeps its own dtype. Nothing is copied
+    unless all fits: BadModel names the tensor that is missing, left over, or of the wrong shape,
+    with both shapes."""
+    table, used = expand(module, names), set()
     ours = dict(module.named_parameters())
     for name, theirs in table.items():
         if lost := [t for t in theirs if t not in weights]:
@@ -861,15 +913,17 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
     if rest:
         raise BadModel(f"tensor {rest[0]} (and {len(rest) - 1} more) has no place in "
                        f"{type(module).__name__}: wrong kind of model?")
-    _materialise(module)
-    ours = dict(module.named_parameters())
+    _materialise(module, dtype or getattr(weights, "dtype", None))
+    ours, release = dict(module.named_parameters()), getattr(weights, "release", lambda name: None)
     with torch.no_grad():
         for name, theirs in table.items():
             row = 0
-            for tensor in map(weights.__getitem__, theirs):
+            for their in theirs:
+                tensor = weights[their]
                 target = ours[name] if len(theirs) == 1 else ours[name][row:row + len(tensor)]
                 target.copy_(tensor)
                 row += len(tensor) if len(theirs) > 1 else 0
+                release(their)
     return module
 
 
@@ -879,7 +933,7 @@ def export(module, names: Mapping) -> dict[str, Tensor]:
     A fused tensor is split by `module.split_sizes(our_name)` (rows of each piece) if the module has
     that method, else into equal pieces."""
     ours, out = dict(module.named_parameters()), {}
-    for name, theirs in _expand(module, names).items():
+    for name, theirs in expand(module, names).items():
         tensor = ours[name].detach()
         if len(theirs) == 1:
             out[theirs[0]] = tensor

@@ -18,7 +18,8 @@ Prompts of different lengths share a batch by padding on the left:
 
 A character outside the vocabulary is several byte tokens; a stream waits until it is whole.
 What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end.
-Left out: ends of several tokens (the ### of llava_v0), beams in a batch, tiles (anyres).
+A picture in tiles (LLaVA-NeXT) goes in with its size: how it was cut decides what is kept of it.
+Left out: ends of several tokens (the ### of llava_v0), beams in a batch.
 Letters: B batch, T tokens, T' after splicing, C width, V vocabulary, S picture side.
 Next: evaluate.py, which keeps the score.
 """
@@ -54,6 +55,9 @@ def arguments(argv=None):
     p.add_argument("image", help="a picture, or a folder of pictures (then with --out)")
     p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
     p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
+    p.add_argument("--template", help="how the model is asked, instead of what its config says")
+    p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                   help="of the weights in memory; auto: as they are in the file")
     p.add_argument("--out", help="LLaVA JSON to write the answers about a folder to")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -123,22 +127,26 @@ def ask(turns, template, words):
     return ids
 
 
-def places(model, ids):
-    """Places that the ids take in the model's context: a picture takes one a patch."""
-    return len(ids) + ids.count(data.IMAGE) * (getattr(model, "patches", 1) - 1)
+def places(model, ids, sizes=None):
+    """Places that the ids take in the model's context; sizes as for `generate`."""
+    pictures = ids.count(data.IMAGE)
+    if not pictures:
+        return len(ids)
+    return len(ids) - pictures + sum(map(model.places, sizes or [None] * pictures))
 
 
-def begin(model, prompts, pictures, max_new_tokens):
+def begin(model, prompts, pictures, max_new_tokens, sizes=None):
     """Prompts side by side: the decoder, x (B, T', C), keep (B, T'), how many ids may follow each.
 
     Raises data.BadData if pictures and their places differ, data.Failure for a prompt that is
     empty or fills the context."""
-    llm, room = getattr(model, "llm", model), []
-    for ids, pixels in zip(prompts, pictures, strict=True):
-        given, taken = 0 if pixels is None else len(pixels), places(model, ids)
+    llm, room, sizes = getattr(model, "llm", model), [], sizes or [None] * len(prompts)
+    for ids, pixels, size in zip(prompts, pictures, sizes, strict=True):
+        given = 0 if pixels is None else len(pixels) if size is None else len(size)
         if ids.count(data.IMAGE) != given or given and llm is model:
             raise data.BadData(f"{ids.count(data.IMAGE)} <image> places in a prompt, {given} "
                                "pictures; give one for each place, to a model that can see")
+        taken = places(model, ids, size)
         if not 0 < taken < llm.config.context:
             raise data.Failure(f"the prompt takes {taken} places, the model's context has "
                                f"{llm.config.context} and the answer needs some: shorten it")
@@ -150,7 +158,8 @@ def begin(model, prompts, pictures, max_new_tokens):
         return llm, llm.embed(ids), keep, room
     pixels = [p for p in pictures if p is not None]
     pixels = torch.cat(pixels).to(like) if pixels else None
-    x, _, keep = model.embed(ids, pixels, None, keep, left=True)
+    every = [one for size in sizes for one in size or ()]
+    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every)
     return llm, x, keep, room
 
 
@@ -193,13 +202,13 @@ def sample(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
 
 
 @torch.inference_mode()
-def beams(model, ids, pixels, ends, max_new_tokens, width):
+def beams(model, ids, pixels, sizes, ends, max_new_tokens, width):
     """The tokens of the answer with the best mean log-probability, its end counted.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
     best `width` others go on, until `width` have ended and none that runs has a better mean:
     transformers' rule (length_penalty 1, early_stopping False)."""
-    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens)
+    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes])
     memory = Cache(llm.config, 1, x.shape[1] + room, x)
     running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
     for step in range(1, room + 1):
@@ -227,18 +236,18 @@ def beams(model, ids, pixels, ends, max_new_tokens, width):
 
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-           num_beams=1, seed=0, eos=None, cache=True):
+           num_beams=1, seed=0, eos=None, cache=True, sizes=None):
     """Yield, a step, one id for every row, None for rows that have ended.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
     if wrong := fault(max_new_tokens, temperature, top_p, top_k, num_beams):
         raise data.Usage(wrong)
-    ends = endings(model, eos)
+    ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
     if num_beams > 1:
-        yield from zip_longest(*(beams(model, p, x, ends, max_new_tokens, num_beams)
-                                 for p, x in zip(prompts, pictures, strict=True)))
+        yield from zip_longest(*(beams(model, p, x, size, ends, max_new_tokens, num_beams)
+                                 for p, x, size in zip(prompts, pictures, sizes, strict=True)))
         return
-    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens)
+    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
     lengths, alive = keep.sum(1, keepdim=True), [True] * len(prompts)                # (B, 1)
     positions = (keep.cumsum(1) - 1).clamp(min=0)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
@@ -264,21 +273,24 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
 # ------------------------------------------------------------------------------------- answers
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-             num_beams=1, seed=0, eos=None, cache=True):
+             num_beams=1, seed=0, eos=None, cache=True, sizes=None):
     """Iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
-    (n, 3, S, S), one for each. Beams come all at once, and always use the cache.
+    (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
+    all at once, and always use the cache.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
     return (row[0] for row in decode(model, [ids], [pixels], max_new_tokens, temperature, top_p,
-                                     top_k, num_beams, seed, eos, cache))
+                                     top_k, num_beams, seed, eos, cache,
+                                     None if sizes is None else [sizes]))
 
 
 def generate_batch(model, prompts, pictures=None, **settings):
     """What `generate` says to each of many prompts, decoded side by side; row i has seed + i.
 
-    pictures: for each prompt pixels (n, 3, S, S) or None; settings as for `generate`."""
+    pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
+    settings as for `generate`."""
     out = [[] for _ in prompts]
     for row in decode(model, prompts, pictures or [None] * len(out), **settings) if out else ():
         for tokens, i in zip(out, row):
@@ -325,7 +337,12 @@ def load(args):
     if args.model == DEFAULT and not Path(DEFAULT).is_dir():
         raise data.BadModel(f"{DEFAULT}: no model yet: run `make demo`, or train.py --stage 1 and "
                             "--stage 2, or name a model with --model")
-    model = VLM.from_pretrained(args.model)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
+    model = VLM.from_pretrained(args.model, dtype)
+    if args.template and args.template not in data.TEMPLATES:
+        raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
+                         f"{', '.join(data.TEMPLATES)}")
+    model.template = args.template or model.template
     if model.template == "plain":
         note("note: this is a stage 1 model, which knows pictures and captions but no questions: "
              "yours is ignored, it writes a caption")
@@ -333,8 +350,9 @@ def load(args):
 
 
 def see(path, model):
-    """pixels (n, 3, S, S) of a picture's file."""
-    return data.preprocess(data.load_image(path), model.image_size, model.aspect)
+    """A picture's file -> pixels (n, 3, S, S) and, where the model cuts pictures, [its size]."""
+    image = data.load_image(path)
+    return model.pixels(image), [image.size] if model.aspect == "anyres" else None
 
 
 def sample_of(name, turns):
@@ -363,21 +381,21 @@ def write(path, samples):
         raise data.Failure(f"{path}: {error.strerror}: name another file") from None
 
 
-def answer(model, turns, pixels, args):
+def answer(model, turns, picture, args):
     """Print the answer as it is written; returns it."""
-    said, ids = "", ask(turns, model.template, model.words)
-    for piece in stream(model, ids, pixels, seed=args.seed, **args.settings):
+    said, ids, (pixels, sizes) = "", ask(turns, model.template, model.words), picture
+    for piece in stream(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings):
         print(piece, end="", flush=True)
         said += piece
     print(flush=True)
     return said.strip()
 
 
-def remembered(model, turns, max_new_tokens):
+def remembered(model, turns, sizes, max_new_tokens):
     """The newest turns that fit the context with an answer behind them; at least the last."""
     context, kept = model.llm.config.context, turns
     room = context - min(max_new_tokens, context // 4)
-    while len(kept) > 1 and places(model, ask(kept, model.template, model.words)) > room:
+    while len(kept) > 1 and places(model, ask(kept, model.template, model.words), sizes) > room:
         kept = kept[2:]
     if kept is not turns:
         note(f"note: the context of {context} places is full: the oldest "
@@ -385,7 +403,7 @@ def remembered(model, turns, max_new_tokens):
     return kept
 
 
-def chat(model, pixels, args):
+def chat(model, picture, args):
     """Questions from stdin until it ends. What goes wrong in a turn ends that turn only."""
     turns, name = [], args.image
     note("chat: /image PATH (another picture, from the start)  /reset  /save FILE  /quit")
@@ -405,7 +423,7 @@ def chat(model, pixels, args):
             if command == "/reset":
                 turns = []
             elif command == "/image":
-                pixels, name, turns = see(path, model), path, []
+                picture, name, turns = see(path, model), path, []
             elif command == "/save" and path and turns:
                 write(path, [sample_of(os.path.basename(name), turns)])
                 note(f"saved: {path}")
@@ -413,8 +431,8 @@ def chat(model, pixels, args):
                 raise data.Usage("the commands are /image PATH, /reset, /save FILE (once something "
                                  "has been said), /quit")
             else:
-                kept = remembered(model, turns + [line], args.max_new_tokens)
-                turns = kept + [answer(model, kept, pixels, args)]
+                kept = remembered(model, turns + [line], picture[1], args.max_new_tokens)
+                turns = kept + [answer(model, kept, picture, args)]
         except data.Failure as error:
             note(f"error: {error}")
 
@@ -430,8 +448,9 @@ def captions(model, files, args):
                 good.append((path.name, see(path, model)))
             except (data.BadImage, UnicodeEncodeError) as error:
                 note(f"skipped: {error}")
-        said = generate_batch(model, [ids] * len(good), [x for _, x in good],
-                              seed=args.seed + start, **args.settings)
+        said = generate_batch(model, [ids] * len(good), [x for _, (x, _) in good],
+                              sizes=[size for _, (_, size) in good], seed=args.seed + start,
+                              **args.settings)
         samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])
                     for (name, _), x in zip(good, said)]
         if not sys.stderr.isatty() and time.time() - told > 5:
@@ -456,10 +475,10 @@ def main(args):
         return captions(load(args), files, args)
     data.load_image(args.image)
     model = load(args)
-    pixels = see(args.image, model)
+    picture = see(args.image, model)
     if args.prompt is None:
-        return chat(model, pixels, args)
-    answer(model, [args.prompt], pixels, args)
+        return chat(model, picture, args)
+    answer(model, [args.prompt], picture, args)
 
 
 if __name__ == "__main__":

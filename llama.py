@@ -18,6 +18,7 @@ Next: projector.py, which puts a picture's vectors between the words.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,32 +42,62 @@ class Config:
     theta: float = 10000.0
     context: int = 2048
     tied: bool = False
+    head: int = 0                   # size of a head; 0: width / heads, as in all but a few
+    scaling: tuple | None = None    # of rotary positions, see kernels/rope.py
 
     @property
     def head_dim(self):
-        return self.width // self.heads
+        return self.head or self.width // self.heads
 
     @classmethod
     def from_hf(cls, c):
-        """From the dict of a Hugging Face config.json (or its `text_config`)."""
+        """From the dict of a Hugging Face config.json (or its `text_config`).
+
+        Fields left out, as old hub configs do, get the defaults that transformers documents."""
         if type(c) is not dict or type(c.get("rope_parameters") or {}) is not dict:
             raise data.BadModel("config.json: the language model's settings, and rope_parameters in"
                                 " them, must be objects; take the config.json of the weights")
-        d, rope_parameters = cls(), c.get("rope_parameters") or {}
-        if (c.get("hidden_act", "silu") != "silu" or c.get("rope_scaling")
-                or rope_parameters.get("rope_type", "default") != "default"):
-            raise data.BadModel("config.json: hidden_act other than silu, or scaled rotary "
-                                "positions, are not known here; give a plain LLaMA")
+        kind = c.get("model_type", "llama")
+        if kind not in ("llama", "mistral") or c.get("hidden_act", "silu") != "silu" or any(
+                c.get(key, False) for key in ("attention_bias", "mlp_bias")):
+            raise data.BadModel(f"config.json: model_type {kind!r}, a hidden_act other than silu, "
+                                "or biases: not a LLaMA; give a LLaMA or Mistral folder")
+        d, mistral = cls(), kind == "mistral"
         heads = c.get("num_attention_heads", d.heads)
+        turning = c.get("rope_parameters") or {}
+        context = c.get("max_position_embeddings", 2 ** 17 if mistral else d.context)
+        if mistral and (window := c.get("sliding_window", 4096)) is not None:
+            # Mistral-7B-v0.1 sees the last 4,096 places only. Up to there both see all.
+            context = min(context, window) if type(window) is type(context) is int else window
         made = cls(c.get("vocab_size", d.vocab), c.get("hidden_size", d.width),
                    c.get("num_hidden_layers", d.depth), heads,
-                   c.get("num_key_value_heads") or heads, c.get("intermediate_size", d.mlp),
+                   c.get("num_key_value_heads", 8 if mistral else None) or heads,
+                   c.get("intermediate_size", 14336 if mistral else d.mlp),
                    c.get("rms_norm_eps", d.eps),
-                   c.get("rope_theta", rope_parameters.get("rope_theta", d.theta)),
-                   c.get("max_position_embeddings", d.context),
-                   c.get("tie_word_embeddings", False))
+                   c.get("rope_theta", turning.get("rope_theta", d.theta)), context,
+                   c.get("tie_word_embeddings", False), c.get("head_dim") or 0,
+                   cls.stretch(c.get("rope_scaling") or turning, context))
         made.check()
-        return made
+        return replace(made, head=0) if made.head * heads == made.width else made
+
+    @staticmethod
+    def stretch(c, context):
+        """`scaling` from the object that says how rotary positions are stretched."""
+        kind = c.get("rope_type", c.get("type", "default")) if type(c) is dict else str(c)
+        if kind == "default":
+            return None
+        if type(c) is not dict or kind not in ("linear", "llama3"):
+            raise data.BadModel(f"config.json: rotary positions scaled by {kind!r} are not known "
+                                "here, only linear and llama3; take another model")
+        wanted = ("factor",) if kind == "linear" else ("factor", "low_freq_factor",
+                                                       "high_freq_factor")
+        values = [c.get(key) for key in wanted]
+        values += [c.get("original_max_position_embeddings", context)] * (kind == "llama3")
+        if not all(type(v) in (int, float) and 0 < v < 2 ** 24 for v in values) or (
+                kind == "llama3" and not values[1] < values[2]):
+            raise data.BadModel(f"config.json: scaled rotary positions need {', '.join(wanted)} as "
+                                "positive numbers; take the config.json of the weights")
+        return (kind, *values)
 
     def check(self):
         """BadModel before any memory is taken, if the numbers cannot be a model's."""
@@ -77,25 +108,33 @@ class Config:
             if type(value) is not int or not low <= value <= high:
                 raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from "
                                     f"{low} to {high}; take the config.json of the weights")
-        if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
-            raise data.BadModel(f"config.json: width {self.width}, heads {self.heads} and key/value"
-                                f" heads {self.kv_heads} do not divide; take the config.json of "
-                                "the weights")
-        if not all(type(v) in (int, float) and v > 0 for v in (self.eps, self.theta)):
-            raise data.BadModel("config.json: rms_norm_eps and rope_theta must be positive; "
-                                "take the config.json of the weights")
+        if type(self.head) is not int or not 0 <= self.head <= 2 ** 12 or (
+                not self.head and self.width % self.heads or self.heads % self.kv_heads
+                or self.head_dim % 2):
+            raise data.BadModel(f"config.json: width {self.width}, heads {self.heads}, key/value "
+                                f"heads {self.kv_heads} and head_dim {self.head or None} do not "
+                                "fit together; take the config.json of the weights")
+        if (not all(type(v) in (int, float) and 0 < v < math.inf for v in (self.eps, self.theta))
+                or type(self.tied) is not bool):
+            raise data.BadModel("config.json: rms_norm_eps and rope_theta must be positive, "
+                                "tie_word_embeddings true or false; take the config.json of the "
+                                "weights")
 
     def to_hf(self):
-        """The dict that transformers writes for this model."""
+        """The dict that transformers writes for this model. A Mistral is written as a LLaMA: up to
+        its window, which is the context here, it is one."""
+        kind, *values = self.scaling or ("default",)
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        turning = {"rope_theta": self.theta, "rope_type": kind, **dict(zip(keys, values))}
         return {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
                 "vocab_size": self.vocab, "hidden_size": self.width,
                 "num_hidden_layers": self.depth, "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads, "intermediate_size": self.mlp,
                 "rms_norm_eps": self.eps, "rope_theta": self.theta, "hidden_act": "silu",
-                "rope_parameters": {"rope_theta": self.theta, "rope_type": "default"},
+                "rope_parameters": turning, "head_dim": self.head_dim,
+                **({"rope_scaling": turning} if self.scaling else {}),
                 "max_position_embeddings": self.context, "tie_word_embeddings": self.tied,
-                "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-                "torch_dtype": "float32"}
+                "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class Cache:
@@ -141,7 +180,7 @@ class Block(nn.Module):
         self.c, self.layer = c, layer
         self.norm1 = RMSNorm(c.width, c.eps)
         self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=False)
-        self.out = nn.Linear(c.width, c.width, bias=False)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
         self.norm2 = RMSNorm(c.width, c.eps)
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
         self.down = nn.Linear(c.mlp, c.width, bias=False)
@@ -222,7 +261,8 @@ class Llama(nn.Module):
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.theta)
+        c = self.config
+        cos, sin = rope_table(positions, c.head_dim, c.theta, c.scaling)
         for block in self.blocks:
             x = block(x, cos, sin, cache, keep)
         if cache is not None:
@@ -234,23 +274,24 @@ class Llama(nn.Module):
         return self.head(self.hidden(x, cache, positions, keep))
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """From a folder or hub id, Hugging Face layout. Raises data.BadModel, data.Offline."""
+    def from_pretrained(cls, folder, dtype=None):
+        """From a folder or hub id, Hugging Face layout, in `dtype` or, if None, the file's own.
+
+        Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
-        config = data.read_config(folder)
-        if config.get("model_type", "llama") not in ("llama", "mistral"):
-            raise data.BadModel(f"{folder}: config.json says model_type "
-                                f"{config['model_type']!r}, not a LLaMA; give a LLaMA's folder")
         with torch.device("meta"):
-            model = cls(Config.from_hf(config))
-        model = data.fill(model, model.names(), data.load_weights(folder), cls.IGNORE)
-        return model.eval()
+            model = cls(Config.from_hf(data.read_config(folder)))
+        weights = data.load_weights(folder)
+        # quirk: some tied files hold the head as well; it is the embedding once more
+        ignore = cls.IGNORE | ({r"lm_head\.weight": "tied"} if model.config.tied else {})
+        return data.fill(model, model.names(), weights, ignore, dtype).eval()
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors, as transformers reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+        config = {**self.config.to_hf(), "dtype": data.dtype_name(self.head.weight.dtype)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         data.save_weights(folder, data.export(self, self.names()))
 
 

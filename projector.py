@@ -24,6 +24,8 @@ Next: data.py, which makes the rows.
 """
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,6 +62,30 @@ class MLP(nn.Module):
 
 
 BRIDGES = {"linear": Linear, "mlp": MLP}
+
+
+def merge(tiles, newline, grid):
+    """One anyres picture after the bridge: (1 + n, P, C) -> (grid.tokens, C)      [LLaVA-NeXT]
+
+    The overview first. Then the tiles, laid out as they lay in the picture, without what was
+    padding, each row of patches closed by the vector `newline` (C):
+
+        tiles 1 2     a a a b b b ↵           a patch of tile 1 is a, of tile 2 is b
+              3 4     c c c d d d ↵
+
+    grid: data.anyres_grid of the picture's size, or None for a single tile, which gets one newline
+    at its end. Official: llava_arch.py, "spatial_unpad"."""
+    overview, C = tiles[0], tiles.shape[-1]
+    if grid is None:
+        return torch.cat((overview, newline[None]))
+    (across, down), side = grid.tiles, int(overview.shape[0] ** .5)
+    rows, columns = grid.unpadded
+    x = tiles[1:].view(down, across, side, side, C).transpose(1, 2)
+    x = x.reshape(down * side, across * side, C)
+    top, left = (x.shape[0] - rows) // 2, (x.shape[1] - columns) // 2
+    x = x[top:top + rows, left:left + columns]
+    x = torch.cat((x, newline.expand(rows, 1, C)), 1)
+    return torch.cat((overview, x.flatten(0, 1)))
 
 
 def splice(ids, words, features, labels=None, keep=None, left=False):
@@ -99,18 +125,149 @@ def splice(ids, words, features, labels=None, keep=None, left=False):
     return x, out, there
 
 
+# Every way in which the tensors of a LLaVA have been spelled, rewritten step by step to the first,
+# which `save_pretrained` writes. The prefixes and vision_model. come and go independently.
+#   2023-25  language_model.model.*   multi_modal_projector.linear_1   vision_tower.vision_model.*
+#   4.52-    model.language_model.*, lm_head, model.multi_modal_projector.*, model.vision_tower.*
+#   5.x      as the first, without vision_model.
+#   official model.layers.*, model.mm_projector.0, model.vision_tower.vision_tower.vision_model.*
+SPELLINGS = [(re.compile(old), new) for old, new in (
+    (r"^model\.(?=(language_model|multi_modal_projector|mm_projector|vision_tower)\.)", ""),
+    (r"^model\.(?=image_newline$)", ""),
+    (r"^(vision_tower\.)+(vision_model\.)?", "vision_tower.vision_model."),
+    (r"^(language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),
+    (r"^mm_projector\.2\.", "multi_modal_projector.linear_2."))]
+
+
+def spelled(weights):
+    """{our spelling of a tensor's name: the file's}. Raises data.BadModel if two are the same."""
+    table = {}
+    for name in weights:
+        ours = name
+        for old, new in SPELLINGS:
+            ours = old.sub(new, ours)
+        if ours in table:
+            raise data.BadModel(f"tensors {table[ours]} and {name} are the same one in two "
+                                "spellings: take the checkpoint from one source")
+        table[ours] = name
+    return table
+
+
+def known_values(folder, c, **allowed):
+    """Raises data.BadModel where config.json holds a setting that this code does not know."""
+    for key, values in allowed.items():
+        if key in c and c[key] not in values:
+            raise data.BadModel(f"{folder}: config.json says {key} {c[key]!r}, which is not one of "
+                                f"{', '.join(map(str, values))}; take another model")
+
+
+def grids_of(folder, pinpoints, size):
+    """[[first, second]] in pixels -> ((tiles, tiles)), in that order. Raises data.BadModel."""
+    try:
+        if type(pinpoints) is str:                  # "[(336, 672), ...]", as old files have it
+            pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
+        grids = tuple((a // size, b // size) for a, b in pinpoints)
+        good = all(1 <= n <= 16 for pair in grids for n in pair) and 0 < len(grids) <= 64
+        if not good or [[a * size, b * size] for a, b in grids] != [list(p) for p in pinpoints]:
+            raise ValueError("not multiples of the tower's picture")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise data.BadModel(f"{folder}: config.json's image_grid_pinpoints {str(pinpoints)[:80]} "
+                            f"({error}); take the config.json of the weights") from None
+    return grids
+
+
+def settings(folder, c, weights, known):
+    """Of a folder in transformers' layout: eye, tongue, bridge, aspect, grids, template or None."""
+    if c.get("model_type") not in ("llava", "llava_next"):
+        raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, not "
+                            "'llava' or 'llava_next'; give the model/ folder of a run")
+    known_values(folder, c, vision_feature_layer=(-2,), vision_feature_select_strategy=("default",),
+                 projector_hidden_act=("gelu", "linear"), tie_word_embeddings=(True, False),
+                 image_aspect_ratio=("square", "pad", "anyres"))
+    processor = data.read_config(folder, "preprocessor_config.json", missing_ok=True) or (
+        data.read_config(folder, "processor_config.json", missing_ok=True).get("image_processor"))
+    processor = processor if type(processor) is dict else {}
+    known_values(folder, processor, image_mean=(list(data.MEAN),), image_std=(list(data.STD),),
+                 resample=(3,))
+    eye = ViTConfig.from_hf(c["vision_config"]) if "vision_config" in c else ViTConfig(image=336)
+    text = c.get("text_config", {})
+    tongue = LlamaConfig.from_hf(text)
+    if c.get("tie_word_embeddings"):
+        tongue = replace(tongue, tied=True)
+    # quirk: the hub's LLaVA-1.5 processors crop, though the model was trained on padded pictures
+    aspect = "pad" if processor.get("do_pad") else "square"
+    grids = data.TRANSPOSED
+    if c["model_type"] == "llava_next":
+        aspect = "anyres"
+        if c.get("image_grid_pinpoints"):           # (height, width) here
+            pairs = grids_of(folder, c["image_grid_pinpoints"], eye.image)
+            grids = tuple((across, down) for down, across in pairs)
+    return (eye, tongue, "linear" if c.get("projector_hidden_act") == "linear" else "mlp",
+            c.get("image_aspect_ratio", aspect), grids,
+            "mistral_instruct" if text.get("model_type") == "mistral" else None)
+
+
+def official_settings(folder, c, weights, known):
+    """The same of an official folder: one flat config.json, which names the tower it began with."""
+    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+    known_values(folder, c, model_type=tuple(kinds), mm_vision_select_layer=(-2,),
+                 mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
+                 mm_projector_type=("linear", "mlp2x_gelu"),
+                 image_aspect_ratio=("square", "pad", "anyres", None))
+    kind, aspect = kinds[c.get("model_type", "llava")], c.get("image_aspect_ratio") or "square"
+    if aspect == "anyres":
+        known_values(folder, {"mm_patch_merge_type": "flat", **c},
+                     mm_patch_merge_type=("spatial_unpad",))
+    tower = c.get("mm_vision_tower")
+    if type(tower) is not str:
+        raise data.BadModel(f"{folder}: config.json's mm_vision_tower {tower!r} must name a CLIP; "
+                            "take the config.json of the weights")
+    large = re.fullmatch(r"openai/clip-vit-large-patch14(-336)?", tower)
+    if large:                                       # no need to fetch what everybody knows
+        eye = ViTConfig(image=336 if large[1] else 224)
+    else:
+        config = data.read_config(data.resolve(tower))
+        eye = ViTConfig.from_hf(config.get("vision_config", config))
+    pinpoints = c.get("image_grid_pinpoints")       # (width, height) here
+    return (eye, LlamaConfig.from_hf({**c, "model_type": kind}),
+            "mlp" if c.get("mm_projector_type") == "mlp2x_gelu" else "linear", aspect,
+            grids_of(folder, pinpoints, eye.image) if pinpoints and aspect == "anyres"
+            else data.OFFICIAL, "mistral_instruct" if kind == "mistral" else None)
+
+
+def identity(weights, known, C):
+    """{tensor: reason} of a second linear layer that does nothing. Raises data.BadModel else."""
+    names = [known.get(f"multi_modal_projector.linear_2.{k}") for k in ("weight", "bias")]
+    if None in names or weights.shape(names[0]) != (C, C) or not (
+            torch.equal(weights[names[0]].float(), torch.eye(C))
+            and not weights[names[1]].any()):
+        raise data.BadModel(f"tensor {names[0]}: projector_hidden_act is linear, so this must be "
+                            "the identity; take another model")
+    return {re.escape(name): "the identity, see save_pretrained" for name in names}
+
+
 class VLM(nn.Module):
     """Eye, bridge and language model. `words` is its tokenizer; `template` and `aspect` are how it
-    was trained to be asked and shown pictures; they are saved with it."""
+    was trained to be asked and shown pictures; they are saved with it.
+
+    With aspect anyres it has the vector `newline` (C), and `grids` to cut pictures by; wherever
+    pixels go in, the pictures' sizes go in too: [(width, height)], in pixels, as they were."""
     # ours: theirs, for the bridge; the two ends use their own tables behind a prefix
     BRIDGE_NAMES = {f"bridge.{ours}.{kind}": f"multi_modal_projector.linear_{i}.{kind}"
                     for i, ours in ((1, "first"), (2, "second")) for kind in ("weight", "bias")}
+    IGNORE = {**ViT.IGNORE, **Llama.IGNORE}
 
-    def __init__(self, vision, bridge, llm, words, template="v1", aspect="pad"):
+    def __init__(self, vision, bridge, llm, words, template="v1", aspect="pad",
+                 grids=data.OFFICIAL):
         super().__init__()
         self.vision, self.llm, self.words = vision, llm, words
-        self.kind, self.template, self.aspect = bridge, template, aspect
+        self.kind, self.template, self.aspect, self.grids = bridge, template, aspect, grids
         self.bridge = BRIDGES[bridge](vision.config.width, llm.config.width)
+        if aspect == "anyres":
+            C = llm.config.width
+            self.newline = nn.Parameter(torch.randn(C) * C ** -.5)
 
     @property
     def image_size(self):
@@ -120,23 +277,49 @@ class VLM(nn.Module):
     def patches(self):
         return (self.vision.config.image // self.vision.config.patch) ** 2
 
-    def see(self, pixels):
-        """pixels (n, 3, S, S) -> (n, P, C): what the language model gets. The class token is
-        dropped: LLaVA reads patches only."""
+    def pixels(self, image):
+        """PIL image -> pixels (n, 3, S, S), as this model was trained to be shown pictures."""
+        return data.preprocess(image, self.image_size, self.aspect, self.grids)
+
+    def grid(self, size):
+        """data.Grid of a picture of `size` (width, height)."""
+        side = self.vision.config.image // self.vision.config.patch
+        return data.anyres_grid(*size, self.image_size, side, self.grids)
+
+    def places(self, size=None):
+        """Vectors that a picture of `size` (width, height) becomes."""
+        return self.grid(size).tokens if self.aspect == "anyres" else self.patches
+
+    def see(self, pixels, sizes=None):
+        """pixels (n, 3, S, S) -> a list of (P, C), one a picture: what the language model gets.
+
+        With sizes the pictures are in tiles, n in all. The class token is dropped: LLaVA reads
+        patches only. Raises data.BadData when tiles and sizes do not fit."""
         with torch.set_grad_enabled(torch.is_grad_enabled()
                                     and any(p.requires_grad for p in self.vision.parameters())):
             patches = self.vision(pixels)[:, 1:]
-        return self.bridge(patches)
+        features = self.bridge(patches)
+        if self.aspect != "anyres":
+            return list(features)
+        grids = [self.grid(size) for size in sizes or ()]
+        counts = [1 + grid.tiles[0] * grid.tiles[1] for grid in grids]
+        if len(pixels) == len(grids) != sum(counts):        # overviews alone
+            grids, counts = [None] * len(grids), [1] * len(grids)
+        if sum(counts) != len(pixels):
+            raise data.BadData(f"{len(pixels)} tiles given, but pictures of sizes {sizes} have "
+                               f"{sum(counts)}; give sizes=[(width, height)] of every picture")
+        return [merge(tiles, self.newline, grid)
+                for tiles, grid in zip(features.split(counts), grids)]
 
-    def embed(self, ids, pixels=None, labels=None, keep=None, left=False):
+    def embed(self, ids, pixels=None, labels=None, keep=None, left=False, sizes=None):
         """ids and pictures -> one row of vectors each; see `splice`."""
         words = self.llm.embed(ids.clamp(min=0))
-        features = [] if pixels is None or not len(pixels) else list(self.see(pixels))
+        features = [] if pixels is None or not len(pixels) else self.see(pixels, sizes)
         return splice(ids, words, features, labels, keep, left)
 
-    def forward(self, ids, pixels=None):
+    def forward(self, ids, pixels=None, sizes=None):
         """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V)."""
-        return self.llm(self.embed(ids, pixels)[0])
+        return self.llm(self.embed(ids, pixels, sizes=sizes)[0])
 
     def loss(self, ids, labels, pixels=None, keep=None):
         """Mean cross-entropy of the next token over supervised places; a scalar.
@@ -152,11 +335,13 @@ class VLM(nn.Module):
 
     # ------------------------------------------------------------------------- from and to disk
 
-    @classmethod
-    def names(cls, vision, llm, bridge):
+    def names(self):
+        """The weight table, in the spelling that `save_pretrained` writes."""
         table = {**prefixed(ViT.NAMES, "vision.", "vision_tower.vision_model."),
-                 **cls.BRIDGE_NAMES, **prefixed(llm.names(), "llm.", "language_model.")}
-        return {k: v for k, v in table.items() if bridge == "mlp" or "bridge.second" not in k}
+                 **self.BRIDGE_NAMES, **prefixed(self.llm.names(), "llm.", "language_model.")}
+        if self.kind == "linear":
+            table = {k: v for k, v in table.items() if "bridge.second" not in k}
+        return table | ({"newline": "image_newline"} if self.aspect == "anyres" else {})
 
     def split_sizes(self, name):
         if name.startswith("llm."):
@@ -164,9 +349,9 @@ class VLM(nn.Module):
         return [self.vision.config.width] * 3
 
     @classmethod
-    def from_parts(cls, vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0):
+    def from_parts(cls, vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtype=None):
         """A new model from a CLIP folder and a LLaMA folder; the bridge is drawn from the seed."""
-        eye, tongue = ViT.from_pretrained(vision), Llama.from_pretrained(llm)
+        eye, tongue = ViT.from_pretrained(vision, dtype), Llama.from_pretrained(llm, dtype)
         words = data.Tokenizer(data.resolve(llm))
         rows = -(-(len(words) + 2) // 64) * 64      # room for <image> and <pad>, as the hub has it
         if rows > tongue.config.vocab:
@@ -180,48 +365,78 @@ class VLM(nn.Module):
             last = model.bridge.second if bridge == "mlp" else model.bridge.first
             with torch.no_grad():
                 last.weight.mul_(max(1.0, float(tongue.embed.weight.std() / said.std())))
+        model.bridge.to(tongue.embed.weight.dtype)
         return model
 
+    def load_bridge(self, path):
+        """Take over a projector alone: a folder or a .safetensors file with mm_projector.* or
+        multi_modal_projector.* (other tensors in it are passed over). Raises data.BadModel."""
+        weights = data.load_weights(path)
+        known = spelled(weights)
+        table = {k.removeprefix("bridge."): known.get(v, v) for k, v in self.names().items()
+                 if k.startswith("bridge.")}
+        rest = r"(?!.*projector).*"
+        data.fill(self.bridge, table, weights, {rest: "not of the bridge"})
+
     @classmethod
-    def from_pretrained(cls, folder):
-        """From a folder or hub id in transformers' LLaVA layout. Raises data.BadModel, Offline."""
+    def from_pretrained(cls, folder, dtype=None):
+        """From a folder or hub id, in `dtype` or, if None, the file's own: transformers' LLaVA and
+        LLaVA-NeXT in any spelling, and the official safetensors (liuhaotian/llava-v1.6-*).
+
+        Where transformers and the official code cut a picture differently (data.anyres_grid), a
+        model in transformers' layout is shown it as transformers does, and an official one as the
+        official code does: each answers as it does at home. Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
-        c = data.read_config(folder)
-        if c.get("model_type") != "llava":
-            raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, "
-                                "not 'llava'; give the model/ folder of a run")
-        for key, known in (("template", tuple(data.TEMPLATES)), ("vision_feature_layer", (-2,)),
-                           ("image_aspect_ratio", ("square", "pad", "anyres")),
-                           ("vision_feature_select_strategy", ("default",))):
-            if key in c and c[key] not in known:
-                raise data.BadModel(f"{folder}: config.json says {key} {c[key]!r}, which is not one"
-                                    f" of {', '.join(map(str, known))}; take another model")
-        bridge = "linear" if c.get("projector_hidden_act") == "linear" else "mlp"
-        words = data.Tokenizer(folder)
+        c, words = data.read_config(folder), data.Tokenizer(folder)
+        weights = data.load_weights(folder)
+        known = spelled(weights)
+        official = "mm_projector_type" in c or "mm_vision_tower" in c
+        made = (official_settings if official else settings)(folder, c, weights, known)
+        eye, tongue, bridge, aspect, grids, default = made
+        template = c.get("template", default or (
+            "v1" if words.added("<|im_start|>") is None else "chatml_direct"))
+        if template not in list(data.TEMPLATES):
+            raise data.BadModel(f"{folder}: config.json says template {template!r}, which is not "
+                                f"one of {', '.join(data.TEMPLATES)}; take another model")
         with torch.device("meta"):
-            eye = ViT(ViTConfig.from_hf(c.get("vision_config", {})))
-            tongue = Llama(LlamaConfig.from_hf(c.get("text_config", {})))
-            model = cls(eye, bridge, tongue, words, c.get("template", "v1"),
-                        c.get("image_aspect_ratio", "pad"))
-        if len(words) > tongue.config.vocab:
+            model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids)
+        if len(words) > tongue.vocab:
             raise data.BadModel(f"{folder}: tokenizer.json has {len(words)} tokens, the model "
-                                f"{tongue.config.vocab} rows; take both from one place")
-        ignore = {**ViT.IGNORE, **Llama.IGNORE}
-        if bridge == "linear":
-            ignore[r"multi_modal_projector\.linear_2\..*"] = "the identity, see save_pretrained"
-        return data.fill(model, cls.names(eye, tongue, bridge), data.load_weights(folder),
-                         ignore).eval()
+                                f"{tongue.vocab} rows; take both from one place")
+        ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
+        if tongue.tied:
+            ignore[r"(language_model\.)?lm_head\.weight"] = "tied: the embedding once more"
+        if bridge == "linear" and "multi_modal_projector.linear_2.weight" in known:
+            ignore |= identity(weights, known, tongue.width)
+        if official and apart:
+            model.vision = None             # frozen in training and not in the file: as it was
+        table = {ours: tuple(known.get(t, t) for t in theirs)
+                 for ours, theirs in data.expand(model, model.names()).items()}
+        data.fill(model, table, weights, ignore, dtype)
+        if official and apart:
+            model.vision = ViT.from_pretrained(c["mm_vision_tower"], dtype or weights.dtype)
+        return model.eval()
 
     def config(self):
         """The dict of config.json, as transformers' LlavaConfig reads it."""
+        tiles = self.aspect == "anyres"
         return {
-            "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava_next" if tiles else "llava",
+            "architectures": [f"Llava{'Next' * tiles}ForConditionalGeneration"],
+            "dtype": data.dtype_name(self.llm.head.weight.dtype),
+            **({"image_grid_pinpoints": self.pinpoints} if tiles else {}),
             "image_token_index": self.image_token, "image_seq_length": self.patches,
             "projector_hidden_act": "gelu" if self.kind == "mlp" else "linear",
             "multimodal_projector_bias": True, "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": self.llm.config.tied,
             "text_config": self.llm.config.to_hf(), "vision_config": self.vision.config.to_hf(),
             "template": self.template, "image_aspect_ratio": self.aspect}
+
+    @property
+    def pinpoints(self):
+        """Of config.json: [[height, width]], so that transformers cuts pictures as we do."""
+        return [[down * self.image_size, across * self.image_size] for across, down in self.grids]
 
     @property
     def pad_token(self):
@@ -234,25 +449,32 @@ class VLM(nn.Module):
         return self.words.added("<image>", len(self.words))
 
     def save_pretrained(self, folder):
-        """Everything that transformers.LlavaForConditionalGeneration and its processor read.
+        """Everything that transformers' Llava(Next)ForConditionalGeneration and processor read.
 
         The linear bridge is written as two layers, the second the identity, the activation
         "linear": the one form of it that transformers can express."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = data.export(self, self.names(self.vision, self.llm, self.kind))
+        tensors = data.export(self, self.names())
         if self.kind == "linear":
-            C = self.llm.config.width
-            tensors["multi_modal_projector.linear_2.weight"] = torch.eye(C)
-            tensors["multi_modal_projector.linear_2.bias"] = torch.zeros(C)
+            first = self.bridge.first
+            tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(first.bias)).to(
+                first.weight)
+            tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(first.bias)
         data.save_weights(folder, tensors)
         picture = {"size": {"shortest_edge": self.image_size}, "do_center_crop": True,
                    "crop_size": {"height": self.image_size, "width": self.image_size},
                    "do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
                    "rescale_factor": 1 / 255, "image_mean": list(data.MEAN),
                    "image_std": list(data.STD), "do_convert_rgb": True,
-                   "do_pad": self.aspect == "pad", "image_processor_type": "LlavaImageProcessor"}
-        shared = {"processor_class": "LlavaProcessor", "patch_size": self.vision.config.patch,
+                   "do_pad": self.aspect != "square",
+                   "image_processor_type": "LlavaImageProcessor"}
+        kind = "LlavaProcessor"
+        if self.aspect == "anyres":
+            kind = "LlavaNextProcessor"
+            picture |= {"image_processor_type": "LlavaNextImageProcessor",
+                        "image_grid_pinpoints": self.pinpoints}
+        shared = {"processor_class": kind, "patch_size": self.vision.config.patch,
                   "vision_feature_select_strategy": "default", "image_token": "<image>",
                   "num_additional_image_tokens": 1}
         files = {"config.json": self.config(), "preprocessor_config.json": picture,

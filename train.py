@@ -73,6 +73,9 @@ def arguments(argv=None):
     p.add_argument("--from", dest="start", help="model to start stage 2 from; 'none' skips stage 1")
     p.add_argument("--data", help="LLaVA JSON or JSONL; without it, the toy world")
     p.add_argument("--images", default=".", help="folder that the data's pictures are relative to")
+    p.add_argument("--projector", help="start the bridge from this file or folder, where it is new")
+    p.add_argument("--official-quirks", action="store_true",
+                   help="learn nothing from samples that the official code masks with a warning")
     p.add_argument("--output-dir", help="default: runs/<base>/<recipe>/stage<n>")
     p.add_argument("--resume", choices=("auto",), help="go on from the newest good checkpoint")
     p.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
@@ -112,6 +115,8 @@ def arguments(argv=None):
         p.error("--train takes bridge and llm with a comma, --bridge linear or mlp")
     if a.stage == 0 and a.show_batch:
         p.error("--show-batch is for stages 1 and 2")
+    if a.projector and (a.start != "none" if a.stage == 2 else a.stage == 0):
+        p.error("--projector is for a new bridge: stage 1, or stage 2 with --from none")
     if r.aspect not in ("square", "pad"):
         p.error(f"--aspect {r.aspect!r} must be square or pad")
     if r.batch % a.accum:
@@ -439,7 +444,8 @@ def make_batches(samples, model, args):
         for index in range(first, first + size):
             try:
                 picture, talk = samples[index]
-                ids, labels = data.encode(talk, row.template, model.words, picture is not None)
+                ids, labels = data.encode(talk, row.template, model.words, picture is not None,
+                                          args.official_quirks)
                 if (places := ids.count(data.IMAGE)) != (picture is not None):
                     raise data.BadData(f"one picture, but {places} <image> places in the text")
             except data.Failure as error:
@@ -503,12 +509,18 @@ def bridge_job(args, out, device):
     steps = samples.steps()
     start = args.start or (out.parent / "stage1/model" if args.stage == 2 else "none")
     if str(start) == "none":
-        model = VLM.from_parts(vision, llm, row.bridge, row.template, row.aspect, args.seed)
+        model = VLM.from_parts(vision, llm, row.bridge, row.template, row.aspect, args.seed,
+                               torch.float32)
+        if args.projector:
+            model.load_bridge(args.projector)
     elif args.start is None and not Path(start).exists():
         raise data.BadModel(f"{start}: stage 2 starts from stage 1's model and there is none; run "
                             "--stage 1 first, or give --from FOLDER or --from none")
     else:
-        model = VLM.from_pretrained(start)
+        model = VLM.from_pretrained(start, torch.float32)
+        if model.aspect == "anyres":
+            raise data.BadModel(f"{start}: a LLaVA-NeXT; its pictures in tiles are not trained on "
+                                "here; take a LLaVA-1.5")
         if model.kind != row.bridge:
             raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.bridge}; "
                                 f"give --bridge {model.kind}, or another --from")
@@ -794,11 +806,12 @@ def manifest(out, args, job):
         indent=1) + "\n")
 
 
-def show(samples, words, row, count):
+def show(samples, words, args):
     """Samples as the model reads them, what is learned in colour (in brackets off a terminal)."""
-    for index in range(count):
+    for index in range(args.show_batch):
         picture, talk = samples[index]
-        ids, labels = data.encode(talk, row.template, words, picture is not None)
+        ids, labels = data.encode(talk, args.row.template, words, picture is not None,
+                                  args.official_quirks)
         print(f"sample {index}: {len(ids)} tokens")
         print(data.marked(ids, labels, words))
 
@@ -819,7 +832,7 @@ def train(args):
                          f"{', '.join(data.TEMPLATES)}")
     torch.use_deterministic_algorithms(True, warn_only=True)
     if args.show_batch:
-        show(Samples(args), data.Tokenizer(data.resolve(parts(args)[1])), args.row, args.show_batch)
+        show(Samples(args), data.Tokenizer(data.resolve(parts(args)[1])), args)
         return 0
     if args.stage == 0:
         for part, make in (("clip", clip_job), ("llama", llama_job)):

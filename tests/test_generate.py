@@ -167,7 +167,7 @@ def test_greedy_three_ways(model, pixels):
     assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=0, top_p=.5, top_k=1))
     assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=1.0, top_k=1))
     assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=1e-320))
-    assert greedy == g.beams(model, ids, pixels[0], {2}, 8, 1)
+    assert greedy == g.beams(model, ids, pixels[0], None, {2}, 8, 1)
 
 
 def soft(vocab, seed):
@@ -379,7 +379,7 @@ def inside(monkeypatch, capsys):
 def test_one_answer(folder, inside, model):
     red = folder / "photos/0.png"
     code, out, err = inside(args_for(folder, red, "What?"))
-    said = g.stream(model, asked(model, "What?"), g.see(red, model), max_new_tokens=8)
+    said = g.stream(model, asked(model, "What?"), g.see(red, model)[0], max_new_tokens=8)
     assert (code, out, err) == (0, "".join(said) + "\n", "")
 
 
@@ -410,7 +410,7 @@ def test_folder(folder, inside, model):
         first, said = (turn["value"] for turn in row["conversations"])
         assert first == "<image>\nWhat < image>?"
         single = g.stream(model, asked(model, "What <image>?"),
-                          g.see(folder / "photos" / row["image"], model), max_new_tokens=8)
+                          g.see(folder / "photos" / row["image"], model)[0], max_new_tokens=8)
         assert said == "".join(single).strip()
     assert not list(folder.glob(".generate*"))
 
@@ -440,8 +440,8 @@ def test_chat_forgets_before_it_overflows(folder, inside, model):
     code, out, err = inside(args_for(folder, folder / "photos/0.png"), *["why " * 40] * 4)
     assert code == 0 and out.count("\n") >= 4 and "forgotten" in err and "error" not in err
     turns = ["a" * 300, "b", "c" * 300, "d", "e"]
-    kept = g.remembered(model, turns, 8)
-    assert kept == turns[2:] and g.remembered(model, kept, 8) == kept
+    kept = g.remembered(model, turns, None, 8)
+    assert kept == turns[2:] and g.remembered(model, kept, None, 8) == kept
     code, out, err = inside(args_for(folder, folder / "photos/0.png"), "x" * 800, "short")
     assert code == 0 and "700" in err and len(out.splitlines()) >= 1     # the turn, not the chat
 

@@ -19,54 +19,15 @@ import data
 import llama
 import projector
 import world
+from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
 
-LIMIT = 1e-5
 EYE = clip.Config(width=32, depth=3, heads=4, mlp=48, eps=1e-5, image=24, patch=8)
 READER = clip.Config(width=24, depth=2, heads=3, mlp=40, vocab=50, context=16, end=49)
 TONGUE = llama.Config(vocab=120, width=32, depth=3, heads=4, kv_heads=2, mlp=48, eps=1e-5,
                       theta=5000.0, context=128)
 LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tied": True},
-          "tied": {"tied": True}}
-
-
-def shaken(model, seed=0):
-    """Weights large enough that every part matters; the libraries' own are almost silent."""
-    dice = torch.Generator().manual_seed(seed)
-    for name, p in sorted(model.named_parameters()):
-        with torch.no_grad():
-            p.normal_(0, p.shape[-1] ** -.5 if p.dim() > 1 else .1, generator=dice)
-            if p.dim() == 1 and "norm" in name and "weight" in name:
-                p.add_(1)
-    return model.eval()
-
-
-def gap(ours, theirs):
-    """Largest difference, in units of the largest value."""
-    assert ours.shape == theirs.shape and theirs.isfinite().all() and theirs.abs().max() > .01
-    return float((ours - theirs).abs().max() / theirs.abs().max())
-
-
-def loaded(kind, folder):
-    """A model of transformers, which must have found a home for every tensor and no gap."""
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info[key], (key, info[key])
-    return model.eval()
-
-
-def same_tensors(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def edit(folder, *path, **values):
-    """Change config.json of a folder, inside the nested object that `path` leads to."""
-    file = folder / "config.json"
-    inner = config = json.loads(file.read_text())
-    for key in path:
-        inner = inner[key]
-    inner.update(values)
-    file.write_text(json.dumps(config))
+          "tied": {"tied": True}, "wide heads": {"head": 16},
+          "llama3": {"scaling": ("llama3", 8.0, 1.0, 4.0, 64)}, "linear": {"scaling": ("linear", 4.0)}}
 
 
 # ------------------------------------------------------------------------------- CLIP
@@ -149,6 +110,7 @@ def test_clip_with_exact_gelu_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------- LLaMA
 
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 IDS = torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(3))
 
 
@@ -177,17 +139,21 @@ def test_our_llama_in_transformers(tmp_path, changes):
 
 @pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
 def test_their_llama_in_ours(tmp_path, changes):
+    kind, *values = changes.get("scaling", ("default",))
     theirs = shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=changes.get("kv_heads", 2), intermediate_size=48, rms_norm_eps=1e-3,
-        rope_parameters={"rope_theta": 700.0, "rope_type": "default"},
-        tie_word_embeddings=changes.get("tied", False))), 4)
+        head_dim=changes.get("head", 8), tie_word_embeddings=changes.get("tied", False),
+        rope_parameters={"rope_theta": 700.0, "rope_type": kind, **dict(zip(SCALING, values))})), 4)
     theirs.save_pretrained(tmp_path)
     assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) <= LIMIT
-    for key, value in (("rms_norm_eps", 1e-6), ("num_attention_heads", 8)):     # controls
-        edit(tmp_path, **{key: value, "num_key_value_heads": 2 * changes.get("kv_heads", 2)
-                          if key[:3] == "num" else changes.get("kv_heads", 2)})
-        assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) > 10 * LIMIT
+    config = json.loads((tmp_path / "config.json").read_text())     # controls, one lie at a time
+    lies = [{"rms_norm_eps": 1e-6}, {"rope_parameters": {"rope_theta": 900.0}},
+            {"num_attention_heads": 8, "num_key_value_heads": 2 * changes.get("kv_heads", 2),
+             "head_dim": changes.get("head", 8) // 2}]
+    for lie in lies + [{"rope_parameters": {"rope_theta": 700.0}}] * bool(values):
+        (tmp_path / "config.json").write_text(json.dumps(config | lie))
+        assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) > 10 * LIMIT, lie
 
 
 def test_rope_base_of_old_and_new_configs(tmp_path):
@@ -273,27 +239,6 @@ def test_left_padding_with_positions_changes_nothing():
 
 
 # ------------------------------------------------------------------------------- LLaVA
-
-def write_words(folder):
-    """A tokenizer of 110 tokens in LLaMA's manner: one character each, and special tokens."""
-    tokens = ["<unk>", "<s>", "</s>", "▁", "\n", *map(chr, range(33, 127))]
-    tokens += [f"<{i}>" for i in range(110 - len(tokens))]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": t, "special": True, **flags}
-                         for i, t in enumerate(tokens[:3])],
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
-                          "split": False},
-        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
-                    "split": False},
-        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": False,
-                  "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []}}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "legacy": False, "add_bos_token": True,
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
-        "model_max_length": 128, "padding_side": "right"}))
-
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
@@ -449,8 +394,10 @@ def test_a_lying_projection_is_refused(tmp_path, parts, value):
 
 
 @pytest.mark.parametrize("values", [
-    {"hidden_act": "gelu"}, {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"hidden_act": "gelu"}, {"rope_scaling": {"type": "yarn", "factor": 4.0}},
     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, {"rope_parameters": 3},
+    {"attention_bias": True}, {"head_dim": -2}, {"head_dim": "8"}, {"tie_word_embeddings": "no"},
+    {"rope_scaling": {"type": "linear", "factor": 0}}, {"rope_scaling": "linear"},
     {"rope_theta": -1}, {"rms_norm_eps": "small"}, {"num_key_value_heads": 3}], ids=str)
 def test_a_llama_of_another_kind_is_refused(tmp_path, parts, values):
     shutil.copytree(parts / "llama", tmp_path / "llama")

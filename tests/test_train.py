@@ -853,3 +853,28 @@ def test_show_batch_prints_what_is_learned_and_writes_nothing(flags, run, tmp_pa
     assert result.code == 0 and result.out.count("sample ") == 2
     assert "<image>" in result.out and "[" in result.out
     assert not (tmp_path / "run").exists()
+
+
+def test_official_quirks_mask_what_the_official_code_masks(flags, run, tmp_path):
+    (tmp_path / "odd.json").write_text(json.dumps([{"id": "a", "conversations": [
+        {"from": "human", "value": "Q"}, {"from": "gpt", "value": "say </s> now"}]}]))
+    learned = {}
+    for quirk in ((), ("--official-quirks",)):
+        result = run(flags(None, "--data", tmp_path / "odd.json", "--show-batch", 1, *quirk))
+        assert result.code == 0
+        learned[bool(quirk)] = result.out.count("[")
+    assert learned[False] > 2 and learned[True] == 0
+
+
+def test_a_projector_can_be_given(flags, run, tmp_path):
+    """Its values are where the bridge starts: at a rate of 0 they are where it ends."""
+    given = {f"multi_modal_projector.linear_{i}.{kind}": torch.randn(32, *[32] * (kind == "weight"))
+             for i in (1, 2) for kind in ("weight", "bias")}
+    data.save_weights(tmp_path / "bridge", given)
+    assert run(flags(tmp_path / "run", "--projector", tmp_path / "bridge", "--lr", 0, stage=1,
+                     steps=1)).code == 0
+    made = data.load_weights(tmp_path / "run/model")
+    assert all(torch.equal(made[k], v) for k, v in given.items())
+    refused(run(flags(tmp_path / "other", "--projector", tmp_path / "none", stage=1)), 3, "none")
+    refused(run(flags(tmp_path / "other", "--projector", tmp_path / "bridge", "--from",
+                      tmp_path / "run/model", lone=False)), 2, "projector")
