@@ -771,6 +771,9 @@ class Weights(Mapping):
                            "checkpoint that is not quantised")
         return dtype
 
+    def __contains__(self, name):
+        return name in self._where                  # Mapping's own would read the tensor
+
     def __iter__(self):
         return iter(self._where)
 

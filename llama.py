@@ -352,8 +352,11 @@ def start_copying(model, seed=0):
         rows(first, "v", head)[:, quarter[0]] = torch.eye(D)
         first.out.weight[:, quarter[head]] = 0
         first.out.weight[quarter[note], quarter[head]] = torch.eye(D)
-    looks = (((1, 0, 1), (1, 0, 2), (0, 1, 0), (3, 3, 0)),         # (query, key, copied) quarters
-             ((3, 1, 0), (2, 0, 1), (0, 0, 1), (1, 1, 0)))
+    # (query, key, copied) quarters, for notes like "large red star top left; ..."
+    looks = (((1, 1, 0), (2, 2, 0),         # "red star is" -> top: where the same words went before
+              (0, 1, 0), (1, 2, 0)),        # "large red" -> star: the induction head, by two words
+             ((1, 0, 1), (1, 0, 2),         # "star is" -> red, and -> large
+              (2, 0, 3), (3, 1, 3)))        # "top left is a" -> large red: one note, by both words
     for block, plan in zip(model.blocks[1:3], looks):
         for head, (asks, finds, copies) in enumerate(plan):
             rows(block, "q", head)[slow, D * asks + slow] = 1.75

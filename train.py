@@ -617,7 +617,7 @@ def llama_tokenizer(folder):
     Merges are learned inside words, so every common word of the toy world is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     texts = [data.prompt([{"from": "human", "value": "hi"}], "v1"),
-             "Yes. No. yes no none The notes: . , ; ? ! ' object shape thing"]
+             "Yes. No. yes no none No The notes: . , ; ? ! ' object shape thing"]
     for words in (world.COLOURS, world.SHAPES, world.SIZES, world.BACKGROUNDS, world.NUMBERS):
         texts += [t for w in words for t in (w, w.capitalize())]
     for i in range(4000):
@@ -668,7 +668,7 @@ def llama_job(out):
     torch.manual_seed(0)
     model = Llama(LlamaConfig(-(-len(words) // 64) * 64, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
     start_copying(model)
-    steps, size, pool, blends_from = 6000, 16, [], 400
+    steps, size, pool, blends_from = 5000, 16, [], 400
 
     def row(i):
         scene, dice = world.scene(i), random.Random(f"row:{i}")

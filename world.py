@@ -4,8 +4,8 @@ A scene is drawn from a seed: 1 to 4 objects in the cells of a 3 x 3 grid, on a 
 
         +---------+---------+---------+      5 shapes  x  6 colours  x  2 sizes  x  9 places
         |    *    |         |         |      "This picture has a plain background.
-        +---------+---------+---------+       In the top left there is a large red star.
-        |         |   (o)   |         |       In the middle centre there is a small blue circle.
+        +---------+---------+---------+       At top left is a large red star.
+        |         |   (o)   |         |       At middle centre is a small blue circle.
         +---------+---------+---------+       There are two objects in all."
         |         |         |         |
         +---------+---------+---------+
@@ -77,7 +77,7 @@ class Thing:
 
     @property
     def where(self):
-        return f"in the {PLACES[self.place]}"
+        return PLACES[self.place]
 
     @property
     def row(self):
@@ -252,7 +252,7 @@ def captions(scene_):
         fifth = f"a single {ts[0].full}"
     return [listed([article(t.name) for t in ts]),
             listed([article(t.full) for t in ts]),
-            listed([f"{article(t.name)} {t.where}" for t in ts]),
+            listed([f"{article(t.name)} in the {t.where}" for t in ts]),
             f"{objects(len(ts))} on a {scene_.background} background", fifth]
 
 
@@ -274,7 +274,7 @@ def total(number):
 
 def sentence(t):
     """One object in full."""
-    return f"In the {PLACES[t.place]} there is {article(t.full)}."
+    return f"At {t.where} is {article(t.full)}."
 
 
 def description(scene_, rng=None):
@@ -288,7 +288,7 @@ def description(scene_, rng=None):
 
 def notes(scene_, dice):
     """The objects as terse notes, in reading order: "large red star top left; plain background."."""
-    made = [f"{t.full} {PLACES[t.place]}" for t in scene_.things]
+    made = [f"{t.full} {t.where}" for t in scene_.things]
     made.insert(dice.choice((0, len(made))), f"{scene_.background} background")
     return "; ".join(made) + "."
 
@@ -300,7 +300,7 @@ def word_picture(scene_, dice, side=8):
     background's name around it."""
     told = [f"{scene_.background} background"] * side ** 2
     for t in scene_.things:
-        note = f"{t.full} {PLACES[t.place]}".split()
+        note = f"{t.full} {t.where}".split()
         away = {i: math.dist(t.centre, ((i % side + .5) / side, (i // side + .5) / side))
                 for i in range(side ** 2)}
         for i in (i for i in away if away[i] < t.radius + .02):
@@ -380,12 +380,13 @@ def where(scene_, rng):
     t = rng.choice(scene_.things)
     ask = rng.choice(("Where is the {}?", "Where in the picture is the {}?",
                       "In which part of the image is the {}?", "Where do you see the {}?"))
-    return ask.format(t.name), f"The {t.name} is {t.where}.", PLACES[t.place]
+    return ask.format(t.name), f"The {t.name} is {t.where}.", t.where
 
 
-def tally(things):
-    """"One in the top left, one in the bottom right, so two": counting by pointing."""
-    text = ", ".join(f"one {t.where}" for t in things) or "none"
+def tally(things, what=""):
+    """"One star top left, one star bottom right, so two": counting by pointing."""
+    each = f"one {what}".strip()
+    text = ", ".join(f"{each} {t.where}" for t in things) or f"no {what}".strip()
     return f"{text[0].upper()}{text[1:]}, so {NUMBERS[len(things)]}"
 
 
@@ -398,15 +399,14 @@ def count(scene_, rng):
 def count_of(scene_, rng):
     if rng.random() < .5:
         what = rng.choice([t.colour for t in scene_.things] + [rng.choice(list(COLOURS))])
-        found = [t for t in scene_.things if t.colour == what]
-        what += " objects"
+        found, many = [t for t in scene_.things if t.colour == what], what + " objects"
     else:
         what = rng.choice([t.shape for t in scene_.things] + [rng.choice(SHAPES)])
         found = [t for t in scene_.things if t.shape == what]
-        what += "es" if what == "cross" else "s"
-    ask = rng.choice((f"How many {what} are there?", f"How many {what} do you see?",
-                      f"Count the {what}."))
-    return ask, tally(found) + ".", NUMBERS[len(found)]
+        many = what + ("es" if what == "cross" else "s")
+    ask = rng.choice((f"How many {many} are there?", f"How many {many} do you see?",
+                      f"Count the {many}."))
+    return ask, tally(found, what) + ".", NUMBERS[len(found)]
 
 
 def exist(scene_, rng):
@@ -444,7 +444,7 @@ def relation(scene_, rng):
     ask = rng.choice(("Is the {} {} the {}?", "Is the {} {} the {} in the picture?",
                       "Can you tell whether the {} is {} the {}?"))
     word, axis = "yes" if wanted else "no", 1 if "of" in how else 0
-    x, y = (PLACES[t.place].split()[axis] for t in (a, b))
+    x, y = (t.where.split()[axis] for t in (a, b))
     return (ask.format(a.name, how, b.name), f"The {a.name} is {a.where} and the {b.name} is "
             f"{b.where}; is {x} {how} {y}? {word.capitalize()}.", word)
 
@@ -458,7 +458,7 @@ def reasoning(scene_, rng):
         ask = rng.choice((f"If the {t.name} were removed, how many objects would be left?",
                           f"How many objects would remain without the {t.name}?"))
         rest = [other for other in scene_.things if other is not t]
-        return ask, tally(rest) + " would be left.", NUMBERS[n - 1]
+        return ask, tally(rest) + " would remain.", NUMBERS[n - 1]
     wanted = rng.random() < .5
     named = "name" if kind == "size" else "shape"
     things = list(scene_.things) if kind == "size" else unique(scene_, "shape")
