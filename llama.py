@@ -315,7 +315,7 @@ def start_copying(model, seed=0):
     layer 0    head i looks i+1 back and copies `word` there into its note. Position alone decides:
                channel 0 of every word is constant, and for a constant k, q = R(-i) k makes
                q · R(j-i) k largest at the distance i
-    layer 1, 2 a head compares one quarter of its own position with one of all others, in channels
+    layer 1-3  a head compares one quarter of its own position with one of all others, in channels
                that hardly rotate, and copies a quarter from where they agree into `word`, where
                the output head reads it:   (note 1, word) -> note 1   is   "star is" -> "red"
     """
@@ -356,8 +356,10 @@ def start_copying(model, seed=0):
     looks = (((1, 1, 0), (2, 2, 0),         # "red star is" -> top: where the same words went before
               (0, 1, 0), (1, 2, 0)),        # "large red" -> star: the induction head, by two words
              ((1, 0, 1), (1, 0, 2),         # "star is" -> red, and -> large
-              (2, 0, 3), (3, 1, 3)))        # "top left is a" -> large red: one note, by both words
-    for block, plan in zip(model.blocks[1:3], looks):
+              (2, 0, 3), (3, 1, 3)),        # "top left is a" -> large red: one note, by both words
+             ((0, 0, 0), (1, 0, 0),         # the same among vectors that hold all words of a note
+              (2, 0, 0), (3, 0, 0)))        # in one place, as a picture's do: find it, copy it
+    for block, plan in zip(model.blocks[1:4], looks):
         for head, (asks, finds, copies) in enumerate(plan):
             rows(block, "q", head)[slow, D * asks + slow] = 1.75
             rows(block, "k", head)[slow, D * finds + slow] = 1.75

@@ -668,7 +668,7 @@ def llama_job(out):
     torch.manual_seed(0)
     model = Llama(LlamaConfig(-(-len(words) // 64) * 64, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
     start_copying(model)
-    steps, size, pool, blends_from = 5000, 16, [], 400
+    steps, size, pool, blends_from = 4500, 16, [], 200
 
     def row(i):
         scene, dice = world.scene(i), random.Random(f"row:{i}")

@@ -27,7 +27,8 @@ TONGUE = llama.Config(vocab=120, width=32, depth=3, heads=4, kv_heads=2, mlp=48,
                       theta=5000.0, context=128)
 LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tied": True},
           "tied": {"tied": True}, "wide heads": {"head": 16},
-          "llama3": {"scaling": ("llama3", 8.0, 1.0, 4.0, 64)}, "linear": {"scaling": ("linear", 4.0)}}
+          "llama3": {"scaling": ("llama3", 8.0, 1.0, 4.0, 64)},
+          "linear": {"scaling": ("linear", 4.0)}}
 
 
 # ------------------------------------------------------------------------------- CLIP

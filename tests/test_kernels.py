@@ -1,0 +1,32 @@
+"""The Triton kernels, without a GPU: their numbers, in Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_kernels_compute_what_their_specifications_say():
+    """All of tests/interpreted, in a process that imports the kernels for the interpreter."""
+    told = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/interpreted"], cwd=ROOT,
+                          capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert told.returncode == 0, told.stdout[-6000:] + told.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", told.stdout)[1]) > 10 and "skipped" not in told.stdout
+
+
+def test_bf16_in_the_interpreter_is_refused():
+    code = ("import torch; from kernels.launch import fused\n"
+            "assert fused(torch.ones(1))\n"
+            "try: fused(torch.ones(1, dtype=torch.bfloat16))\n"
+            "except ValueError as e: print(e)")
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+    assert "bfloat16" in told.stdout
+    without = subprocess.run([sys.executable, "-c", "import torch\nfrom kernels.launch import fused\n"
+                              "print(fused(torch.ones(1, dtype=torch.bfloat16)))"], cwd=ROOT,
+                             capture_output=True, text=True, check=True)
+    assert without.stdout.strip() == "False"            # control: on a CPU nothing is asked of it
