@@ -575,7 +575,7 @@ def clip_job(out):
     torch.manual_seed(0)
     model = CLIP(TowerConfig(128, 5, 4, 512, image=world.SIDE, patch=8),
                  TowerConfig(128, 2, 4, 512, vocab=vocab, context=64, end=vocab - 1), 128)
-    steps, pairs = 2000, 64
+    steps, pairs = 2400, 64
 
     def batch(step):
         scenes = []

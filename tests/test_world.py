@@ -21,7 +21,7 @@ import world
 ROOT = Path(__file__).parents[1]
 N = 600                                         # scenes looked at where one is not enough
 COLOUR, SHAPE = "|".join(world.COLOURS), "|".join(world.SHAPES)
-PLACE = "|".join(world.PLACES)
+PLACE, SPOT = "|".join(world.PLACES), "|".join(world.SPOTS)
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +237,8 @@ def test_articles():
 def said(text):
     """(shape, colour, size, place, background) that a phrase says, None for what it does not."""
     behind = re.search("a (\\w+) background", text)
-    found = [re.search(rf"\b({p})\b", text) for p in (SHAPE, COLOUR, "small|large", PLACE)]
-    place = found[3] and world.PLACES.index(found[3][1])
+    found = [re.search(rf"\b({p})\b", text) for p in (SHAPE, COLOUR, "small|large", SPOT)]
+    place = found[3] and world.SPOTS.index(found[3][1])
     return (*(f and f[1] for f in found[:3]), place, behind and behind[1])
 
 
