@@ -359,12 +359,18 @@ class VLM(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(eye, bridge, tongue, words, template, aspect)
-            # The bridge should speak as loudly as words do. Torch's default start is louder than
-            # Vicuna's words (0.02) and stays, as in the official runs; the toy's words are at 1.
-            said = model.bridge(torch.randn(1000, eye.config.width))
-            last = model.bridge.second if bridge == "mlp" else model.bridge.first
+            # The bridge should speak as loudly as words do, and in the channels that words use.
+            # Torch's default start is louder than Vicuna's words (0.02) and stays, as in the
+            # official runs. The toy's words are at 1, in a quarter of the channels: there the
+            # bridge starts with random mixtures of words.
             with torch.no_grad():
-                last.weight.mul_(max(1.0, float(tongue.embed.weight.std() / said.std())))
+                heard = torch.randn(1000, eye.config.width)
+                last = model.bridge.second if bridge == "mlp" else model.bridge.first
+                table = tongue.embed.weight.float()
+                if table.std() > model.bridge(heard).std():
+                    last.weight.copy_(table.T @ torch.randn(len(table), last.in_features))
+                    last.bias.zero_()
+                    last.weight.mul_(table.std() / model.bridge(heard).std())
         model.bridge.to(tongue.embed.weight.dtype)
         return model
 

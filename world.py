@@ -518,17 +518,17 @@ def things_in(text):
 OFTEN = (9, 9, 7, 9, 8, 16, 12, 28, 14, 4)              # how often each of KINDS is asked
 
 
-def dialogue(scene_, rng, turns):
-    """`turns` question-answer pairs about a scene, one in eight a description, hard kinds oftener.
+def dialogue(scene_, rng, turns, often=OFTEN, described=.125):
+    """`turns` question-answer pairs about a scene; kinds as `often`, a share of descriptions.
 
     Returns [(question, answer), ...]; two answers never repeat. A description answers every later
     question in words; put last, nothing can be read off it."""
     pairs, seen = [], set()
     while len(pairs) < turns:
-        if rng.random() < .125:
+        if rng.random() < described:
             made = (rng.choice(DESCRIBE), description(scene_), "")
         else:
-            made = question(scene_, rng.choices(KINDS, OFTEN)[0], rng)
+            made = question(scene_, rng.choices(KINDS, often)[0], rng)
         if made and made[1] not in seen:
             seen.add(made[1])
             pairs.append(made[:2])
