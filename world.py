@@ -291,7 +291,7 @@ def description(scene_, rng=None):
 
 
 def notes(scene_, dice):
-    """The objects as terse notes, in reading order: "large red star top left; plain background."."""
+    """The objects as terse notes in reading order: "large red star top left; plain background."."""
     made = [f"{t.full} {t.where}" for t in scene_.things]
     made.insert(dice.choice((0, len(made))), f"{scene_.background} background")
     return "; ".join(made) + "."

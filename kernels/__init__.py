@@ -1,20 +1,26 @@
 """kernels/: the operations that decide speed and memory, each beside its PyTorch specification.
 
 The models call these functions and nothing else; what runs is decided by the tensors' device.
-So far every device runs the specification, or PyTorch's own fused operation where a file says so.
+On CUDA it is the Triton kernel; elsewhere the specification, or PyTorch's own fused operation where
+a file says so (launch.py).
 
-  attention      softmax(q kᵀ / √D) v for any mask predicate
+  launch         when a kernel runs
+  attention      softmax(q kᵀ / √D) v for any mask predicate, forward and backward
+  decode         one query against a cache of keys and values
   norm           RMSNorm and LayerNorm
   rope           rotary positions, half-split
-  swiglu         SwiGLU, QuickGELU
+  swiglu         SwiGLU, QuickGELU, GELU
   cross_entropy  output head and loss over supervised rows only
+  checkpoint     what a block keeps for its backward pass, and what it computes again
+  adamw          one fused pass: bf16 weights with an exact fp32 master, 8-bit moments
+  bench          all of it, timed beside what people use (measure: how it is timed)
 """
 
 from kernels.attention import attention, causal, full
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope, rope_table
-from kernels.swiglu import quick_gelu, swiglu
+from kernels.swiglu import gelu, quick_gelu, swiglu
 
 __all__ = ["attention", "causal", "full", "linear_cross_entropy", "layer_norm", "rms_norm", "rope",
-           "rope_table", "quick_gelu", "swiglu"]
+           "rope_table", "gelu", "quick_gelu", "swiglu"]

@@ -4,7 +4,8 @@
     python tests/compiled.py planted --json out.json  the cases of one module, for a test
 
 Triton compiles for any GPU; only running needs one. Each case of a module's compile_cases() is
-compiled for sm_80 (A100) and sm_90 (H100, H200) and disassembled. Faults:
+compiled for sm_80 (A100) and sm_90 (H100, H200), or the one of them that its "sm" names, and
+disassembled. Faults:
 
     shared memory    more than a block may have: 163 KB and 227 KB
     spills           LDL or STL (registers pushed out to memory) in a loop with matrix instructions;
@@ -13,8 +14,11 @@ compiled for sm_80 (A100) and sm_90 (H100, H200) and disassembled. Faults:
                      wgmma (HGMMA) on sm_90. Two exceptions, where sm_90 uses mma.sync as well:
                      num_warps not a multiple of 4 (wgmma needs whole groups of 4 warps), and
                      "dot": "HMMA", by which a case says that its tiles have under 64 rows
-    narrow loads     under three quarters of the bytes that the load instructions name come
-                     128 bits at a time
+    not compiled     an error of the compiler or the assembler
+    narrow loads     under three quarters of the bytes that the load instructions name (or the
+                     share "wide" that a case gives, with its reason) come 128 bits at a time, or
+                     64 in a kernel that reads 8-bit codes: a thread holds
+                     the same elements of all tensors, and 8 of bf16 are 128 bits, of codes 64
 
 Run it with PYTHONPATH at another Triton to compile with that one. Exit status 1 if anything fails.
 """
@@ -33,9 +37,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))                  # a spawned worker runs this line too
 
-MODULES = ("decode",)
+MODULES = ("attention", "decode", "norm", "rope", "swiglu", "cross_entropy", "adamw")
 SHARED = {80: 163 * 1024, 90: 227 * 1024}      # bytes a block may have
 WIDE_SHARE = 0.75
+COUNTS = ("registers", "stack", "spills", "shared", "HMMA", "HGMMA", "wide", "loads")
 
 
 def loops_with(code, wanted):
@@ -112,6 +117,7 @@ def examine(case, arch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.errors import PTXASError
     kernel = case["kernel"]
     missing = set(kernel.arg_names) ^ (set(case["signature"]) | set(case["constexprs"]))
     if missing:
@@ -120,17 +126,23 @@ def examine(case, arch):
     types = {name: case["signature"].get(name, "constexpr") for name in kernel.arg_names}
     sixteen = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
                if name in case["divisible"]}
-    made = triton.compile(
-        ASTSource(kernel, types, constexprs=case["constexprs"], attrs=sixteen),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case["num_warps"], "num_stages": case["num_stages"],
-                 "enable_fp_fusion": True})
+    found = dict.fromkeys(COUNTS, 0) | {"name": case["name"], "sm": arch}
+    try:
+        made = triton.compile(
+            ASTSource(kernel, types, constexprs=case["constexprs"], attrs=sixteen),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": case["num_warps"], "num_stages": case["num_stages"],
+                     "enable_fp_fusion": True})
+    # of the language, of a pass of the compiler, of the assembler
+    except (triton.compiler.errors.CompilationError, RuntimeError, PTXASError) as error:
+        return found | {"faults": [f"does not compile: {str(error).strip().splitlines()[-1]}"]}
     registers, stack, code = disassemble(made.asm["cubin"])
     matrix = [op.split(".")[0] for _, _, op, _ in code if re.match(r"HG?MMA", op)]
     hot = loops_with(code, lambda op: re.match(r"HG?MMA", op))
     spills = sum(code[i][2].split(".")[0] in ("LDL", "STL") for i in hot)
     loads = [n for _, _, op, _ in code if (n := bits(op))]
-    wide = sum(n for n in loads if n >= 128)
+    enough = 64 if {"*i8", "*u8"} & {*types.values()} else 128
+    wide = [n for n in loads if n >= enough]
     faults = []
     if made.metadata.shared > SHARED[arch]:
         faults.append(f"shared memory {made.metadata.shared:,} of {SHARED[arch]:,}")
@@ -139,12 +151,11 @@ def examine(case, arch):
     hopper = arch >= 90 and case["dot"] is True and case["num_warps"] % 4 == 0
     if case["dot"] and ("HGMMA" if hopper else "HMMA") not in matrix:
         faults.append("no HGMMA" if hopper else "no HMMA")
-    if wide < WIDE_SHARE * sum(loads):
-        faults.append(f"narrow loads: {sum(n >= 128 for n in loads)} of {len(loads)} are wide")
-    return {"name": case["name"], "sm": arch, "registers": registers, "stack": stack,
-            "spills": spills, "shared": made.metadata.shared, "HMMA": matrix.count("HMMA"),
-            "HGMMA": matrix.count("HGMMA"), "wide": sum(n >= 128 for n in loads),
-            "loads": len(loads), "faults": faults}
+    if sum(wide) < case.get("wide", WIDE_SHARE) * sum(loads):
+        faults.append(f"narrow loads: {len(wide)} of {len(loads)} are wide")
+    return found | dict(zip(COUNTS, (
+        registers, stack, spills, made.metadata.shared, matrix.count("HMMA"), matrix.count("HGMMA"),
+        len(wide), len(loads)))) | {"faults": faults}
 
 
 def cases_of(module):
@@ -163,8 +174,8 @@ def one(job):
 
 def matrix(modules, only="", archs=(80, 90), workers=2):
     """All cases of the modules, compiled afresh in `workers` processes."""
-    jobs = [(module, i, arch) for module in modules
-            for i, case in enumerate(cases_of(module)) if only in case["name"] for arch in archs]
+    jobs = [(module, i, arch) for module in modules for i, case in enumerate(cases_of(module))
+            for arch in archs if only in case["name"] and case.get("sm", arch) == arch]
     with tempfile.TemporaryDirectory() as cache:        # an old cache would hide a change
         os.environ["TRITON_CACHE_DIR"] = cache
         if workers == 1:

@@ -39,6 +39,12 @@ def copy_rows(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * BLOCK + offs, x)
 
 
+@jit
+def add_unknown(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    """Not a program: Triton has no such function."""
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.no_such_function(x_ptr, stride))
+
+
 def product(name, tile, warps, stages, kernel=multiply):
     sizes = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile))
     return {"name": name, "kernel": kernel, "constexprs": sizes, "num_warps": warps,
@@ -46,8 +52,8 @@ def product(name, tile, warps, stages, kernel=multiply):
             "divisible": {"a_ptr", "b_ptr", "c_ptr", "N"}, "num_stages": stages, "dot": True}
 
 
-def copied(name, divisible):
-    return {"name": name, "kernel": copy_rows, "constexprs": {"BLOCK": 4096},
+def copied(name, divisible, kernel=copy_rows):
+    return {"name": name, "kernel": kernel, "constexprs": {"BLOCK": 4096},
             "signature": {"x_ptr": "*bf16", "y_ptr": "*bf16", "stride": "i32"},
             "divisible": divisible, "num_warps": 8, "num_stages": 3, "dot": False}
 
@@ -64,4 +70,5 @@ def compile_cases():
             {**product("sound: says that it has few rows", (32, 64, 64), 4, 3), "dot": "HMMA"},
             copied("sound: copy", {"x_ptr", "y_ptr", "stride"}),
             # nothing promised of the row stride: every load is two bytes, 8 times the requests
-            copied("planted: narrow loads", {"x_ptr", "y_ptr"})]
+            copied("planted: narrow loads", {"x_ptr", "y_ptr"}),
+            copied("planted: does not compile", {"x_ptr", "y_ptr"}, add_unknown)]

@@ -1,4 +1,5 @@
-"""Every kernel as machine code for sm_80 and sm_90, without a GPU: see tests/compiled.py.
+"""Every kernel as machine code for sm_80 and sm_90, without a GPU: see tests/compiled.py. And the
+benchmark's code, which needs one to mean anything, once through in toy sizes.
 
 Twice: with the Triton that is installed, and with 3.6, which compiles the same source to other
 registers and other spills. 3.6 goes to a folder of its own, under the user's cache; TRITON36 in
@@ -58,7 +59,7 @@ def test_no_shipped_tile_has_a_fault(found):
 
 def test_a_planted_fault_is_named_and_its_sound_twin_passes(found):
     planted = [r for r in found if r["module"] == "planted"]
-    assert len(planted) == 18
+    assert len(planted) == 20
     for r in planted:
         kind, _, fault = r["name"].partition(": ")
         wanted = kind == "planted" and not (fault == "no HGMMA" and r["sm"] == 80)
@@ -90,3 +91,15 @@ def test_a_module_that_ships_no_cases_is_an_error():
     told = subprocess.run([sys.executable, HERE / "compiled.py", "kernels.launch"],
                           capture_output=True, text=True)
     assert told.returncode == 1 and "no compile_cases()" in told.stderr
+
+
+def test_every_table_of_the_benchmark_runs(tmp_path):
+    told = subprocess.run([sys.executable, "-m", "kernels.bench", "--rehearse", "--out", tmp_path],
+                          cwd=HERE.parent, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout[-3000:] + told.stderr[-3000:]
+    for table in ("ceilings", "correctness", "attention", "elementwise", "head", "decode",
+                  "optimizer", "step", "generate", "curves"):
+        assert json.loads((tmp_path / f"{table}.json").read_text())["rows"], table
+    step = json.loads((tmp_path / "step.json").read_text())["rows"]
+    same = {row["loss"] for row in step if row["stage"] == 1}      # four policies, and theirs twice
+    assert len(step) == 13 and max(same) - min(same) < 1e-3, step

@@ -26,7 +26,8 @@ def test_bf16_in_the_interpreter_is_refused():
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
     assert "bfloat16" in told.stdout
-    without = subprocess.run([sys.executable, "-c", "import torch\nfrom kernels.launch import fused\n"
-                              "print(fused(torch.ones(1, dtype=torch.bfloat16)))"], cwd=ROOT,
-                             capture_output=True, text=True, check=True)
+    plain = ("import torch; from kernels.launch import fused\n"
+             "print(fused(torch.ones(1, dtype=torch.bfloat16)))")
+    without = subprocess.run([sys.executable, "-c", plain], cwd=ROOT, capture_output=True,
+                             text=True, check=True)
     assert without.stdout.strip() == "False"            # control: on a CPU nothing is asked of it

@@ -30,7 +30,7 @@ import llama
 import projector
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
 
-S = 24                                              # side of the tiny tower's picture: 3 x 3 patches
+S = 24                                          # side of the tiny tower's picture: 3 x 3 patches
 EYE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
            image_size=S, patch_size=8, projection_dim=20)
 TONGUE = dict(vocab_size=128, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -819,7 +819,8 @@ def test_the_table_of_the_readme(family):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    print("| family | keys used | ignored | max difference | greedy tokens |\n|---|---|---|---|---|")
+    print("| family | keys used | ignored | max difference | greedy tokens |")
+    print("|---|---|---|---|---|")
     for family in FAMILIES:
         used, ignored, why, worst, equal = row(family)
         print(f"| `{family}` | {used} | {ignored}{f' ({why})' if why else ''} | {worst:.1e} | "

@@ -65,9 +65,11 @@ def test_it_answers_and_it_looks(model):
     right = evaluate.score(model, "test", 200, "right")
     other, grey = (evaluate.score(model, "test", 200, p) for p in ("other", "grey"))
     print({k: round(v, 3) for k, v in right.items()}, other["mean"], grey["mean"])
-    # what the shipped parts reach (README), less sampling error: the goals are .95, .98 and .95
-    assert right["mean"] >= .85 and right["precision"] >= .95 and right["recall"] >= .75
-    assert min(right[k] for k in ("colour", "shape", "size", "exist", "background")) >= .90
+    # The goals, .95 and .98, less three standard errors of 60 questions a kind and 500 objects;
+    # "count of" and the recall of descriptions are below theirs (README): what three seeds reach.
+    assert right["mean"] >= .94 and right["precision"] >= .97 and right["invented"] <= .02
+    assert right["recall"] >= .90 and right["count of"] >= .75
+    assert min(right[k] for k in world.KINDS if k != "count of") >= .82
     blind = max(grey["mean"], evaluate.majority("test", 200)["mean"])
     assert other["mean"] <= blind + .05
     assert other["recall"] < .3
@@ -167,11 +169,11 @@ def test_pictures_not_from_our_renderer(model, tmp_path):
     assert right >= 10, told
 
 
-def test_grey_is_not_described_as_anything_seen(model):
-    """The control of the above: a blank sheet must not earn any of the twelve."""
+def test_grey_is_not_described_as_any_of_the_twelve(model, tmp_path):
+    """The control of the above: what is said of a blank sheet must not pass for a picture."""
     ids = ask(["Describe this image"], model.template, model.words)
     text = model.words.decode(list(generate(model, ids, torch.zeros(1, 3, 64, 64))))
-    assert len(world.things_in(text)) <= 4
+    assert sum(set(world.things_in(text)) == truth for _, truth in album(tmp_path)) <= 1, text
 
 
 def test_the_shipped_parts_pass_their_gates():
@@ -180,9 +182,10 @@ def test_the_shipped_parts_pass_their_gates():
     folder = ROOT / "weights/toy/llama"
     tongue = evaluate.ask_text(evaluate.Llama.from_pretrained(folder), data.Tokenizer(folder),
                                n=60)
-    # where, count of and relation miss their gates (README)
+    # the gates, less one error in twenty for 60 questions; "count of" misses its own (README)
     assert all(tongue[k] >= .95 for k in ("colour", "shape", "size")), tongue
-    assert all(tongue[k] >= .90 for k in ("exist", "count", "reasoning")), tongue
+    assert all(tongue[k] >= .90 for k in ("where", "exist", "count", "relation")), tongue
+    assert tongue["count of"] >= .75, tongue
 
 
 def test_an_untrained_eye_fails_the_gate():
