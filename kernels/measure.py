@@ -120,9 +120,9 @@ def ceilings():
     for _ in range(pick(20, 1)):                # clocks climb from idle
         a @ b
     found = race({"copy": lambda: y.copy_(x), "GEMM": lambda: a @ b}, flush=False)
-    CEILING["copy"] = round(2 * x.nbytes / found["copy"] / 1e6, 2)
-    CEILING["GEMM"] = round(2 * side ** 3 / found["GEMM"] / 1e9, 2)
-    yield {"copy GB/s": CEILING["copy"], "GEMM TFLOP/s": CEILING["GEMM"]}
+    CEILING["copy"] = 2 * x.nbytes / found["copy"] / 1e6
+    CEILING["GEMM"] = 2 * side ** 3 / found["GEMM"] / 1e9
+    yield {"copy GB/s": round(CEILING["copy"], 2), "GEMM TFLOP/s": round(CEILING["GEMM"], 2)}
 
 
 def report(table, seconds, folder, machine):
