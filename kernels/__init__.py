@@ -16,11 +16,26 @@ a file says so (launch.py).
   bench          all of it, timed beside what people use (measure: how it is timed)
 """
 
+import warnings
+
 from kernels.attention import attention, causal, full
+from kernels.checkpoint import cheap, run, spared
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.decode import decode
+from kernels.launch import fused
 from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope, rope_table
 from kernels.swiglu import gelu, quick_gelu, swiglu
 
-__all__ = ["attention", "causal", "full", "linear_cross_entropy", "layer_norm", "rms_norm", "rope",
-           "rope_table", "gelu", "quick_gelu", "swiglu"]
+# `python -m kernels.norm` finds norm imported already, from here, and is told that this is unusual
+warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarning)
+
+# what checkpoint.py must know them by: attention it may spare, the others are quicker to run again
+# than to remember
+attention = spared(attention)
+layer_norm, rms_norm, gelu, quick_gelu, swiglu = map(
+    cheap, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
+
+__all__ = ["attention", "causal", "full", "cheap", "run", "spared", "linear_cross_entropy",
+           "decode", "fused", "layer_norm", "rms_norm", "rope", "rope_table", "gelu", "quick_gelu",
+           "swiglu"]

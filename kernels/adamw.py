@@ -237,9 +237,10 @@ def adamw_step(weight, low, grad, m, v, m_scale, v_scale, s):
             raise ValueError(f"adamw: {name} is {x.dtype} {tuple(x.shape)}; a contiguous {dtype} "
                              f"({size},) is needed")
     if (weight.dtype not in (torch.bfloat16, torch.float32) or not weight.is_contiguous()
-            or weight.dtype == torch.float32 and low is not None):
-        raise ValueError(f"adamw: weight is {weight.dtype}, stride {weight.stride()}; contiguous "
-                         "bfloat16, or float32 without a low half, is needed")
+            or weight.dim() != 1 or weight.dtype == torch.float32 and low is not None):
+        raise ValueError(f"adamw: weight is {weight.dtype} {tuple(weight.shape)}, stride "
+                         f"{weight.stride()}; flat contiguous bfloat16, or float32 without a low "
+                         "half, is needed")
     if grad.shape != weight.shape or grad.dtype not in (torch.bfloat16, torch.float16,
                                                         torch.float32):
         raise ValueError(f"adamw: gradient {grad.dtype} {tuple(grad.shape)} for a weight "

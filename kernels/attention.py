@@ -61,7 +61,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -158,39 +157,6 @@ def reference(q, k, v, allow, n, start, keep, documents):
     scores = (q * D ** -0.5) @ k.transpose(2, 3)                   # (B, H, T, S)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
-
-
-def reference_scores(q, k, v, *mask):
-    """log₂e · q kᵀ / √D (B, G, H / G, T, S) in fp32 or better, -inf where hidden; and q, k, v."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    G = k.shape[2]
-    q5 = q.to(wide).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)   # (B, G, H / G, T, D)
-    k5, v5 = (t.to(wide).transpose(1, 2)[:, :, None] for t in (k, v))
-    seen = seen_matrix(q, k, *mask)
-    seen = seen if seen.dim() == 2 else seen[:, :, None]
-    s = q5 @ k5.mT * (q.shape[-1] ** -0.5 * math.log2(math.e))
-    return s.masked_fill(~seen, -torch.inf), q5, k5, v5
-
-
-def reference_forward(q, k, v, *mask):
-    """out and lse, the log₂ of each row's sum; a row that sees nothing has out = 0."""
-    s, _, _, v5 = reference_scores(q, k, v, *mask)
-    lse = torch.logsumexp(s * math.log(2), -1) / math.log(2)
-    lse = lse.masked_fill(lse == -torch.inf, NOTHING)
-    out = torch.exp2(s - lse[..., None]) @ v5
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
-
-
-def reference_backward(dout, q, k, v, out, lse, *mask):
-    """The derivation above dq_kernel, line by line."""
-    s, q5, k5, v5 = reference_scores(q, k, v, *mask)
-    do, o = (t.to(s.dtype).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4)
-             for t in (dout, out))
-    p = torch.exp2(s - lse.view(s.shape[:-1])[..., None])
-    ds = p * (do @ v5.mT - (do * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    dq = (ds @ k5).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    dk, dv = ((a.mT @ b).sum(2).transpose(1, 2) for a, b in ((ds, q5), (p, do)))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 # ------------------------------------------------------------------------------------ tiles
@@ -537,7 +503,7 @@ def in_eights(name, t):
 
 
 def check(q, k, v, allow, n, start, keep, documents):
-    """Refuse what a kernel would answer wrongly. What lies in `keep` and `documents` is not read:
+    """Refuse what the kernel would answer wrongly. What lies in `keep` and `documents` is not read:
     that would wait for the GPU. A row that sees nothing because of them is 0."""
     (B, T, H, D), S = q.shape, k.shape[1]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -546,6 +512,8 @@ def check(q, k, v, allow, n, start, keep, documents):
         raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: must be alike")
     if D % 8 or not 0 < D <= 128:
         raise ValueError(f"attention: head size {D}; the kernel takes multiples of 8 up to 128")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        in_eights(name, t)
     if keep is not None and keep.dtype != torch.bool:
         raise ValueError(f"attention: keep is {keep.dtype}, must be bool")
     if documents is not None and documents.dtype != torch.int32:
@@ -578,43 +546,16 @@ def launch(kernel, name, rows, heads, tensors, q, k, v, allow, n, start, keep, d
         num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
-def attention_forward(q, k, v, allow=causal, n=0, start=0, keep=None, documents=None):
-    """(out, lse): what gradient checkpointing keeps so that its recompute runs no attention.
-
-    out (B, T, H, D) in q's dtype; lse (B, H, T) fp32, the log₂ of the sum under the softmax."""
-    mask = allow, n, start, keep, documents
-    if not fused(q, k, v, keep, documents):
-        return reference_forward(q, k, v, *mask)
-    (B, T, H, D), S = q.shape, k.shape[1]
-    out, lse = q.new_empty(B, T, H, D), q.new_empty((B, H, T), dtype=torch.float32)
-    if q.numel():
-        check(q, k, v, *mask)
-        launch(forward_kernel, "forward", T, H, (out, lse), q, k, v, *mask)
-    return out, lse
-
-
-def attention_backward(dout, q, k, v, out, lse, allow=causal, n=0, start=0, keep=None,
-                       documents=None):
-    """(dq, dk, dv) from the gradient of `out` and what attention_forward returned."""
-    mask = allow, n, start, keep, documents
-    if not fused(dout, q, k, v, keep, documents):
-        return reference_backward(dout, q, k, v, out, lse, *mask)
-    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    if not q.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dout, out, delta = dout.contiguous(), out.contiguous(), torch.empty_like(lse)
-    dq, dk, dv = q.new_empty(B, T, H, D), k.new_empty(B, S, G, D), v.new_empty(B, S, G, D)
-    launch(dq_kernel, "dq", T, H, (out, dout, lse, delta, dq), q, k, v, *mask)
-    launch(dkv_kernel, "dkv", S, G, (dout, lse, delta, dk, dv), q, k, v, *mask)
-    return dq, dk, dv
-
-
 class Attention(torch.autograd.Function):
-    """Keeps q, k, v, out and one number a row; the probabilities are made again."""
+    """Keeps q, k, v, out and one number a row, lse; the probabilities are made again."""
 
     @staticmethod
     def forward(ctx, q, k, v, allow, n, start, keep, documents):
-        out, lse = attention_forward(q, k, v, allow, n, start, keep, documents)
+        B, T, H, D = q.shape
+        out, lse = q.new_empty(B, T, H, D), q.new_empty((B, H, T), dtype=torch.float32)
+        if out.numel():
+            launch(forward_kernel, "forward", T, H, (out, lse), q, k, v, allow, n, start, keep,
+                   documents)
         ctx.save_for_backward(q, k, v, out, lse, keep, documents)
         ctx.rule = allow, n, start
         return out
@@ -622,8 +563,14 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, out, lse, keep, documents = ctx.saved_tensors
-        return *attention_backward(dout, q, k, v, out, lse, *ctx.rule, keep, documents), *[None] * 5
+        q, k, v, out, lse, *data = ctx.saved_tensors
+        (B, T, H, D), (S, G), mask = q.shape, k.shape[1:3], (*ctx.rule, *data)
+        dq, dk, dv = q.new_zeros(B, T, H, D), k.new_zeros(B, S, G, D), v.new_zeros(B, S, G, D)
+        if out.numel():
+            dout, delta = dout.contiguous(), torch.empty_like(lse)
+            launch(dq_kernel, "dq", T, H, (out, dout, lse, delta, dq), q, k, v, *mask)
+            launch(dkv_kernel, "dkv", S, G, (dout, lse, delta, dk, dv), q, k, v, *mask)
+        return dq, dk, dv, *[None] * 5
 
 
 def attention(q, k, v, allow=causal, n=0, start=0, keep=None, documents=None):
@@ -632,19 +579,22 @@ def attention(q, k, v, allow=causal, n=0, start=0, keep=None, documents=None):
     q (B, T, H, D); k, v (B, S, G, D); keep (B, S) bool, False where a key is padding; documents
     from packed(). Returns (B, T, H, D) in q's dtype. A row that sees no key (padding looking at
     padding) gets the mean of the values, or 0 from the kernel, instead of NaN; nobody reads it."""
-    B, T, H, D = q.shape
-    S, G = k.shape[1], k.shape[2]
-    if H % G or k.shape != v.shape or k.shape[-1] != D or k.shape[0] != B:
+    B, T, H, D = q.shape if q.dim() == 4 else (0, 0, 0, 0)
+    S, G = k.shape[1:3] if k.dim() == 4 else (0, 0)
+    if k.shape != v.shape or k.shape != (B, S, G, D) or not G or H % G:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} "
-                         "do not fit: k and v must be alike, B and D equal, H a multiple of G")
+                         "do not fit: q must be (B, T, H, D), k and v (B, S, G, D), H a multiple "
+                         "of G")
     if keep is not None and keep.shape != (B, S):
         raise ValueError(f"attention: keep {tuple(keep.shape)}, must be (B, S) = {B, S}")
     if documents is not None and (documents.shape != (2, B, S) or T != S or start):
         raise ValueError(f"attention: documents {tuple(documents.shape)}, {T} queries from {start} "
                          f"on; packed rows need (2, B, S) = {2, B, S}, T = S, start = 0")
-    if fused(q, k, v, keep, documents):
-        return Attention.apply(q, k, v, allow, n, start, keep, documents)
-    return reference(q, k, v, allow, n, start, keep, documents)
+    if not fused(q, k, v, keep, documents):
+        return reference(q, k, v, allow, n, start, keep, documents)
+    if q.numel():
+        check(q, k, v, allow, n, start, keep, documents)
+    return Attention.apply(q, k, v, allow, n, start, keep, documents)
 
 
 def compile_cases():
@@ -704,7 +654,7 @@ def report(device, T=577, H=4, D=64):
 
 
 def timings():
-    """Milliseconds forward + backward beside PyTorch's fused operation, median of 20."""
+    """Milliseconds forward + backward beside PyTorch's fused operation."""
     for B, T, H, D, rule in ((16, 577, 16, 64, full), (4, 2048, 32, 128, causal)):
         q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
                    for _ in "qkv")
@@ -713,14 +663,8 @@ def timings():
                           ("PyTorch", lambda: F.scaled_dot_product_attention(
                               *(t.transpose(1, 2) for t in (q, k, v)), is_causal=rule is causal
                               ).transpose(1, 2))):
-            spans = []
-            for _ in range(25):
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                torch.autograd.grad(run(), (q, k, v), dout)
-                torch.cuda.synchronize()
-                spans.append(1000 * (time.perf_counter() - began))
-            print(f"B {B} T {T} H {H} D {D} {rule.__name__} {name}: {sorted(spans[5:])[10]:.2f} ms")
+            ms = triton.testing.do_bench(lambda: torch.autograd.grad(run(), (q, k, v), dout))
+            print(f"B {B} T {T} H {H} D {D} {rule.__name__} {name}: {ms:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,16 @@
 
 Without a GPU it says so, compiles every kernel for sm_80 and sm_90 instead, and prints what the
 machine code looks like (tests/compiled.py). How is measured: kernels/measure.py. Tables go to
-kernels/results/<table>.json.
+kernels/results/<table>.json (--out: to another folder), correctness first. Exit status 1 if
+anything of ours was wrong or did not run.
+
+Three tables run a whole LLaMA and import llama.py and data.py, which lie above kernels/ and import
+it. They do so inside their functions: nobody imports this file, so there is no circle, and what is
+above is not needed for the others.
 """
 
 import argparse
+import copy
 import importlib
 import subprocess
 import sys
@@ -106,6 +112,31 @@ def correctness():
         same = float((made[0] == made[1]).float().mean())
         yield {"what": f"adamw, stochastic {stochastic}", "equal to the CPU's": same,
                "ok": same == 1}
+    yield from whole()
+
+
+def whole():
+    """A small LLaMA: its gradients to the bit under each policy, and a token written by decode."""
+    import llama
+    model = llama.Llama(llama.Config(512, 256, 8, 4, 2, 704)).to(DEVICE, HALF)
+    ids, first = torch.randint(512, (2, pick(300, 20)), device=DEVICE), None
+    for policy, offload in ((None, False), ("none", False), ("attention", False), ("full", False),
+                            ("attention", True), ("full", True)):
+        model.checkpoint, model.offload = policy, offload
+        model.zero_grad()
+        model(ids).float().square().mean().backward()
+        made = [p.grad for p in model.parameters()]
+        first = first or [g.clone() for g in made]
+        yield {"what": f"LLaMA's gradients, {policy}{', offloaded' * offload}",
+               "ok": all(map(torch.equal, made, first))}
+    with torch.no_grad():
+        cache = llama.Cache(model.config, *ids.shape, model.embed.weight)
+        model(ids[:, :-1], cache)
+        exact = copy.deepcopy(model).to("cpu", torch.double)(ids.cpu())[:, -1]
+        one, row = (float((y[:, -1].cpu() - exact).norm() / exact.norm())
+                    for y in (model(ids[:, -1:], cache), model(ids)))
+    yield {"what": "LLaMA's next token, with a cache", "error": one, "of the row": row,
+           "ok": one <= 2 * max(row, 1e-6)}
 
 
 def attention():

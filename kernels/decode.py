@@ -197,8 +197,9 @@ def decode(q, k, v, keep=None, lengths=None, splits=None):
     splits: programs that share one head's cache; None: enough to fill the GPU.
     Returns (B, 1, H, D) in q's dtype. Every row must see a key. On a CPU that is checked; asking a
     GPU would stall it, and a row that sees nothing gets zeros there."""
+    kernel = fused(q, k, v, keep, lengths)          # refuses tensors on different devices
     check(q, k, v, keep, lengths)
-    if not fused(q, k, v, keep, lengths):
+    if not kernel:
         return decode_spec(q, k, v, keep, lengths)
     B, _, H, D = q.shape
     S, G = k.shape[1:3]

@@ -7,6 +7,8 @@
                                                interpreter: how the tests run kernels without a GPU
 
 The device alone decides. Nothing else is asked: not the model, not the size, not a flag.
+
+Alone: `python -m kernels.launch` says what runs here.
 """
 
 import os
@@ -44,3 +46,9 @@ def fused(*tensors):
         raise ValueError("kernels: bfloat16 in Triton's interpreter gives wrong numbers; test in "
                          "float32 or float16")
     return INTERPRET or devices.pop().type == "cuda"
+
+
+if __name__ == "__main__":
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"Triton {triton.__version__ if triton else 'is not installed'}; for tensors on {here} "
+          f"the {'kernels' if fused(torch.ones(1, device=here)) else 'specifications'} run")

@@ -10,7 +10,7 @@ A table is a generator of rows. It has a time of its own and stops between two r
 used up, saying so. Each row is written at once: a call that is cut off loses nothing.
 
 On a CPU everything runs once, on toy sizes: a rehearsal of the code, no measurement.
-Used by: kernels/bench.py.
+Alone: `python -m kernels.measure` prints the two ceilings. Used by: kernels/bench.py.
 """
 
 import gc
@@ -150,3 +150,9 @@ def report(table, seconds, folder, machine):
     gc.collect()
     torch.cuda.empty_cache()
     return good
+
+
+if __name__ == "__main__":
+    print(torch.cuda.get_device_name() if GPU else "no GPU here: toy sizes, no measurement")
+    for row in ceilings():
+        print(row)

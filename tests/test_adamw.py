@@ -177,7 +177,21 @@ class Fine(torch.optim.Optimizer):
 def test_two_hundred_steps_go_where_fp32_goes():
     """A small LLaMA learns sentences by heart, with bf16 weights in forward each time.
 
-    Cosine between the way of the fp32 master under torch's AdamW and ours, over all weights."""
+    Cosine between the way D of the fp32 master under torch's AdamW and ours, over all weights.
+
+    What it comes to elsewhere is known. Stochastic: a step δ where bf16 has steps of u adds a
+    variance of |δ| (u - |δ|) and nothing else, so
+
+        cosine = √( |D|² / (|D|² + Σ |δ| (u - |δ|)) )
+
+    the larger the weights, and the less the gradients agree, the less. Measured once, 200 steps of
+    4 captions of 24 tokens, 2e-5, on weights/toy (rms .37; here .13): .823 by this formula, .822
+    with fp32 moments, .823 with ours, .944 the mean way of four seeds. Here with a new sentence
+    each time (gradients hardly agree): .523, .524, .521.
+    Low half: .998 on weights/toy, on the same gradients as well, with other sentences as well, and
+    two fp32 runs from starts 1e-4 apart agree to 1.0000: it is the rounding of m and v. There a
+    block of 256 holds what is far apart: of the embedding's v 98 % have codes up to 8 of 255. Three
+    seeds' mean way halves what is missing, .9966 to .9983: half chance, half bias of 1 / √v."""
     torch.manual_seed(0)
     model = shaken(llama.Llama(llama.Config(vocab=128, width=64, depth=2, heads=4, kv_heads=2,
                                             mlp=172)))
@@ -202,21 +216,26 @@ def test_two_hundred_steps_go_where_fp32_goes():
 
     class Reference(Fine):
         """fp32 masters that stay, and their rounding in front of the model."""
+        noise = 0.
 
         def step(self):
+            before = [w.detach().clone() for w in self.wide.values()]
             for p, w in self.wide.items():
                 w.grad = p.grad.float()
             self.inner.step()
-            for p, w in self.wide.items():
+            for (p, w), old in zip(self.wide.items(), before):
                 p.data.copy_(w)
+                unit, move = 2. ** (old.abs().log2().floor() - 7), (w.detach() - old).abs()
+                self.noise += float((move * (unit - move).clamp(min=0)).double().sum())
 
     lr = 2e-5
 
     def way(ends):
         return torch.cat([(e.detach().double() - s).flatten() for e, s in zip(ends, start)])
 
-    true = way(tune(lambda ws: Reference(ws, lr))[1].wide.values())
-    told = {}
+    reference = tune(lambda ws: Reference(ws, lr))[1]
+    true = way(reference.wide.values())
+    told = {"law": float((1 + reference.noise / true.square().sum()) ** -.5)}
     for name, make in (("low half", lambda ws: AdamW(ws, lr)),
                        ("stochastic", lambda ws: AdamW(ws, lr, stochastic=True)),
                        ("nearest", lambda ws: Fine(ws, lr))):
@@ -224,7 +243,8 @@ def test_two_hundred_steps_go_where_fp32_goes():
         ends = map(optimizer.master, weights) if name == "low half" else weights
         told[name] = float(torch.cosine_similarity(way(ends), true, 0))
     assert told["low half"] >= .999 and told["stochastic"] >= .9, told
-    assert told["nearest"] < .9, told               # control: this is why there are two ways
+    assert abs(told["stochastic"] - told["law"]) < .005, told
+    assert told["nearest"] < .85, told              # control: this is why there are two ways
 
 
 def test_a_saved_state_goes_on_to_the_bit():
@@ -285,11 +305,14 @@ def test_bad_input_is_refused():
     s = scalars(1, 1e-3, (.9, .999), 1e-8, 0)
     adamw.adamw_step(*good, s)
     for place, wrong in ((0, torch.zeros(n).half()), (0, torch.zeros(n)), (1, torch.zeros(n)),
+                         (0, torch.zeros(n, 2).bfloat16()),
                          (2, torch.zeros(n - 1)), (2, torch.zeros(n).double()),
                          (3, torch.zeros(n)), (4, torch.zeros(n, dtype=torch.int8)),
                          (5, torch.zeros(1)), (6, torch.zeros(4)[::2])):
         with pytest.raises(ValueError, match="needed"):
             adamw.adamw_step(*good[:place], wrong, *good[place + 1:], s)
+    with pytest.raises(ValueError, match="on cpu, meta; move them to one device"):
+        adamw.adamw_step(*good[:2], good[2].to("meta"), *good[3:], s)
     empty = torch.nn.Parameter(torch.zeros(0, 5, dtype=torch.bfloat16))
     empty.grad = torch.zeros_like(empty)
     AdamW([empty]).step()                           # nothing to do is no error

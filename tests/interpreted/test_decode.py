@@ -101,7 +101,7 @@ def test_a_view_of_q_and_one_wide_cache():
     assert close(decode(wide[..., :16], k, v), q, k, v)
 
 
-def test_what_it_refuses():
+def test_what_it_refuses(grounded):
     q, k, v = cache(2, 20, 4, 2, 16)
     none = torch.zeros(2, 20, dtype=torch.bool)
     twelve = [t[..., :12].contiguous() for t in (q, k, v)]
@@ -114,6 +114,9 @@ def test_what_it_refuses():
             ("float64", lambda: decode(q.double(), k.double(), v.double())),
             ("the same for all", lambda: decode(q.half(), k, v)),
             ("strides", lambda: decode(q, *turned)),
+            ("on cpu, meta", lambda: decode(q, k.to("meta"), v.to("meta"))),
+            ("on cpu, meta", lambda: decode(q, k, v, ~none.to("meta"))),
+            ("(B, 1, H, D)", lambda: decode(q[0], k, v)),
             ("keep torch.float32", lambda: decode(q, k, v, none.float())),
             ("rows [0, 1] see no key", lambda: decode(q, k, v, none)),
             ("rows [1] see no key", lambda: decode(q, k, v, lengths=torch.tensor(
@@ -125,3 +128,5 @@ def test_what_it_refuses():
             call()
         said = str(raised.value)
         assert "\n" not in said and (told in said or told == "queries" and "(B, 1, H, D)" in said)
+    with pytest.raises(AssertionError, match="launched"):               # control
+        decode(q, k, v)

@@ -418,6 +418,8 @@ def bad_calls():
         "norm dtype": (lambda: norm.rms_norm(x.to(double), w, 1e-5), "float64; float32, float16"),
         "norm stride": (lambda: norm.rms_norm(x, randn(16)[::2], 1e-5), r"strides \(2,\)"),
         "norm device": (lambda: norm.rms_norm(x, w.to("meta"), 1e-5), "cpu, meta"),
+        "rope device": (lambda: rope.rope(q, cos.to("meta"), sin.to("meta")), "cpu, meta"),
+        "head device": (lambda: ce(x, head.to("meta"), labels), "cpu, meta"),
         "rope odd": (lambda: rope.rope(q[..., :7], cos, sin), "D even"),
         "rope wide": (lambda: rope.rope(randn(1, 3, 2, 258), cos, sin), "2 to 256"),
         "rope table": (lambda: rope.rope(q, cos[:, :2], sin[:, :2]), r"\(1, 2, 4\).*\(1, 3, 4\)"),
@@ -447,11 +449,21 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("name", bad_calls())
-def test_bad_input_is_refused_in_one_line(name):
+def test_bad_input_is_refused_in_one_line(name, grounded):
     call, told = bad_calls()[name]
     with pytest.raises(ValueError, match=told) as e:
         call()
     assert "\n" not in str(e.value)
+
+
+def test_good_input_would_have_been_launched(grounded):
+    """Control."""
+    x, w, labels = randn(2, 8), randn(8), torch.tensor([0, 4])
+    for call in (lambda: norm.rms_norm(x, w, 1e-5), lambda: swiglu.swiglu(x),
+                 lambda: rope.rope(randn(1, 3, 2, 8), *table(1, 3, 8)),
+                 lambda: cross_entropy.linear_cross_entropy(x, randn(5, 8), labels)):
+        with pytest.raises(AssertionError, match="launched"):
+            call()
 
 
 def atomics(source):
