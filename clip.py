@@ -19,13 +19,21 @@ The toy tower is trained by *late interaction* [FILIP] 2111.07783: a phrase of t
 by its best patch, not by the class token. The pooled loss alone is won by colour and place, and
 the patches, which are what LLaVA reads, lose the shape (README, "The parts").
 
+EVA ViT-g/14 [EVA] 2211.07636, the eye of BLIP-2 and MiniGPT-4, is the same tower with other
+settings; what a Q-Former is given has no tail:
+
+            GELU    patches  norm before  k bias  tail                      eps    read
+    CLIP    quick   no bias  yes          yes     last block, final norm    1e-5   patches
+    EVA     exact   bias     no           zero    none                      1e-6   [cls] and patches
+
 Letters: B batch, T tokens, P patches, C width, H heads, D head size, E shared width.
 Alone: `python clip.py photo.jpg` prints the phrases nearest to a picture.
 Next: llama.py, the decoder.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from kernels import attention, causal, full, layer_norm, quick_gelu
+from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
 
 
 @dataclass(frozen=True)
@@ -49,26 +57,43 @@ class Config:
     vocab: int = 49408              # (text tower)
     context: int = 77
     end: int = 49407                # id of the token that closes a text, where it is read
+    eva: bool = False               # the second row of the table above
+    tail: bool = True               # holds a block and a norm behind where bridges read
 
     @classmethod
     def from_hf(cls, c, text=False):
-        """From `vision_config` or `text_config` of a CLIP's config.json."""
-        # what transformers documents for fields left out: ViT-B/32's sizes
-        d = (cls(width=512, depth=12, heads=8, mlp=2048) if text else
-             cls(width=768, depth=12, heads=12, mlp=3072, image=224, patch=32))
+        """From `vision_config` or `text_config` of a CLIP's or BLIP-2's config.json."""
         if type(c) is not dict:
             raise data.BadModel("config.json: a tower's settings must be an object; take the "
                                 "config.json of the weights")
-        if c.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise data.BadModel(f"config.json: hidden_act {c['hidden_act']!r} is not CLIP's "
-                                "quick_gelu; give an OpenAI CLIP")
+        # what transformers documents for fields left out: ViT-B/32's sizes, or ViT-g/14's
+        eva = c.get("model_type") in ("blip_2_vision_model", "instructblip_vision_model")
+        d = (cls(width=512, depth=12, heads=8, mlp=2048) if text else
+             cls(1408, 39, 16, 6144, 1e-6, eva=True, tail=False) if eva else
+             cls(width=768, depth=12, heads=12, mlp=3072, image=224, patch=32))
+        act = "gelu" if eva else "quick_gelu"
+        if c.get("hidden_act", act) != act or c.get("qkv_bias", True) is not True:
+            raise data.BadModel(f"config.json: hidden_act {c.get('hidden_act')!r} is not "
+                                f"{'EVA' if eva else 'CLIP'}'s {act}, or qkv_bias is not true; "
+                                f"give {'a BLIP-2 with ViT-g' if eva else 'an OpenAI CLIP'}")
         made = cls(c.get("hidden_size", d.width), c.get("num_hidden_layers", d.depth),
                    c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
                    c.get("layer_norm_eps", d.eps), c.get("image_size", d.image),
                    c.get("patch_size", d.patch), c.get("vocab_size", d.vocab),
-                   c.get("max_position_embeddings", d.context), c.get("eos_token_id", d.end))
+                   c.get("max_position_embeddings", d.context), c.get("eos_token_id", d.end),
+                   d.eva, d.tail)
         made.check()
         return made
+
+    @classmethod
+    def eye(cls, c):
+        """Of the picture tower in the config.json of a CLIP, its tower alone, or a BLIP-2."""
+        inner = c.get("vision_config", c)
+        if c.get("model_type") not in ("blip-2", "instructblip"):
+            return cls.from_hf(inner)
+        # a CLIP in front of a Q-Former is a tower without its tail
+        return replace(cls.from_hf({"model_type": "blip_2_vision_model", **inner}
+                                   if type(inner) is dict else inner), tail=False)
 
     def check(self):
         """BadModel before any memory is taken, if the numbers cannot be a tower's."""
@@ -90,13 +115,15 @@ class Config:
     def to_hf(self, text=False):
         shared = {"hidden_size": self.width, "num_hidden_layers": self.depth,
                   "num_attention_heads": self.heads, "intermediate_size": self.mlp,
-                  "layer_norm_eps": self.eps, "hidden_act": "quick_gelu"}
+                  "layer_norm_eps": self.eps, "hidden_act": "gelu" if self.eva else "quick_gelu"}
         if text:
             return {"model_type": "clip_text_model", **shared, "vocab_size": self.vocab,
                     "max_position_embeddings": self.context, "bos_token_id": self.end - 1,
                     "eos_token_id": self.end, "pad_token_id": 0}
-        return {"model_type": "clip_vision_model", **shared, "image_size": self.image,
-                "patch_size": self.patch, "num_channels": 3}
+        picture = {**shared, "image_size": self.image, "patch_size": self.patch}
+        if self.eva:
+            return {"model_type": "blip_2_vision_model", **picture, "qkv_bias": True}
+        return {"model_type": "clip_vision_model", **picture, "num_channels": 3}
 
 
 class LayerNorm(nn.Module):
@@ -115,7 +142,7 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads = c.heads
+        self.heads, self.exact = c.heads, c.eva
         self.norm1 = LayerNorm(c.width, c.eps)
         self.qkv = nn.Linear(c.width, 3 * c.width)
         self.out = nn.Linear(c.width, c.width)
@@ -127,16 +154,19 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).unbind(2)
         x = x + self.out(attention(q, k, v, allow).reshape(B, T, C))
-        return x + self.down(quick_gelu(self.up(self.norm2(x))))
+        return x + self.down((gelu if self.exact else quick_gelu)(self.up(self.norm2(x))))
 
 
-# ours: theirs, of one block, in both towers
-BLOCK_NAMES = {f"blocks.{{}}.{ours}.{kind}": theirs if type(theirs) is not str else
-               f"encoder.layers.{{}}.{theirs}.{kind}"
-               for kind in ("weight", "bias") for ours, theirs in {
-                   "norm1": "layer_norm1", "norm2": "layer_norm2",
-                   "qkv": tuple(f"encoder.layers.{{}}.self_attn.{p}_proj.{kind}" for p in "qkv"),
-                   "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}.items()}
+def block_names(at, **theirs):
+    """{ours: theirs} of one block of theirs at `at`; {} is its number, a tuple is fused in ours."""
+    return {f"blocks.{{}}.{ours}.{kind}": tuple(f"{at}{n}.{kind}" for n in name)
+            if type(name) is tuple else f"{at}{name}.{kind}"
+            for kind in ("weight", "bias") for ours, name in theirs.items()}
+
+
+BLOCK_NAMES = block_names(                      # in both towers of CLIP
+    "encoder.layers.{}.", norm1="layer_norm1", norm2="layer_norm2", up="mlp.fc1", down="mlp.fc2",
+    qkv=tuple(f"self_attn.{p}_proj" for p in "qkv"), out="self_attn.out_proj")
 
 
 def prefixed(names, ours, theirs):
@@ -145,8 +175,21 @@ def prefixed(names, ours, theirs):
             for k, v in names.items()}
 
 
+def resized(position, side):
+    """Learned positions (1+P, C) or (1, 1+P, C) for a square of side x side patches.
+
+    The class token's stays, the grid is stretched as a picture would be: bicubic, corners not
+    aligned, in fp32 (the official loader of EVA; transformers at run time)."""
+    rows = position.detach().float().view(-1, position.shape[-1])
+    old = round((len(rows) - 1) ** .5)
+    grid = rows[1:].T.reshape(1, -1, old, old)                                # (1, C, old, old)
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    rows = torch.cat((rows[:1], grid[0].flatten(1).T)).to(position.dtype)
+    return rows.view(*position.shape[:-2], *rows.shape)
+
+
 class ViT(nn.Module):
-    """The picture tower. Holds all blocks, to hand them back; LLaVA runs all but the last."""
+    """The picture tower. A CLIP's has a tail, to hand it back: nothing here runs it."""
     NAMES = {
         "cls": "embeddings.class_embedding",
         "patch": "embeddings.patch_embedding.weight",
@@ -157,20 +200,54 @@ class ViT(nn.Module):
         "norm_post.weight": "post_layernorm.weight",
         "norm_post.bias": "post_layernorm.bias",
     }
+    EVA_NAMES = {
+        "cls": "embeddings.class_embedding",
+        "patch": "embeddings.patch_embedding.weight",
+        "patch_bias": "embeddings.patch_embedding.bias",
+        "position": "embeddings.position_embedding",
+        **block_names("encoder.layers.{}.", norm1="layer_norm1", norm2="layer_norm2", up="mlp.fc1",
+                      down="mlp.fc2", qkv="self_attn.qkv", out="self_attn.projection"),
+    }
+    # quirk: k has no bias there. Adding one number to all scores of a query changes no softmax.
+    LAVIS_NAMES = {
+        "cls": "visual_encoder.cls_token",
+        "patch": "visual_encoder.patch_embed.proj.weight",
+        "patch_bias": "visual_encoder.patch_embed.proj.bias",
+        "position": "visual_encoder.pos_embed",
+        **block_names("visual_encoder.blocks.{}.", norm1="norm1", norm2="norm2", up="mlp.fc1",
+                      down="mlp.fc2", qkv="attn.qkv", out="attn.proj"),
+        "blocks.{}.qkv.bias": ("visual_encoder.blocks.{}.attn.q_bias", data.ZEROS,
+                               "visual_encoder.blocks.{}.attn.v_bias"),
+    }
     IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
               r"(text_model\.|text_projection|visual_projection|logit_scale).*":
                   "the half of CLIP that reads text"}
+    checkpoint = None           # what blocks keep for backward: see kernels/checkpoint.py
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        patches = (c.image // c.patch) ** 2
-        self.cls = nn.Parameter(torch.randn(c.width) * c.width ** -0.5)
+        patches, front = (c.image // c.patch) ** 2, (1,) * c.eva       # as the files have them
+        self.cls = nn.Parameter(torch.randn(*front, *front, c.width) * c.width ** -0.5)
         self.patch = nn.Parameter(torch.randn(c.width, 3, c.patch, c.patch) * c.patch ** -1 * .58)
-        self.position = nn.Parameter(torch.randn(1 + patches, c.width) * .1)
-        self.norm_pre = LayerNorm(c.width, c.eps)
+        self.patch_bias = nn.Parameter(torch.zeros(c.width)) if c.eva else None
+        self.position = nn.Parameter(torch.randn(*front, 1 + patches, c.width) * .1)
+        self.norm_pre = nn.Identity() if c.eva else LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm_post = LayerNorm(c.width, c.eps)
+        self.norm_post = LayerNorm(c.width, c.eps) if c.tail else None
+
+    def names(self):
+        """The weight table that fits this tower, in transformers' spelling."""
+        table = self.EVA_NAMES if self.config.eva else self.NAMES
+        return {k: v for k, v in table.items() if self.config.tail or "norm_post" not in k}
+
+    def docked(self):
+        """This tower without its tail, for a Q-Former, which has a norm of its own in that place
+        (and in the files under that name). An EVA has none to lose. Returns self."""
+        if self.config.tail:
+            self.config = replace(self.config, depth=self.config.depth - 1, tail=False)
+            self.blocks, self.norm_post = self.blocks[:-1], None
+        return self
 
     def embed(self, pixels):
         """pixels (B, 3, S, S) -> (B, 1+P, C), ready for the blocks."""
@@ -181,15 +258,15 @@ class ViT(nn.Module):
         x = pixels[:, :, :side * p, :side * p].view(B, 3, side, p, side, p)
         # a convolution with stride = size is one matrix product a patch
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T
+        x = x if self.patch_bias is None else x + self.patch_bias
         x = torch.cat((self.cls.to(x.dtype).expand(B, 1, -1), x), dim=1)       # (B, 1+P, C)
         return self.norm_pre(x + self.position)
 
     def forward(self, pixels):
-        """pixels (B, 3, S, S) -> (B, 1+P, C), the output of the second-last block, class first."""
-        x = self.embed(pixels)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
+        """pixels (B, 3, S, S) -> (B, 1+P, C), class first: what the second-last block of a CLIP, or
+        the last of a tower without a tail, puts out."""
+        blocks = self.blocks[:-1] if self.config.tail else self.blocks
+        return run(blocks, self.embed(pixels), policy=self.checkpoint)
 
     @torch.no_grad()
     def unit_loudness(self, pixels):
@@ -204,16 +281,29 @@ class ViT(nn.Module):
             layer.bias.mul_(factor)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None):
-        """From a folder or hub id of a full CLIP or of its picture tower alone, in `dtype` or, if
-        None, the file's own. Raises data.BadModel, data.Offline."""
+    def from_pretrained(cls, folder, dtype=None, image=None):
+        """From a folder or hub id of a full CLIP, of its picture tower alone, or of a BLIP-2,
+        InstructBLIP or LAVIS model, in `dtype` or, if None, the file's own; for pictures of `image`
+        pixels a side, if that is given. Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
-        config = data.read_config(folder)
+        c, weights = data.read_config(folder), data.load_weights(folder)
         with torch.device("meta"):
-            model = cls(Config.from_hf(config.get("vision_config", config)))
-        weights = data.load_weights(folder)
-        prefix = "vision_model." if any(k.startswith("vision_model.") for k in weights) else ""
-        return data.fill(model, prefixed(cls.NAMES, "", prefix), weights, cls.IGNORE, dtype).eval()
+            model = cls(Config.eye(c))
+        prefix = next((p for p in ("vision_model.", "visual_encoder.")
+                       if any(k.startswith(p) for k in weights)), "")
+        ignore, names = dict(cls.IGNORE), prefixed(model.names(), "", prefix)
+        if prefix == "visual_encoder.":
+            names = cls.LAVIS_NAMES
+        if not model.config.tail and prefix:
+            ignore |= {rf"(?!{re.escape(prefix)}).*": "not of the tower",
+                       r"vision_model\.post_layernorm\..*": "ln_vision, which is not frozen with "
+                       "the tower and has a place of its own before the Q-Former"}
+        data.fill(model, names, weights, ignore, dtype)
+        if image and image != model.config.image:
+            model.config = replace(model.config, image=image)
+            model.config.check()
+            model.position = nn.Parameter(resized(model.position, image // model.config.patch))
+        return model.eval()
 
 
 class Text(nn.Module):
@@ -221,6 +311,7 @@ class Text(nn.Module):
     NAMES = {"token": "embeddings.token_embedding.weight",
              "position": "embeddings.position_embedding.weight", **BLOCK_NAMES,
              "norm.weight": "final_layer_norm.weight", "norm.bias": "final_layer_norm.bias"}
+    checkpoint = None           # as in ViT
 
     def __init__(self, config):
         super().__init__()
@@ -233,8 +324,7 @@ class Text(nn.Module):
     def forward(self, ids):
         """ids (B, T) -> (B, C), the state at the first end token."""
         x = self.token[ids] + self.position[:ids.shape[1]]
-        for block in self.blocks:
-            x = block(x, causal)
+        x = run(self.blocks, x, causal, policy=self.checkpoint)
         # quirk: files that say eos_token_id 2 are from before the field was right; there the end
         # is the largest id of the text
         end = ids.argmax(1) if self.config.end == 2 else (ids == self.config.end).int().argmax(1)

@@ -11,6 +11,11 @@ learned) and what the model must say (learned). In template v1 the learned ones 
 
     {system} USER: <image>⏎What is this? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
 
+    plain, minigpt4_caption   <s><image>[a cat⏎]
+    blip2                     <image>[<s>][a cat⏎]
+    instructblip              <image><s>Why?[A cat.</s>]
+    minigpt4                  <s>###Human: <Img><image></Img> Why? ###Assistant: [A cat.###]
+
 The text is tokenised once. A token is learned if its first character lies in a learned stretch, so
 labels cannot drift from ids, whatever the tokeniser merges.           labels[t] = ids[t] or IGNORE
 
@@ -19,6 +24,7 @@ A picture becomes (x/255 − mean) / std after Pillow's bicubic resize, equal to
     square  short side → S, centre crop          stage 1 of LLaVA-1.5
     pad     mean-coloured square, then square    stage 2 of LLaVA-1.5, and inference
     anyres  whole picture squashed to S×S, then the tiles of the best grid     LLaVA-NeXT
+    squash  straight to S×S, whatever its shape                                BLIP-2, MiniGPT-4
 
 Weights are safetensors only: a pickle can run code when it is opened, so none is ever opened.
 Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLaVA15] 2310.03744
@@ -50,6 +56,7 @@ from torch import Tensor
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 MARK = "<image>"
+ZEROS = "(zeros)"               # in a weight table: a piece that is in no file
 
 
 # ---------------------------------------------------------------- failures: one line and a number
@@ -244,22 +251,33 @@ class Tokenizer:
 
     def decode(self, ids, skip_special: bool = True) -> str:
         """Text of the ids; places of pictures (negative ids) and unknown ids are passed over."""
-        return self._lib.decode([i for i in map(int, ids) if 0 <= i < self.size],
-                                skip_special_tokens=skip_special)
+        ids = [i for i in map(int, ids) if 0 <= i < self.size]
+        if self.bos is not None and self.bos == self.eos == self.unk:
+            ids = [i or self.eos for i in ids]      # quirk: InstructBLIP's 0 is one more </s>
+        return self._lib.decode(ids, skip_special_tokens=skip_special)
 
 
 # ---------------------------------------------------------------- templates
 
 @dataclass(frozen=True)
 class Template:
-    """How one model family writes a conversation. style: two | chat | llama2 | single | plain."""
+    """How one model family writes a conversation.
+
+    style: two | chat | llama2 | single | plain | minigpt4 | instruct."""
     style: str
     system: str = ""
     roles: tuple = ("USER", "ASSISTANT")
     sep: str = " "                       # after the system text and every human turn
     end: str = "</s>"                    # after every answer: where generation stops
     picture: str = MARK
+    front: bool = False                  # the picture stands before BOS
 
+
+class _Joint(str):
+    """A piece that adds no text to the others; told by identity."""
+
+
+BOS, SEAM = _Joint(), _Joint()      # BOS stands here; the text goes on as if it began here
 
 _CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant "
          "gives helpful, detailed, and polite answers to the {0}'s questions.")
@@ -297,7 +315,18 @@ TEMPLATES = {
     "mistral_instruct": Template("llama2", sep=""),
     "mpt": Template(system="<|im_start|>system\n" + _MPT, **_IM),
     "chatml_direct": Template(system="<|im_start|>system\nAnswer the questions.", **_IM),
+    "blip2": Template("plain", end="\n", front=True),
+    "instructblip": Template("instruct", front=True),
+    "minigpt4_caption": Template("plain", end="\n"),
+    "minigpt4": Template("minigpt4", "Give the following image: <Img>ImageContent</Img>. You will "
+                         "be able to see the image once I provide it to you. Please answer my "
+                         "questions.", ("Human", "Assistant"), sep="###", end="###"),
 }
+# What stage 2 of MiniGPT-4 asks about its pictures.                     [MiniGPT4] 2304.10592
+INSTRUCTIONS = ("Describe this image in detail.",
+                "Take a look at this image and describe what you notice.",
+                "Please provide a detailed description of the picture.",
+                "Could you describe the contents of this image for me?")
 TEMPLATES |= {"vicuna_v1": TEMPLATES["v1"], "v0": TEMPLATES["llava_v0"],
               "mistral_direct": TEMPLATES["chatml_direct"]}
 _ROLE = {"human": False, "user": False, "gpt": True, "assistant": True}
@@ -324,11 +353,40 @@ def _alternating(turns) -> list:
 
 def _pieces(turns, t: Template, training: bool):
     """Yield (text, learned?, written by a person?) whose texts join to the whole conversation."""
+    if not t.front:
+        yield BOS, False, False
     if t.style == "plain":
         yield MARK, False, False                    # quirk: the human's words are thrown away
+        if t.front:         # quirk: with nothing asked BOS is learned, from the last of the queries
+            yield BOS, training, False
         if training:
             yield turns[1][1], True, True
             yield t.end, True, False                # a newline and no </s>   [LLaVA15] stage 1
+        return
+    if t.style == "instruct":
+        # It knows one instruction and one answer: in a chat it is asked the last question only.
+        asked = [value for answer, value in turns if not answer]
+        yield MARK * (MARK in asked[0]), False, False
+        yield BOS, False, False
+        yield asked[-1].replace(MARK, "", len(asked) == 1).strip(), False, True
+        if training:
+            yield SEAM, False, False
+            yield turns[1][1], True, True
+            yield t.end, True, False
+        return
+    if t.style == "minigpt4":
+        # quirk: training has no system text, but a space before ###Assistant; and the answer is
+        # tokenised alone, so that a prefix space comes behind the space that stands there already
+        yield "" if training else t.system, False, False
+        for answer, value in turns:
+            yield " " * (answer and training) + f"{t.sep}{t.roles[answer]}: ", False, False
+            if MARK in value and not answer:
+                yield f"<Img>{MARK}</Img> ", False, False
+                value = value.replace(MARK, "", 1).strip()
+            if answer and training:
+                yield SEAM, False, False
+            yield value, answer, True
+        yield t.end * training, True, False
         return
     if t.style == "single" and training:
         # quirk: training writes "### Role: text⏎", generation "###Role: text" as in `two`. The ###
@@ -358,31 +416,35 @@ def _pieces(turns, t: Template, training: bool):
             yield after, answer, False
 
 
-def _tokenise(pieces, tokenizer, has_image=True, special=True) -> tuple[list, list]:
-    """Pieces to (ids, learned flags). special=False: what people wrote stays plain text."""
-    text, learned, human = "", bytearray(), bytearray()
+def _tokenise(pieces, tokenizer, pictures=-1, special=True) -> tuple[list, list]:
+    """Pieces to (ids, learned flags). pictures: so many <image> are pictures, the rest text; -1:
+    all are. special=False: what people wrote stays plain text."""
+    text, learned, human, joints = "", bytearray(), bytearray(), []
     for piece, learn, person in pieces:
+        if piece is BOS or piece is SEAM:
+            joints.append((len(text), piece, learn))
         text += piece
         learned += bytes([learn]) * len(piece)
         human += bytes([person]) * len(piece)
-    ids, flags, at = [tokenizer.bos] * tokenizer.add_bos, [False] * tokenizer.add_bos, 0
+    marks = [(found.start(), MARK, False) for found in re.finditer(MARK, text)]
+    joints += marks if pictures < 0 else marks[:pictures]
+    ids, flags, at = [], [], 0
     # quirk: the text between two pictures is tokenised as if it stood alone, prefix space included.
-    for i, chunk in enumerate(text.split(MARK) if has_image else [text]):
-        if i:
-            ids.append(IMAGE)
-            flags.append(False)
-            at += len(MARK)
+    for end, joint, learn in sorted(joints, key=lambda j: j[0]) + [(len(text), SEAM, False)]:
         for token, start in tokenizer.pairs(
-                chunk, lambda m: special or not any(human[at + m.start():at + m.end()])):
+                text[at:end], lambda m: special or not any(human[at + m.start():at + m.end()])):
             ids.append(token)
             flags.append(bool(learned[at + start]))
-        at += len(chunk)
+        at = end + len(joint)
+        if joint is BOS and tokenizer.add_bos or joint is MARK:
+            ids.append(IMAGE if joint is MARK else tokenizer.bos)
+            flags.append(learn)
     return ids, flags
 
 
 def prompt_ids(text: str, tokenizer, special: bool = True) -> list[int]:
     """Ids of a text in which <image> stands for a picture (official tokenizer_image_token)."""
-    return _tokenise([(text, False, True)], tokenizer, special=special)[0]
+    return _tokenise([(BOS, False, False), (text, False, True)], tokenizer, special=special)[0]
 
 
 def _prompt_pieces(conversation, template):
@@ -401,19 +463,22 @@ def prompt(conversation, template: str) -> str:
     return "".join(text for text, _, _ in _prompt_pieces(conversation, template))
 
 
-def chat_ids(conversation, template: str, tokenizer) -> list[int]:
-    """Ids of `prompt`, in which nothing that people typed can become a control token."""
-    return _tokenise(_prompt_pieces(conversation, template), tokenizer, special=False)[0]
+def chat_ids(conversation, template: str, tokenizer, pictures: int = -1) -> list[int]:
+    """Ids of `prompt`, in which nothing that people typed can become a control token.
+
+    pictures: so many <image> are pictures, those behind them were typed; -1: all are."""
+    return _tokenise(_prompt_pieces(conversation, template), tokenizer, pictures, special=False)[0]
 
 
-def _mismatch(text, t: Template, tokenizer, has_image, ids) -> bool:
+def _mismatch(text, t: Template, tokenizer, pictures, ids) -> bool:
     """Would the official code print "tokenization mismatch" and learn nothing from this text?
 
     It counts tokens round by round on a second tokenisation; special tokens in the text, empty
     answers or a tokeniser it does not know make the sum differ from the length."""
     if t.style not in ("two", "llama2"):
         return False
-    count, size = 1, lambda s: len(_tokenise([(s, False, False)], tokenizer, has_image)[0])
+    count, begin = 1, (BOS, False, False)
+    size = lambda s: len(_tokenise([begin, (s, False, False)], tokenizer, pictures)[0])
     split = "[/INST] " if t.style == "llama2" else f"{t.sep}{t.roles[1]}: "
     for i, part in enumerate(text.split(t.end)):
         if not part or len(part.split(split)) != 2:
@@ -438,22 +503,35 @@ def encode(conversation, template: str, tokenizer, has_image: bool = True,
     if t.style not in ("single", "plain"):
         turns = _alternating(turns)
     if t.style == "plain" and not (has_image and len(turns) == 2 and MARK in turns[0][1]):
-        raise BadData("template plain needs <image> in one human turn, and one gpt turn: a caption")
+        raise BadData(f"template {template} needs <image> in one human turn, and one gpt turn: a "
+                      "caption")
+    if t.style in ("instruct", "minigpt4") and (
+            len(turns) != 2 or MARK in turns[0][1] and not has_image):
+        raise BadData(f"template {template} is learned from one question and one answer, and "
+                      "<image> in it needs a picture; split or correct the sample")
     if t.style == "llama2" and not (turns and turns[0][1]):
         raise BadData("the first human turn is empty: give the question")
     if has_image:       # the picture comes first in its turn, and twice in one turn is once
         turns = [(a, f"{MARK}\n{v.replace(MARK, '').strip()}".strip().replace(MARK, t.picture)
                   if MARK in v else v) for a, v in turns]
     pieces = list(_pieces(turns, t, training=True))
-    ids, flags = _tokenise(pieces, tokenizer, has_image)
+    count = -1 if has_image else 0
+    ids, flags = _tokenise(pieces, tokenizer, count)
     if t.style == "single" and not has_image:
         # quirk: text-only lengths leave out the pad token (= <unk>), so an <unk> typed in the text
         # shifts every later label by one to the left.
         kept = [flag for i, flag in zip(ids, flags) if i != tokenizer.pad]
         flags = kept + [True] * (len(ids) - len(kept))
-    if official_quirks and _mismatch("".join(p[0] for p in pieces), t, tokenizer, has_image, ids):
+    if official_quirks and _mismatch("".join(p[0] for p in pieces), t, tokenizer, count, ids):
         flags = [False] * len(ids)
     return ids, [i if flag else IGNORE for i, flag in zip(ids, flags)]
+
+
+def caption_text(text: str, words: int = 50) -> str:
+    """A web caption as BLIP-2 and MiniGPT-4 learn it in stage 1 (LAVIS, blip_caption): small
+    letters, . ! " ( ) * # : ; ~ as spaces, at most so many words."""
+    text = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", text.lower()))
+    return " ".join(text.rstrip("\n").strip(" ").split(" ")[:words])
 
 
 def collate(pairs, pad: int) -> tuple[Tensor, Tensor]:
@@ -463,6 +541,65 @@ def collate(pairs, pad: int) -> tuple[Tensor, Tensor]:
     T = max(len(ids) for ids, _ in pairs)
     rows = [(list(i) + [pad] * (T - len(i)), list(l) + [IGNORE] * (T - len(l))) for i, l in pairs]
     return torch.tensor([i for i, _ in rows]), torch.tensor([l for _, l in rows])
+
+
+# ---------------------------------------------------------------- which samples stand together
+
+def pack(lengths, size: int) -> list[list[int]]:
+    """Sample numbers in rows whose lengths add up to at most `size`: first fit, longest first.
+
+    pack([3, 5, 2, 4], 7) = [[1, 2], [3, 0]]. Equal lengths keep their order, so the rows are a
+    function of the lengths. Raises BadData for a length that is over `size`."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > size:
+            raise BadData(f"{lengths[i]:,} tokens do not fit into a row of {size:,}")
+        at = next((r for r, left in enumerate(room) if left >= lengths[i]), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(size)
+        rows[at].append(i)
+        room[at] -= lengths[i]
+    return rows
+
+
+def _by_length(lengths, batch, ranks, dice) -> list[int]:
+    """A random order in which steps of ranks · batch samples are dealt to ranks of equal work."""
+    shuffled, out = torch.randperm(len(lengths), generator=dice).tolist(), []
+    for first in range(0, len(shuffled), batch * ranks):
+        step = sorted(shuffled[first:first + batch * ranks], key=lambda i: -lengths[i])
+        if len(step) % ranks:                           # quirk: a short step is dealt in turn
+            hands = [step[r::ranks] for r in range(ranks)]
+        else:                                           # the next goes to the shortest hand
+            hands, sums = [[] for _ in range(ranks)], [0] * ranks
+            for i in step:
+                at = sums.index(min(sums))
+                hands[at].append(i)
+                sums[at] = math.inf if len(hands[at]) == len(step) // ranks else (
+                    sums[at] + lengths[i])
+        out += [i for hand in hands for i in hand]
+    return out
+
+
+def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
+    """One epoch's order of samples in stage 2 of LLaVA-1.5 (llava/train/llava_trainer.py).
+
+    lengths: words of each sample, negative without a picture. Steps of ranks · batch samples hold
+    pictures only or text only, of like length on all ranks. quirk: the last step of each kind, full
+    or not, goes to the end, both in one, in the order of the file."""
+    if 0 in lengths:
+        raise BadData(f"sample number {lengths.index(0)} of the data has no words: take it out")
+    kinds = [[i for i, n in enumerate(lengths) if (n > 0) == picture] for picture in (True, False)]
+    if not all(kinds):
+        return _by_length(lengths, batch, ranks, dice)
+    steps, rest, size = [], [], batch * ranks
+    for kind in kinds:
+        order = [kind[i] for i in _by_length([abs(lengths[i]) for i in kind], batch, ranks, dice)]
+        cut = [order[i:i + size] for i in range(0, len(order), size)]
+        steps += cut[:-1]
+        rest += cut[-1]
+    mixed = [steps[i] for i in torch.randperm(len(steps), generator=dice).tolist()]
+    return [i for step in mixed for i in step] + sorted(rest)
 
 
 # ---------------------------------------------------------------- conversations on disk
@@ -640,9 +777,9 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
                grids: tuple = OFFICIAL) -> Tensor:
     """Pixels (n, 3, size, size) float32; n = 1, or 1 + tiles for anyres, the overview first.
 
-    aspect: square | pad | anyres, with grids as in `anyres_grid`. Pillow's bicubic on uint8 is the
-    reference: a resize of tensors is close but not equal. Raises BadImage for shapes that would
-    fill the memory."""
+    aspect: square | pad | squash | anyres, with grids as in `anyres_grid`. Pillow's bicubic on
+    uint8 is the reference: a resize of tensors is close but not equal. Raises BadImage for shapes
+    that would fill the memory."""
     image = image.convert("RGB")
     if aspect == "square":
         tiles = [image]
@@ -652,6 +789,8 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
         canvas = Image.new("RGB", (side, side), PAD)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         tiles = [canvas]
+    elif aspect == "squash":
+        tiles = [image.resize((size, size), Image.Resampling.BICUBIC)]
     elif aspect == "anyres":
         grid = anyres_grid(*image.size, size, grids=grids)
         canvas = Image.new("RGB", grid.best)        # quirk: black here, the mean colour in `pad`
@@ -661,7 +800,7 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
         tiles += [canvas.crop((x, y, x + size, y + size)) for y in range(0, grid.best[1], size)
                   for x in range(0, grid.best[0], size)]
     else:
-        raise Usage(f"aspect {aspect!r} is unknown: choose square, pad or anyres")
+        raise Usage(f"aspect {aspect!r} is unknown: choose square, pad, squash or anyres")
     return torch.from_numpy(np.stack([_clip(tile, size) for tile in tiles]))
 
 
@@ -754,10 +893,13 @@ class Weights(Mapping):
         return flat.view(shape)
 
     def release(self, name):
-        """Drop a tensor's pages from memory; they are read again if the tensor is used again."""
+        """Drop a tensor's pages from memory; they are read again if the tensor is used again.
+        What was written into them is lost. A system that cannot drop pages keeps them."""
         pages, _, shape, dtype, offset = self._where[name]
         first = offset - offset % mmap.PAGESIZE
-        pages.madvise(mmap.MADV_DONTNEED, first, offset - first + math.prod(shape) * dtype.itemsize)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED, first,
+                          offset - first + math.prod(shape) * dtype.itemsize)
 
     @property
     def dtype(self):
@@ -894,17 +1036,17 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
     """Copy `weights` into the parameters of `module` in place; returns it.
 
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
-    (fused q, k, v). ignore: {regex of theirs: reason}. A module built on the meta device is given
-    memory on the CPU, in dtype or the file's own; another keeps its own dtype. Nothing is copied
-    unless all fits: BadModel names the tensor that is missing, left over, or of the wrong shape,
-    with both shapes."""
+    (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}. A
+    module built on the meta device is given memory on the CPU, in dtype or the file's own; another
+    keeps its own dtype. Nothing is copied unless all fits: BadModel names the tensor that is
+    missing, left over, or of the wrong shape, with both shapes."""
     table, used = expand(module, names), set()
     ours = dict(module.named_parameters())
     for name, theirs in table.items():
-        if lost := [t for t in theirs if t not in weights]:
+        if lost := [t for t in theirs if t not in weights and t != ZEROS]:
             raise BadModel(f"tensor {lost[0]} is missing (needed for {name}): wrong kind of model?")
         shapes = [tuple(weights.shape(t) if hasattr(weights, "shape") else weights[t].shape)
-                  for t in theirs]
+                  for t in (theirs[0] if t == ZEROS else t for t in theirs)]
         want = tuple(ours[name].shape)
         got = (sum(s[0] for s in shapes if s), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
         if got != want or any(s[1:] != want[1:] for s in shapes):
@@ -922,11 +1064,13 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
         for name, theirs in table.items():
             row = 0
             for their in theirs:
-                tensor = weights[their]
+                zeros = their == ZEROS
+                tensor = torch.zeros_like(weights[theirs[0]]) if zeros else weights[their]
                 target = ours[name] if len(theirs) == 1 else ours[name][row:row + len(tensor)]
                 target.copy_(tensor)
                 row += len(tensor) if len(theirs) > 1 else 0
-                release(their)
+                if not zeros:
+                    release(their)
     return module
 
 
@@ -944,6 +1088,7 @@ def export(module, names: Mapping) -> dict[str, Tensor]:
         equal = lambda _: [len(tensor) // len(theirs)] * len(theirs)
         sizes = getattr(module, "split_sizes", equal)(name)
         out.update(zip(theirs, tensor.split(sizes), strict=True))
+    out.pop(ZEROS, None)
     return out
 
 

@@ -19,7 +19,10 @@ Prompts of different lengths share a batch by padding on the left:
 A character outside the vocabulary is several byte tokens; a stream waits until it is whole.
 What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end.
 A picture in tiles (LLaVA-NeXT) goes in with its size: how it was cut decides what is kept of it.
-Left out: ends of several tokens (the ### of llava_v0), beams in a batch.
+The ### that ends an answer of MiniGPT-4 or LLaVA v0 is one token or several, so it is looked for in
+the text; what may be its beginning waits until it is clear.
+Left out: repetition penalties (1.5 and 1.05 in the demos of InstructBLIP and MiniGPT-4), beams in a
+batch.
 Letters: B batch, T tokens, T' after splicing, C width, V vocabulary, S picture side.
 Next: evaluate.py, which keeps the score.
 """
@@ -92,7 +95,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -109,22 +111,10 @@ def ask(turns, template, words):
     """Ids of a conversation about one picture, ending where the model starts to write.
 
     turns: texts of person and model alternately, the person's first and last; the picture stands
-    before the first. Equal to data.chat_ids, save that a typed "<image>" is no picture either."""
-    def laid_out(texts):
-        rows = enumerate([f"{data.MARK}\n{texts[0]}", *texts[1:]])
-        return data.prompt([{"from": ("human", "gpt")[i % 2], "value": t} for i, t in rows],
-                           template)
-    # the same page with all that was typed blanked: what still stands there is the template's own
-    text, blank = laid_out(turns), laid_out(["\0" * len(t) for t in turns])
-    ids, at = words.encode(""), 0                               # <s>, where the model has one
-    for i, chunk in enumerate(blank.split(data.MARK)):
-        if i:
-            ids.append(data.IMAGE)
-            at += len(data.MARK)
-        ids += [token for token, _ in words.pairs(
-            text[at:at + len(chunk)], lambda m: "\0" not in chunk[m.start():m.end()])]
-        at += len(chunk)
-    return ids
+    before the first. A typed "<image>" is no picture."""
+    rows = enumerate([f"{data.MARK}\n{turns[0]}", *turns[1:]])
+    talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in rows]
+    return data.chat_ids(talk, template, words, pictures=1)
 
 
 def places(model, ids, sizes=None):
@@ -175,6 +165,24 @@ def endings(model, eos=None):
     return {words.eos, words.added(template.end if template else "</s>")}
 
 
+def stop_text(model, eos=None):
+    """The text that ends an answer, where its template has an end that is no token, or None."""
+    template = data.TEMPLATES.get(getattr(model, "template", None))
+    if eos is not None or template is None or template.end == "\n":
+        return None
+    return template.end if model.words.added(template.end) is None else None
+
+
+def stopped(tokens, model, stop):
+    """How many tokens at the end hold the stop text (0: none), and whether they may yet become it.
+    A token that holds more than that goes with it."""
+    if not stop:
+        return 0, False
+    tails = [model.words.decode(tokens[-n:]) for n in range(1, 2 + len(stop.encode()))]
+    return (next((n for n, text in enumerate(tails, 1) if stop in text), 0),
+            any(tails[-1].endswith(stop[:n]) for n in range(1, len(stop))))
+
+
 def predict(llm, x, cache, positions=None, keep=None):
     """Logits (B, V) of what follows the last place. Raises data.BadModel for NaN."""
     logits = llm.head(llm.hidden(x, cache, positions, keep)[:, -1]).float()
@@ -202,7 +210,7 @@ def sample(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
 
 
 @torch.inference_mode()
-def beams(model, ids, pixels, sizes, ends, max_new_tokens, width):
+def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None):
     """The tokens of the answer with the best mean log-probability, its end counted.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
@@ -214,14 +222,16 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width):
     for step in range(1, room + 1):
         scores = predict(llm, x, memory).log_softmax(-1)                             # (n, V)
         scores = scores + scores.new_tensor([[score] for score, _, _ in running])
-        best, heads = scores.flatten().topk(min(width * (1 + len(ends)), scores.numel())), []
+        wanted = width * (1 + len(ends) + bool(stop))
+        best, heads = scores.flatten().topk(min(wanted, scores.numel())), []
         for rank, (score, at) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             parent, token = divmod(at, scores.shape[1])
             tokens = running[parent][2] + [token]
-            if token not in ends and len(heads) < width:
+            over = token in ends or stopped(tokens, model, stop)[0]
+            if not over and len(heads) < width:
                 heads.append((score, parent, tokens))
-            elif token in ends and rank < width:
-                done.append((score / step, tokens[:-1]))
+            elif over and rank < width:
+                done.append((score / step, tokens[:-over]))     # True is 1
         done, running = sorted(done, reverse=True)[:width], heads
         if not heads or len(done) == width and done[-1][0] >= heads[0][0] / step:
             break
@@ -237,30 +247,40 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width):
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
            num_beams=1, seed=0, eos=None, cache=True, sizes=None):
-    """Yield, a step, one id for every row, None for rows that have ended.
+    """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
     if wrong := fault(max_new_tokens, temperature, top_p, top_k, num_beams):
         raise data.Usage(wrong)
-    ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
+    ends, stop, sizes = endings(model, eos), stop_text(model, eos), sizes or [None] * len(prompts)
     if num_beams > 1:
-        yield from zip_longest(*(beams(model, p, x, size, ends, max_new_tokens, num_beams)
-                                 for p, x, size in zip(prompts, pictures, sizes, strict=True)))
+        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop)
+               for p, x, size in zip(prompts, pictures, sizes, strict=True)]
         return
     llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
     lengths, alive = keep.sum(1, keepdim=True), [True] * len(prompts)                # (B, 1)
     positions = (keep.cumsum(1) - 1).clamp(min=0)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     dice = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    held = [[] for _ in prompts]
     for step in range(max(room)):
         logits = predict(llm, x, memory, positions, keep)                            # (B, V)
         new = sample(logits) if not temperature else torch.stack(
             [sample(row, temperature, top_p, top_k, die) for row, die in zip(logits, dice)])
-        said = new.tolist()
-        alive = [a and step < n and i not in ends for a, n, i in zip(alive, room, said)]
+        out = [[] for _ in prompts]
+        for i, token in enumerate(new.tolist()):
+            if alive[i]:
+                alive[i] = step < room[i] and token not in ends
+                held[i] += [token] * alive[i]
+                found, wait = stopped(held[i], model, stop)
+                if found:
+                    alive[i], held[i] = False, held[i][:-found]
+                if not (wait and alive[i]):
+                    out[i], held[i] = held[i], []
+        if any(out) or any(alive):
+            yield out
         if not any(alive):
             return
-        yield [i if a else None for i, a in zip(said, alive)]
         # rows that have ended go on talking to themselves: cheaper than taking them out
         new, at = new[:, None].to(x.device), lengths + step                          # (B, 1)
         if cache:
@@ -268,6 +288,7 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
         else:
             x, positions = torch.cat((x, llm.embed(new)), 1), torch.cat((positions, at), 1)
             keep = torch.cat((keep, torch.ones_like(new).bool()), 1)
+    yield held
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -281,9 +302,9 @@ def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p
     all at once, and always use the cache.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
-    return (row[0] for row in decode(model, [ids], [pixels], max_new_tokens, temperature, top_p,
-                                     top_k, num_beams, seed, eos, cache,
-                                     None if sizes is None else [sizes]))
+    rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
+                  seed, eos, cache, None if sizes is None else [sizes])
+    return (token for row in rows for token in row[0])
 
 
 def generate_batch(model, prompts, pictures=None, **settings):
@@ -293,8 +314,8 @@ def generate_batch(model, prompts, pictures=None, **settings):
     settings as for `generate`."""
     out = [[] for _ in prompts]
     for row in decode(model, prompts, pictures or [None] * len(out), **settings) if out else ():
-        for tokens, i in zip(out, row):
-            tokens += [] if i is None else [i]
+        for tokens, new in zip(out, row):
+            tokens += new
     return out
 
 
@@ -343,9 +364,9 @@ def load(args):
         raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     model.template = args.template or model.template
-    if model.template == "plain":
-        note("note: this is a stage 1 model, which knows pictures and captions but no questions: "
-             "yours is ignored, it writes a caption")
+    if data.TEMPLATES[model.template].style == "plain":
+        note("note: this model knows pictures and captions but no questions: yours is ignored, it "
+             "writes a caption")
     return model.to(device)
 
 

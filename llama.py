@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 import data
-from kernels import attention, causal, rms_norm, rope, rope_table, swiglu
+from kernels import (attention, causal, decode, fused, rms_norm, rope, rope_table, run,
+                     swiglu)
 
 
 @dataclass(frozen=True)
@@ -185,19 +186,56 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
         self.down = nn.Linear(c.mlp, c.width, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, keep=None):
+    def forward(self, x, cos, sin, cache=None, keep=None, documents=None):
         B, T, _ = x.shape
         H, G, D = self.c.heads, self.c.kv_heads, self.c.head_dim
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, H + 2 * G, D).split((H, G, G), dim=2)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        qkv = self.qkv(self.norm1(x)).view(B, T, H + 2 * G, D)
+        rope(qkv[:, :, :H + G], cos, sin, inplace=True)            # q and k, heads side by side
+        q, k, v = qkv.split((H, G, G), dim=2)
         start = 0
         if cache is not None:
             start = cache.length
             k, v = cache.update(self.layer, k, v)                  # (B, S, G, D)
             keep = cache.keep[:, :k.shape[1]]
-        y = attention(q, k, v, causal, start=start, keep=keep)
+        if cache is not None and T == 1 and fused(q) and not torch.is_grad_enabled():
+            y = decode(q, k, v, keep)           # one query against a cache has a kernel of its own
+        else:
+            y = attention(q, k, v, causal, start=start, keep=keep, documents=documents)
         x = x + self.out(y.reshape(B, T, H * D))
         return x + self.down(swiglu(self.gate_up(self.norm2(x))))
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer, and for each of its parts i (q, k and v are three) a trained addition:
+
+        y_i = W_i x + (α / r) B_i A_i x        A_i (r, C), B_i (C_i, r), B_i = 0 at first
+
+    One layer a part is what the official runs have, and what [LoRA] 2106.09685 says: here the A_i
+    lie in rows on top of each other, one product for all, and each B_i reads its own r of the
+    results. Official: α = 2 r. Left out: dropout of what A reads, 0.05 there: with it a step is no
+    function of its inputs, and what runs again in backward draws other numbers."""
+
+    def __init__(self, linear, sizes, rank):
+        super().__init__()
+        self.weight, self.sizes, self.scale = linear.weight, sizes, 2.0
+        C = linear.in_features
+        # as large as the first values of a linear layer of PyTorch, which the official ones are too
+        self.a = nn.Parameter(self.weight.new_empty(len(sizes) * rank, C).uniform_(-1, 1) / C ** .5)
+        self.b = nn.Parameter(self.weight.new_zeros(sum(sizes), rank))
+
+    def forward(self, x):
+        low = (self.scale * nn.functional.linear(x, self.a)).chunk(len(self.sizes), -1)
+        more = [nn.functional.linear(l, b) for l, b in zip(low, self.b.split(self.sizes))]
+        return nn.functional.linear(x, self.weight) + torch.cat(more, -1)
+
+    @torch.no_grad()
+    def merged(self):
+        """The one linear layer that does the same."""
+        pairs = zip(self.b.float().split(self.sizes), self.a.float().chunk(len(self.sizes)))
+        one = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
+        wide = self.weight.float() + self.scale * torch.cat([b @ a for b, a in pairs])
+        one.weight = nn.Parameter(wide.to(self.weight.dtype))
+        return one
 
 
 class Llama(nn.Module):
@@ -217,6 +255,8 @@ class Llama(nn.Module):
         "head.weight": "lm_head.weight",
     }
     IGNORE = {r".*rotary_emb\.inv_freq": "recomputed from rope_theta"}
+    # what blocks keep for backward: None, "none", "attention", "full"; and whether on the host
+    checkpoint, offload = None, False           # kernels/checkpoint.py
 
     def __init__(self, config):
         super().__init__()
@@ -251,21 +291,46 @@ class Llama(nn.Module):
         if self.config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, x, cache=None, positions=None, keep=None):
+    def adapt(self, rank, seed=0):
+        """LoRA in every linear layer of the blocks; of this model only that trains from now on."""
+        self.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for block in self.blocks:
+                for name in ("qkv", "out", "gate_up", "down"):
+                    linear, several = getattr(block, name), name in ("qkv", "gate_up")
+                    sizes = self.split_sizes(name) if several else [linear.out_features]
+                    setattr(block, name, LoRA(linear, sizes, rank))
+
+    def merge(self):
+        """What `adapt` put there becomes part of the weights; returns self."""
+        for block in self.blocks:
+            for name, layer in list(block.named_children()):
+                if isinstance(layer, LoRA):
+                    setattr(block, name, layer.merged())
+        return self
+
+    def hidden(self, x, cache=None, positions=None, keep=None, documents=None):
         """Last hidden states (B, T, C), normed, of ids (B, T) or embeddings (B, T, C).
 
         positions (B, T): rotary positions, 0, 1, 2 ... from the cache's length if None.
-        keep (B, T) bool: False where a token is padding (without a cache)."""
+        keep (B, T) bool: False where a token is padding (without a cache).
+        documents: kernels.attention.packed of the texts in each row (without a cache): each sees
+        itself alone and counts its positions from 0."""
         if not x.is_floating_point():
             x = self.embed(x)
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+            positions = positions if documents is None else positions - documents[0]
         c = self.config
         cos, sin = rope_table(positions, c.head_dim, c.theta, c.scaling)
-        for block in self.blocks:
-            x = block(x, cos, sin, cache, keep)
-        if cache is not None:
+        if cache is None:
+            x = run(self.blocks, x, cos, sin, None, keep, documents, policy=self.checkpoint,
+                    offload=self.offload)
+        else:                                   # nothing runs twice here: a cache would remember it
+            for block in self.blocks:
+                x = block(x, cos, sin, cache)
             cache.length += x.shape[1]
         return self.norm(x)
 

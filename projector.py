@@ -17,8 +17,13 @@ After splicing, for template v1 (x is learned from, . is only read):
     bridge     what it is                          systems
     linear     W p + b                             LLaVA
     mlp        W2 gelu(W1 p + b1) + b2             LLaVA-1.5, LLaVA-NeXT, ShareGPT4V
+    qformer    norm, 32 queries, W q + b           BLIP-2, InstructBLIP, MiniGPT-4
 
-Letters: B batch, T tokens, T' tokens after splicing, P patches, C width, n pictures.
+A Q-Former hands on Q vectors, not P, and reads the class token too. BLIP-2 [BLIP-2] 2301.12597 puts
+them before BOS, MiniGPT-4 [MiniGPT4] 2304.10592 behind it; in InstructBLIP [InstructBLIP]
+2305.06500 the queries also read the instruction, and bring back what it asks for.
+
+Letters: B batch, T tokens, T' tokens after splicing, P patches, Q queries, C width, n pictures.
 Alone: `python projector.py` prints a spliced row.
 Next: data.py, which makes the rows.
 """
@@ -33,10 +38,12 @@ from torch import nn
 
 import data
 from clip import Config as ViTConfig
-from clip import ViT, prefixed
-from kernels import linear_cross_entropy
+from clip import LayerNorm, ViT, prefixed
+from kernels import gelu, linear_cross_entropy
+from kernels.attention import packed
 from llama import Config as LlamaConfig
 from llama import Llama
+from qformer import QFormer, Retriever, Words, config_of
 
 
 class Linear(nn.Module):
@@ -58,7 +65,22 @@ class MLP(nn.Module):
         self.first, self.second = nn.Linear(vision, width), nn.Linear(width, width)
 
     def forward(self, x):
-        return self.second(nn.functional.gelu(self.first(x)))
+        return self.second(gelu(self.first(x)))
+
+
+class Queries(nn.Module):
+    """BLIP-2's bridge: (n, 1+P, Cv) -> (n, Q, C). `norm` is ln_vision, which is not of the frozen
+    tower and trains; a Q-Former with words reads ids (n, T) under mask (n, T) too."""
+
+    def __init__(self, norm, qformer, width):
+        super().__init__()
+        self.norm, self.qformer = norm, qformer
+        self.proj = nn.Linear(qformer.config.width, width)
+
+    def forward(self, x, ids=None, mask=None):
+        x = self.norm(x.to(self.norm.weight.dtype))             # the eye may be in half precision
+        x = self.qformer(x, ids, text_mask=mask)
+        return self.proj(x[:, :self.qformer.config.queries])
 
 
 BRIDGES = {"linear": Linear, "mlp": MLP}
@@ -88,13 +110,15 @@ def merge(tiles, newline, grid):
     return torch.cat((overview, x.flatten(0, 1)))
 
 
-def splice(ids, words, features, labels=None, keep=None, left=False):
+def splice(ids, words, features, labels=None, keep=None, left=False, lengths=None):
     """Put each picture's vectors where its IMAGE token stands.
 
     ids (B, T), IMAGE marking pictures; words (B, T, C) embeddings of the ids (anything at IMAGE);
     features: a list of n tensors (P_i, C), in the order in which the pictures occur; labels (B, T);
     keep (B, T) bool, False at padding, which is dropped and put back at the end (left: the front).
     Returns embeddings (B, T', C), labels (B, T') with IGNORE at pictures, keep (B, T').
+    lengths: the documents of one packed row, [their tokens]; then B is 1, and in place of keep
+    comes [[their places after splicing]], for kernels.attention.packed.
     Raises data.BadData when the number of pictures and of places for them differ."""
     B, T = ids.shape
     keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
@@ -106,13 +130,13 @@ def splice(ids, words, features, labels=None, keep=None, left=False):
     width = keep.long()                                     # slots that a token takes: 0, 1 or P_i
     width[picture] = width.new_tensor([len(f) for f in features])
     source = torch.repeat_interleave(torch.arange(B * T, device=ids.device), width.flatten())
-    lengths = width.sum(1)                                  # (B,)
-    longest = int(lengths.max())
+    sums = width.sum(1)                                     # (B,)
+    longest = int(sums.max())
     row = source // T
-    first = lengths.cumsum(0) - lengths
+    first = sums.cumsum(0) - sums
     column = torch.arange(len(source), device=ids.device) - first[row]
     if left:
-        column = column + (longest - lengths)[row]
+        column = column + (longest - sums)[row]
     seen = picture.flatten()[source]                        # picture slots, in order
     x = words.new_zeros(B, longest, words.shape[-1])
     x[row[~seen], column[~seen]] = words.flatten(0, 1)[source[~seen]]
@@ -120,6 +144,8 @@ def splice(ids, words, features, labels=None, keep=None, left=False):
         x[row[seen], column[seen]] = torch.cat(list(features)).to(x.dtype)
     out = labels.new_full((B, longest), data.IGNORE)
     out[row[~seen], column[~seen]] = labels.flatten()[source[~seen]]
+    if lengths is not None:
+        return x, out, [[int(part.sum()) for part in width[0].cpu().split(lengths)]]
     there = torch.zeros(B, longest, dtype=torch.bool, device=ids.device)
     there[row, column] = True
     return x, out, there
@@ -178,21 +204,32 @@ def grids_of(folder, pinpoints, size):
     return grids
 
 
-def settings(folder, c, weights, known):
+def settings(folder, c):
     """Of a folder in transformers' layout: eye, tongue, bridge, aspect, grids, template or None."""
-    if c.get("model_type") not in ("llava", "llava_next"):
+    asks = c.get("model_type") in ("blip-2", "instructblip")
+    if not asks and c.get("model_type") not in ("llava", "llava_next"):
         raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, not "
-                            "'llava' or 'llava_next'; give the model/ folder of a run")
+                            "'llava', 'llava_next', 'blip-2' or 'instructblip'; give the model/ "
+                            "folder of a run")
+    text, aspects = c.get("text_config", {}), ("squash",) if asks else ("square", "pad", "anyres")
     known_values(folder, c, vision_feature_layer=(-2,), vision_feature_select_strategy=("default",),
                  projector_hidden_act=("gelu", "linear"), tie_word_embeddings=(True, False),
-                 image_aspect_ratio=("square", "pad", "anyres"))
+                 image_aspect_ratio=aspects)
     processor = data.read_config(folder, "preprocessor_config.json", missing_ok=True) or (
         data.read_config(folder, "processor_config.json", missing_ok=True).get("image_processor"))
     processor = processor if type(processor) is dict else {}
     known_values(folder, processor, image_mean=(list(data.MEAN),), image_std=(list(data.STD),),
                  resample=(3,))
+    if asks:
+        kind = text.get("model_type", "opt") if type(text) is dict else text
+        if kind != "llama":
+            raise data.BadModel(
+                f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
+                "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --qformer FOLDER), "
+                "or Salesforce/instructblip-vicuna-7b, which has one")
+        return (ViTConfig.eye(c), LlamaConfig.from_hf(text), "qformer", "squash", data.OFFICIAL,
+                "instructblip" if c["model_type"] == "instructblip" else "blip2")
     eye = ViTConfig.from_hf(c["vision_config"]) if "vision_config" in c else ViTConfig(image=336)
-    text = c.get("text_config", {})
     tongue = LlamaConfig.from_hf(text)
     if c.get("tie_word_embeddings"):
         tongue = replace(tongue, tied=True)
@@ -209,7 +246,7 @@ def settings(folder, c, weights, known):
             "mistral_instruct" if text.get("model_type") == "mistral" else None)
 
 
-def official_settings(folder, c, weights, known):
+def official_settings(folder, c):
     """The same of an official folder: one flat config.json, which names the tower it began with."""
     kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
     known_values(folder, c, model_type=tuple(kinds), mm_vision_select_layer=(-2,),
@@ -248,23 +285,81 @@ def identity(weights, known, C):
     return {re.escape(name): "the identity, see save_pretrained" for name in names}
 
 
+def norm_eps(folder, c, eps):
+    """ln_vision's: PyTorch's default in LAVIS, the tower's in transformers (quirk), whose files
+    cannot say anything else; ours do, in a key that transformers passes over."""
+    eps = c.get("ln_vision_eps", eps)
+    if type(eps) not in (int, float) or not eps > 0:
+        raise data.BadModel(f"{folder}: config.json says ln_vision_eps {eps!r}, which is not a "
+                            "positive number; take the config.json of the weights")
+    return eps
+
+
+def queries_of(source, vision, dtype):
+    """(eye, norm, Q-Former) for a bridge, without words unless it is an InstructBLIP's.
+
+    source: a Retriever, a QFormer, or the folder or hub id of a BLIP-2 (of either kind, with any
+    language model: that is left where it is) or InstructBLIP. vision: folder of another eye."""
+    if isinstance(source, Retriever):
+        eye = ViT.from_pretrained(vision, dtype) if vision else source.vision
+        return eye.docked(), source.ln_vision, source.qformer.without_words()
+    if isinstance(source, QFormer):
+        eye = ViT.from_pretrained(vision, dtype).docked()
+        return eye, LayerNorm(eye.config.width, eye.config.eps), source.without_words()
+    folder = data.resolve(source)
+    eye, weights = ViT.from_pretrained(vision or folder, dtype).docked(), data.load_weights(folder)
+    c = data.read_config(folder)
+    reads = c.get("model_type") == "instructblip"
+    asks = QFormer.from_pretrained(folder, dtype, words=reads)
+    lavis = "ln_vision.weight" in weights
+    eps = norm_eps(folder, c, 1e-5 if lavis else ViTConfig.eye(c).eps)
+    norm = LayerNorm(asks.config.vision, eps)
+    name = "ln_vision." if lavis else "vision_model.post_layernorm."
+    table = {kind: name + kind for kind in ("weight", "bias")}
+    return eye, data.fill(norm.to(asks.query_tokens.dtype), table, weights,
+                          {".*": "not of the norm"}), asks
+
+
+def goes_on(source, template, weight):
+    """Is source a folder with a projection of this shape to a LLaMA asked by this template?"""
+    if isinstance(source, nn.Module):
+        return False
+    folder = data.resolve(source)
+    c, weights = data.read_config(folder), data.load_weights(folder)
+    text, name = c.get("text_config"), "language_projection.weight"
+    return (type(text) is dict and text.get("model_type") == "llama" and name in weights
+            and weights.shape(name) == tuple(weight.shape)
+            and c.get("template", c["model_type"].replace("-", "")) == template)
+
+
 class VLM(nn.Module):
     """Eye, bridge and language model. `words` is its tokenizer; `template` and `aspect` are how it
-    was trained to be asked and shown pictures; they are saved with it.
+    was trained to be asked and shown pictures; they are saved with it. bridge: a name in BRIDGES,
+    or a Queries; `reader` is the tokenizer of its Q-Former, if that reads the instruction.
 
     With aspect anyres it has the vector `newline` (C), and `grids` to cut pictures by; wherever
     pixels go in, the pictures' sizes go in too: [(width, height)], in pixels, as they were."""
     # ours: theirs, for the bridge; the two ends use their own tables behind a prefix
     BRIDGE_NAMES = {f"bridge.{ours}.{kind}": f"multi_modal_projector.linear_{i}.{kind}"
                     for i, ours in ((1, "first"), (2, "second")) for kind in ("weight", "bias")}
+    QUERY_NAMES = {f"bridge.{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")
+                   for ours, theirs in (("norm", "vision_model.post_layernorm"),
+                                        ("proj", "language_projection"))}
     IGNORE = {**ViT.IGNORE, **Llama.IGNORE}
+    # text alone, too, passes by eye and bridge: of several ranks all must come to the same places
+    always_look = False
 
     def __init__(self, vision, bridge, llm, words, template="v1", aspect="pad",
-                 grids=data.OFFICIAL):
+                 grids=data.OFFICIAL, reader=None):
         super().__init__()
-        self.vision, self.llm, self.words = vision, llm, words
-        self.kind, self.template, self.aspect, self.grids = bridge, template, aspect, grids
-        self.bridge = BRIDGES[bridge](vision.config.width, llm.config.width)
+        self.vision, self.llm, self.words, self.reader = vision, llm, words, reader
+        self.kind = bridge if type(bridge) is str else "qformer"
+        self.template, self.aspect, self.grids = template, aspect, grids
+        self.bridge = (bridge if self.kind == "qformer" else
+                       BRIDGES[bridge](vision.config.width, llm.config.width))
+        if self.kind == "qformer" and aspect != "squash":
+            raise data.Usage(f"aspect {aspect!r}: a Q-Former is shown pictures squashed, and its "
+                             "files cannot say anything else; choose squash")
         if aspect == "anyres":
             C = llm.config.width
             self.newline = nn.Parameter(torch.randn(C) * C ** -.5)
@@ -288,17 +383,34 @@ class VLM(nn.Module):
 
     def places(self, size=None):
         """Vectors that a picture of `size` (width, height) becomes."""
+        if self.kind == "qformer":
+            return self.bridge.qformer.config.queries
         return self.grid(size).tokens if self.aspect == "anyres" else self.patches
 
-    def see(self, pixels, sizes=None):
+    def asked(self, ids, labels=None, keep=None):
+        """What an InstructBLIP's Q-Former reads: for each picture in ids (B, T) the text of its
+        row, without what is learned or padding."""
+        read = ids >= 0 if keep is None else (ids >= 0) & keep
+        read = read if labels is None else read & (labels == data.IGNORE)
+        counts = (ids == data.IMAGE).sum(1).tolist()
+        return [self.words.decode(row[there].tolist()).strip()
+                for row, there, count in zip(ids, read, counts) for _ in range(count)]
+
+    def see(self, pixels, sizes=None, questions=None):
         """pixels (n, 3, S, S) -> a list of (P, C), one a picture: what the language model gets.
 
         With sizes the pictures are in tiles, n in all. The class token is dropped: LLaVA reads
-        patches only. Raises data.BadData when tiles and sizes do not fit."""
+        patches only. A Q-Former reads it, and one with words a question for each picture, too.
+        Raises data.BadData when tiles and sizes do not fit."""
+        # inference mode would be no faster, and the bridge could not keep its input for backward
         with torch.set_grad_enabled(torch.is_grad_enabled()
                                     and any(p.requires_grad for p in self.vision.parameters())):
-            patches = self.vision(pixels)[:, 1:]
-        features = self.bridge(patches)
+            patches = self.vision(pixels.to(self.vision.cls.dtype))
+        if self.kind == "qformer":
+            longest = min(128, self.bridge.qformer.config.context)
+            text = self.reader.encode(questions, longest, left=True) if self.reader else ()
+            return list(self.bridge(patches, *(t.to(pixels.device) for t in text)))
+        features = self.bridge(patches[:, 1:])
         if self.aspect != "anyres":
             return list(features)
         grids = [self.grid(size) for size in sizes or ()]
@@ -311,34 +423,57 @@ class VLM(nn.Module):
         return [merge(tiles, self.newline, grid)
                 for tiles, grid in zip(features.split(counts), grids)]
 
-    def embed(self, ids, pixels=None, labels=None, keep=None, left=False, sizes=None):
-        """ids and pictures -> one row of vectors each; see `splice`."""
-        words = self.llm.embed(ids.clamp(min=0))
-        features = [] if pixels is None or not len(pixels) else self.see(pixels, sizes)
-        return splice(ids, words, features, labels, keep, left)
+    def embed(self, ids, pixels=None, labels=None, keep=None, left=False, sizes=None,
+              questions=None, lengths=None):
+        """ids and pictures -> one row of vectors each; see `splice` and, for questions, `asked`.
+        Text alone wakes no eye."""
+        words, features = self.llm.embed(ids.clamp(min=0)), []
+        if pixels is not None and len(pixels):
+            if self.reader and questions is None:
+                questions = self.asked(ids, labels, keep) if lengths is None else [
+                    text for one in zip(ids.split(lengths, 1), labels.split(lengths, 1))
+                    for text in self.asked(*one)]
+            features = self.see(pixels, sizes, questions)
+        elif self.always_look:
+            blank = torch.zeros(1, 3, self.image_size, self.image_size, device=ids.device)
+            words = words + 0 * self.see(blank)[0].sum()
+        return splice(ids, words, features, labels, keep, left, lengths)
 
-    def forward(self, ids, pixels=None, sizes=None):
+    def forward(self, ids, pixels=None, sizes=None, questions=None):
         """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V)."""
-        return self.llm(self.embed(ids, pixels, sizes=sizes)[0])
+        return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0])
 
-    def loss(self, ids, labels, pixels=None, keep=None):
-        """Mean cross-entropy of the next token over supervised places; a scalar.
+    def loss(self, ids, labels, pixels=None, keep=None, weights=None, lengths=None):
+        """Cross-entropy of the next token over supervised places; a scalar.
 
-        Only supervised rows reach the output head. Raises data.BadData if there are none."""
-        x, labels, _ = self.embed(ids, pixels, labels, keep)
+        weights (B, T), of the ids: the sum of weight · loss; None: the mean. lengths: of documents
+        packed into one row, [their ids]; the first label of each must be IGNORE, for no text stands
+        before it. Only supervised rows reach the output head. Raises data.BadData if there are
+        none."""
+        learned = labels[:, 1:] != data.IGNORE
+        x, labels, there = self.embed(ids, pixels, labels, keep, lengths=lengths)
         rows = labels[:, 1:] != data.IGNORE
         if not rows.any():
             raise data.BadData("a batch has nothing to train on: every label is masked; look at "
                                "it with --show-batch")
-        hidden = self.llm.hidden(x)[:, :-1]
-        return linear_cross_entropy(hidden[rows], self.llm.head.weight, labels[:, 1:][rows])
+        documents = None if lengths is None else packed(there, x.device)
+        hidden = self.llm.hidden(x, documents=documents)[:, :-1]
+        # splicing moves labels and keeps their order, so these are the weights of those rows
+        return linear_cross_entropy(hidden[rows], self.llm.head.weight, labels[:, 1:][rows],
+                                    None if weights is None else weights[:, 1:][learned])
 
     # ------------------------------------------------------------------------- from and to disk
 
     def names(self):
         """The weight table, in the spelling that `save_pretrained` writes."""
+        tongue = prefixed(self.llm.names(), "llm.", "language_model.")
+        if self.kind == "qformer":
+            asks = self.bridge.qformer
+            asks = asks.INSTRUCT_NAMES if asks.config.vocab else asks.NAMES
+            return {**prefixed(self.vision.names(), "vision.", "vision_model."),
+                    **self.QUERY_NAMES, **prefixed(asks, "bridge.qformer.", ""), **tongue}
         table = {**prefixed(ViT.NAMES, "vision.", "vision_tower.vision_model."),
-                 **self.BRIDGE_NAMES, **prefixed(self.llm.names(), "llm.", "language_model.")}
+                 **self.BRIDGE_NAMES, **tongue}
         if self.kind == "linear":
             table = {k: v for k, v in table.items() if "bridge.second" not in k}
         return table | ({"newline": "image_newline"} if self.aspect == "anyres" else {})
@@ -346,38 +481,67 @@ class VLM(nn.Module):
     def split_sizes(self, name):
         if name.startswith("llm."):
             return self.llm.split_sizes(name)
-        return [self.vision.config.width] * 3
+        if name.startswith("vision."):
+            return [self.vision.config.width] * 3
+        return [self.bridge.qformer.config.width] * 2
 
     @classmethod
-    def from_parts(cls, vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtype=None):
-        """A new model from a CLIP folder and a LLaMA folder; the bridge is drawn from the seed."""
-        eye, tongue = ViT.from_pretrained(vision, dtype), Llama.from_pretrained(llm, dtype)
-        words = data.Tokenizer(data.resolve(llm))
+    def from_parts(cls, vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtype=None,
+                   qformer=None):
+        """A new model from a CLIP folder and a LLaMA folder; the bridge is drawn from the seed.
+
+        bridge "qformer" takes `queries_of(qformer, vision)`, and draws the projection only: that of
+        a model before a LLaMA of this width goes on if it is asked by the same template.
+        (MiniGPT-4, too, takes BLIP-2's Q-Former and a projection of its own.)"""
+        tongue = Llama.from_pretrained(llm, dtype)
+        words, reader = data.Tokenizer(data.resolve(llm)), None
         rows = -(-(len(words) + 2) // 64) * 64      # room for <image> and <pad>, as the hub has it
         if rows > tongue.config.vocab:
             tongue.grow(rows)
+        if bridge == "qformer":
+            eye, norm, asks = queries_of(qformer, vision, dtype)
+            if asks.config.vision != eye.config.width:
+                raise data.BadModel(f"the Q-Former reads features of width {asks.config.vision}, "
+                                    f"the eye's have {eye.config.width}; take both from one model")
+            if asks.config.vocab:
+                reader = Words(data.resolve(qformer) / "qformer_tokenizer")
+        else:
+            eye = ViT.from_pretrained(vision, dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(eye, bridge, tongue, words, template, aspect)
+            if bridge == "qformer":
+                bridge = Queries(norm, asks, tongue.config.width)
+            model = cls(eye, bridge, tongue, words, template, aspect, reader=reader)
             # The bridge should speak as loudly as words do, and in the channels that words use.
             # Torch's default start is louder than Vicuna's words (0.02) and stays, as in the
             # official runs. The toy's words are at 1, in a quarter of the channels: there the
             # bridge starts with random mixtures of words.
             with torch.no_grad():
-                heard = torch.randn(1000, eye.config.width)
-                last = model.bridge.second if bridge == "mlp" else model.bridge.first
+                parts = model.bridge._modules               # a Q-Former ends in a norm: heard at 1
+                last = parts.get("proj", parts.get("second", parts.get("first")))
+                speak = last if model.kind == "qformer" else model.bridge
+                heard = torch.randn(1000, last.in_features if speak is last else eye.config.width)
                 table = tongue.embed.weight.float()
-                if table.std() > model.bridge(heard).std():
+                if table.std() > speak(heard).std():
                     last.weight.copy_(table.T @ torch.randn(len(table), last.in_features))
                     last.bias.zero_()
-                    last.weight.mul_(table.std() / model.bridge(heard).std())
+                    last.weight.mul_(table.std() / speak(heard).std())
+        if model.kind == "qformer" and goes_on(qformer, template, last.weight):
+            model.load_bridge(qformer)
         model.bridge.to(tongue.embed.weight.dtype)
         return model
 
     def load_bridge(self, path):
         """Take over a projector alone: a folder or a .safetensors file with mm_projector.* or
-        multi_modal_projector.* (other tensors in it are passed over). Raises data.BadModel."""
+        multi_modal_projector.*; before a Q-Former language_projection.*, or llama_proj.* of
+        MiniGPT-4 (other tensors in it are passed over). Raises data.BadModel."""
         weights = data.load_weights(path)
+        if self.kind == "qformer":
+            name = next((n for n in ("llama_proj", "llm_proj", "opt_proj", "t5_proj")
+                         if f"{n}.weight" in weights), "language_projection")
+            data.fill(self.bridge.proj, {k: f"{name}.{k}" for k in ("weight", "bias")}, weights,
+                      {rf"(?!{name}\.).*": "not of the projection"})
+            return
         known = spelled(weights)
         table = {k.removeprefix("bridge."): known.get(v, v) for k, v in self.names().items()
                  if k.startswith("bridge.")}
@@ -387,25 +551,34 @@ class VLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
         """From a folder or hub id, in `dtype` or, if None, the file's own: transformers' LLaVA and
-        LLaVA-NeXT in any spelling, and the official safetensors (liuhaotian/llava-v1.6-*).
+        LLaVA-NeXT in any spelling, the official safetensors (liuhaotian/llava-v1.6-*), InstructBLIP
+        with Vicuna, and BLIP-2 and MiniGPT-4 of ours (with OPT or T5: refused).
 
         Where transformers and the official code cut a picture differently (data.anyres_grid), a
         model in transformers' layout is shown it as transformers does, and an official one as the
         official code does: each answers as it does at home. Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
-        c, words = data.read_config(folder), data.Tokenizer(folder)
-        weights = data.load_weights(folder)
-        known = spelled(weights)
+        c, reader = data.read_config(folder), None
         official = "mm_projector_type" in c or "mm_vision_tower" in c
-        made = (official_settings if official else settings)(folder, c, weights, known)
+        made = (official_settings if official else settings)(folder, c)
         eye, tongue, bridge, aspect, grids, default = made
+        words, weights = data.Tokenizer(folder), data.load_weights(folder)
+        known = spelled(weights)
         template = c.get("template", default or (
             "v1" if words.added("<|im_start|>") is None else "chatml_direct"))
         if template not in list(data.TEMPLATES):
             raise data.BadModel(f"{folder}: config.json says template {template!r}, which is not "
                                 f"one of {', '.join(data.TEMPLATES)}; take another model")
+        if c.get("model_type") == "instructblip":
+            reader, rows = Words(folder / "qformer_tokenizer"), config_of(c).vocab
+            if len(reader) > rows + 1:              # a [DEC] more does no harm: nobody writes it
+                raise data.BadModel(f"{folder}: qformer_tokenizer has {len(reader)} tokens, the "
+                                    f"Q-Former {rows} rows; take both from one place")
         with torch.device("meta"):
-            model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids)
+            if bridge == "qformer":
+                norm = LayerNorm(eye.width, norm_eps(folder, c, eye.eps))
+                bridge = Queries(norm, QFormer(config_of(c)), tongue.width)
+            model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids, reader)
         if len(words) > tongue.vocab:
             raise data.BadModel(f"{folder}: tokenizer.json has {len(words)} tokens, the model "
                                 f"{tongue.vocab} rows; take both from one place")
@@ -424,8 +597,24 @@ class VLM(nn.Module):
         return model.eval()
 
     def config(self):
-        """The dict of config.json, as transformers' LlavaConfig reads it."""
+        """The dict of config.json, as transformers' LlavaConfig or Blip2Config reads it."""
         tiles = self.aspect == "anyres"
+        if self.kind == "qformer":
+            asks, eye, norm = self.bridge.qformer.config, self.vision.config, self.bridge.norm
+            kind, name = ("instructblip", "InstructBlip") if asks.vocab else ("blip-2", "Blip2")
+            eye = eye.to_hf() | ({"model_type": "instructblip_vision_model"}
+                                 if asks.vocab and eye.eva else {})
+            return {
+                "model_type": kind,
+                "architectures": [f"{name}ForConditionalGeneration"] * self.vision.config.eva,
+                "dtype": data.dtype_name(self.llm.head.weight.dtype),
+                "num_query_tokens": asks.queries, "image_token_index": self.image_token,
+                "use_decoder_only_language_model": True,
+                "tie_word_embeddings": self.llm.config.tied, "vision_config": eye,
+                "qformer_config": asks.to_hf(bool(asks.vocab)),
+                **({"ln_vision_eps": norm.eps} if norm.eps != self.vision.config.eps else {}),
+                "text_config": self.llm.config.to_hf(), "template": self.template,
+                "image_aspect_ratio": self.aspect}
         return {
             "model_type": "llava_next" if tiles else "llava",
             "architectures": [f"Llava{'Next' * tiles}ForConditionalGeneration"],
@@ -455,12 +644,16 @@ class VLM(nn.Module):
         return self.words.added("<image>", len(self.words))
 
     def save_pretrained(self, folder):
-        """Everything that transformers' Llava(Next)ForConditionalGeneration and processor read.
+        """Everything that transformers' Llava(Next), Blip2 or InstructBlip ForConditionalGeneration
+        and their processors read.
 
         The linear bridge is written as two layers, the second the identity, the activation
-        "linear": the one form of it that transformers can express."""
+        "linear": the one form of it that transformers can express. A CLIP before a Q-Former is
+        written as it is, and cannot be expressed there: transformers refuses it for its shapes."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.kind == "qformer" and self.image_token >= self.llm.config.vocab:
+            self.llm.grow(self.image_token + 1)     # transformers looks it up, then replaces it
         tensors = data.export(self, self.names())
         if self.kind == "linear":
             first = self.bridge.first
@@ -468,21 +661,26 @@ class VLM(nn.Module):
                 first.weight)
             tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(first.bias)
         data.save_weights(folder, tensors)
-        picture = {"size": {"shortest_edge": self.image_size}, "do_center_crop": True,
-                   "crop_size": {"height": self.image_size, "width": self.image_size},
-                   "do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
+        S = {"height": self.image_size, "width": self.image_size}
+        picture = {"do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
                    "rescale_factor": 1 / 255, "image_mean": list(data.MEAN),
-                   "image_std": list(data.STD), "do_convert_rgb": True,
-                   "do_pad": self.aspect != "square",
-                   "image_processor_type": "LlavaImageProcessor"}
-        kind = "LlavaProcessor"
-        if self.aspect == "anyres":
-            kind = "LlavaNextProcessor"
-            picture |= {"image_processor_type": "LlavaNextImageProcessor",
-                        "image_grid_pinpoints": self.pinpoints}
-        shared = {"processor_class": kind, "patch_size": self.vision.config.patch,
-                  "vision_feature_select_strategy": "default", "image_token": "<image>",
-                  "num_additional_image_tokens": 1}
+                   "image_std": list(data.STD), "do_convert_rgb": True}
+        if self.kind == "qformer":
+            kind = f"{'InstructBlip' if self.reader else 'Blip2'}Processor"
+            picture |= {"size": S, "image_processor_type": "BlipImageProcessor"}
+            shared = {"processor_class": kind, "num_query_tokens": self.places()}
+        else:
+            kind = "LlavaNext" if self.aspect == "anyres" else "Llava"
+            picture |= {"size": {"shortest_edge": self.image_size}, "do_center_crop": True,
+                        "crop_size": S, "do_pad": self.aspect != "square",
+                        "image_processor_type": f"{kind}ImageProcessor",
+                        **({"image_grid_pinpoints": self.pinpoints} if kind != "Llava" else {})}
+            shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch,
+                      "vision_feature_select_strategy": "default", "image_token": "<image>",
+                      "num_additional_image_tokens": 1}
+            (folder / "chat_template.jinja").write_text(data.chat_template(self.template))
+        if self.reader:
+            self.reader.save(folder / "qformer_tokenizer")
         files = {"config.json": self.config(), "preprocessor_config.json": picture,
                  "processor_config.json": {**shared, "image_processor": picture},
                  # quirk: sampling settings with do_sample off make transformers refuse to save
@@ -491,7 +689,6 @@ class VLM(nn.Module):
                                             "pad_token_id": self.pad_token}}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        (folder / "chat_template.jinja").write_text(data.chat_template(self.template))
         data.save_tokenizer(self.words, folder, ("<image>", "<pad>"))
 
 

@@ -3,12 +3,17 @@
     python train.py --stage 1                     align the bridge: pictures and captions
     python train.py --stage 2                     instruction tuning: pictures and conversations
     python train.py --stage 1 --show-batch 2      what is learned, in colour, and exit
+    python train.py --stage 2 --plan --base 7b    what it needs in memory and hours, and exit
     python train.py --stage 0                     make the toy parts in weights/toy from nothing
 
-    stage   starts from                  trains                  learns to
-    0       nothing                      CLIP; LLaMA, apart      see; read and answer
-    1       CLIP + LLaMA + new bridge    bridge                  turn patches into words
-    2       stage 1                      bridge + LLaMA          answer about pictures
+    recipe      stage   starts from                     trains              learns to
+                0       nothing                         CLIP; LLaMA, apart  see; read and answer
+    llava,      1       CLIP + LLaMA + new bridge       bridge              turn patches into words
+    llava-1.5   2       stage 1                         bridge + LLaMA      answer about pictures
+    blip2       1       ViT + new Q-Former, no LLaMA    Q-Former            match pictures and texts
+                2       stage 1 + LLaMA                 Q-Former, linear    turn queries into words
+    minigpt4    1       blip2's Q-Former + LLaMA        linear              caption
+                2       stage 1                         linear              describe at length
 
 A recipe is two rows of one table, below: what the paper and the released script say. Every field
 is a flag too. `--base toy` (shipped) runs on two CPU cores; its sizes have their own small table.
@@ -29,37 +34,82 @@ from dataclasses import dataclass, fields, replace
 class Stage:
     """One row of a paper's table of hyper-parameters."""
     source: str                     # where the numbers come from
-    bridge: str                     # linear | mlp
-    train: tuple                    # parts that learn: bridge, llm
-    template: str                   # how the text is laid out, data.TEMPLATES
+    bridge: str                     # linear | mlp | qformer
+    train: tuple                    # parts that learn, by the names that the model has for them
+    template: str                   # how the text is laid out, data.TEMPLATES; "": no LLaMA
     aspect: str                     # how pictures are made square, data.preprocess
     lr: float
     batch: int                      # samples a step
     epochs: float = 1
     steps: int = 0                  # 0: from epochs and the data
-    warmup: float = .03             # fraction of the steps; then cosine to 0
+    warmup: float = .03             # of the steps; a whole number is a number of steps
     decay: float = 0.0
     clip: float = 0.0               # 0: not clipped, as the official runs were
+    schedule: str = "llava"         # llava | lavis | minigpt4: see `factor_of`
+    warm_lr: float = 0.0            # where the warm-up begins
+    min_lr: float = 0.0             # where the cosine ends
+    bridge_lr: float = 0.0          # the bridge's; 0: lr, as everything's
+    losses: tuple = ()              # of the Q-Former alone: itc, itm, itg; (): the next token's
+    groups: int = 8                 # the official ranks: the loss is a mean of their means
+    order: str = "shuffled"         # of the data's samples: shuffled | modality, data.modality_order
+    told: str = ""                  # what the toy world says of its pictures, `toy_sample`
 
 
 RECIPES = {
     # [LLaVA] 2304.08485, scripts/pretrain.sh, finetune.sh. Paper: stage 2 with batch 32, 3 epochs;
     # a later script says 128. Not run by us at 7B.
     "llava": (
-        Stage("LLaVA, April 2023", "linear", ("bridge",), "plain", "square", 2e-3, 128),
-        Stage("LLaVA, April 2023", "linear", ("bridge", "llm"), "v1", "square", 2e-5, 32, 3)),
+        Stage("LLaVA, April 2023", "linear", ("bridge",), "plain", "square", 2e-3, 128,
+              told="captions"),
+        Stage("LLaVA, April 2023", "linear", ("bridge", "llm"), "v1", "square", 2e-5, 32, 3,
+              told="dialogue")),
     # [LLaVA15] 2310.03744, scripts/v1_5/pretrain.sh, finetune.sh. Not run by us at 7B.
     # quirk: stage 1 crops pictures to a square, stage 2 and inference pad them.
     "llava-1.5": (
-        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge",), "plain", "square", 1e-3, 256),
-        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128)),
+        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge",), "plain", "square", 1e-3, 256,
+              told="captions"),
+        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128,
+              order="modality", told="dialogue")),
+    # [BLIP2] 2301.12597, LAVIS blip2_pretrain_stage{1,2}.yaml. Paper: stage 1 250k steps of 1,680
+    # pictures, stage 2 80k of 1,920 (OPT), warm-up 2k, least rate 5e-5 in stage 2, beta2 .98; here
+    # is the script. Its stage 2 speaks through OPT or FlanT5, which are not LLaMAs: this one is our
+    # composition, InstructBLIP-Vicuna its nearest official relative. Not run by us at full size.
+    "blip2": (
+        Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "to_shared",
+              "text_to_shared", "match", "head", "temp"), "", "squash", 1e-4, 1600, 10, warmup=5000,
+              decay=.05, schedule="lavis", warm_lr=1e-6, min_lr=1e-5,
+              losses=("itc", "itm", "itg"), told="short"),
+        Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("bridge",), "blip2",
+              "squash", 1e-4, 1024, 10, warmup=2000, decay=.05, schedule="lavis", warm_lr=1e-6,
+              min_lr=1e-5, told="captions")),
+    # [MiniGPT4] 2304.10592, minigpt4_stage{1,2}_*.yaml. Paper: 400 steps in stage 2. Both stages
+    # train one linear layer. It was made with Vicuna v0, of which only differences to LLaMA are
+    # public: give yours by --llm. Not run by us at full size.
+    "minigpt4": (
+        Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4_caption", "squash",
+              1e-4, 256, 4, 20000, 5000, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=8e-5,
+              told="web"),
+        Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4", "squash",
+              3e-5, 12, 5, 1000, 200, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=1e-5,
+              told="details")),
 }
 # What two CPU cores need instead: a model 5,000 times smaller wants larger steps and fewer.
-TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
-       dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
+LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
+             dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
+TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
+       "blip2": (dict(lr=1e-3, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0., min_lr=1e-4),
+                 dict(lr=2e-3, batch=16, steps=400, warmup=.05, clip=1.0, warm_lr=0., min_lr=2e-4)),
+       "minigpt4": (dict(lr=1e-2, batch=16, steps=300, warmup=.05, clip=1.0, warm_lr=0.,
+                         min_lr=8e-3),
+                    dict(lr=3e-3, batch=12, steps=100, warmup=.05, clip=1.0, warm_lr=0.,
+                         min_lr=1e-3))}
+TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, queries=16)
 BASES = {"toy": ("weights/toy/clip", "weights/toy/llama"),
          "7b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"),
          "13b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-13b-v1.5")}
+# of the recipes with a Q-Former: EVA's ViT-g, what the Q-Former starts as, and, for MiniGPT-4, ends
+EVA, BERT, FLAN = ("Salesforce/blip2-itm-vit-g", "google-bert/bert-base-uncased",
+                   "Salesforce/blip2-flan-t5-xxl")
 
 
 def arguments(argv=None):
@@ -71,6 +121,7 @@ def arguments(argv=None):
     p.add_argument("--base", choices=BASES, default="toy", help="the parts to start from")
     p.add_argument("--vision", help="CLIP folder or hub id, instead of the base's")
     p.add_argument("--llm", help="LLaMA folder or hub id, instead of the base's")
+    p.add_argument("--qformer", help="Q-Former's folder or hub id, instead of the base's")
     p.add_argument("--from", dest="start", help="model to start stage 2 from; 'none' skips stage 1")
     p.add_argument("--data", help="LLaVA JSON or JSONL; without it, the toy world")
     p.add_argument("--images", default=".", help="folder that the data's pictures are relative to")
@@ -80,7 +131,29 @@ def arguments(argv=None):
     p.add_argument("--output-dir", help="default: runs/<base>/<recipe>/stage<n>")
     p.add_argument("--resume", choices=("auto",), help="go on from the newest good checkpoint")
     p.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
-    p.add_argument("--accum", type=int, default=1, help="micro-batches a step")
+    p.add_argument("--pack", type=int, metavar="N", help="samples in rows of N tokens, a row a "
+                   "micro-batch; 0: padded batches (default 6144, toy 0)")
+    p.add_argument("--accum", type=int, default=1, help="micro-batches a step, where not packed")
+    p.add_argument("--loss", choices=("official", "token-mean"), default="official",
+                   help="token-mean: --groups 1, all learned tokens of a step count the same")
+    p.add_argument("--optimizer", choices=("adamw", "adamw8"), help="adamw8: bf16 weights and "
+                   "gradients, exact fp32 masters, 8-bit moments (default, but for the toy)")
+    p.add_argument("--stochastic", action="store_true", help="adamw8 without masters: weights are "
+                   "rounded at random, a third less memory")
+    p.add_argument("--checkpoint", choices=("none", "attention", "full"), help="what is computed "
+                   "again in backward: norms and products; all but attention; all (default none)")
+    p.add_argument("--offload", action="store_true", help="what --checkpoint keeps, on the host")
+    p.add_argument("--lora", type=int, default=0, metavar="R", help="the LLaMA learns by additions "
+                   "of rank R (official: 128), at ten times the rate; merged when saved")
+    p.add_argument("--plan", action="store_true", help="print what the run needs in memory and "
+                   "hours, and exit")
+    p.add_argument("--memory", type=float, metavar="GB", help="--plan for a card of this size, not "
+                   "the one at hand")
+    p.add_argument("--gpus", type=int, default=1, help="--plan for so many")
+    p.add_argument("--mfu", type=float, default=.6, help="--plan: share of an A100's 312 TFLOP/s "
+                   "that the run is assumed to reach")
+    p.add_argument("--workers", type=int, help="processes that read pictures ahead (default 4, "
+                   "toy 0)")
     p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--keep-last", type=int, default=2, help="checkpoints kept")
     p.add_argument("--seed", type=int, default=0)
@@ -92,36 +165,76 @@ def arguments(argv=None):
     p.add_argument("--debug", action="store_true", help="tracebacks")
     for f in fields(Stage):
         if f.name != "source":
-            kind = {"train": str, "steps": int, "batch": int}.get(f.name, f.type)
-            p.add_argument(f"--{f.name}", type=kind, help="field of the recipe's stage")
+            kind = str if f.type is tuple else f.type
+            p.add_argument(f"--{f.name.replace('_', '-')}", type=kind,
+                           help="field of the recipe's stage")
     a = p.parse_args(argv)
     row = RECIPES[a.recipe][max(a.stage, 1) - 1]
     if a.base == "toy" and not a.data:
-        row = replace(row, **TOY[max(a.stage, 1) - 1])
+        row = replace(row, **TOY[a.recipe][max(a.stage, 1) - 1])
     given = {f.name: getattr(a, f.name) for f in fields(Stage)
              if f.name != "source" and getattr(a, f.name) is not None}
-    if "train" in given:
-        given["train"] = tuple(given["train"].split(","))
+    for name in {"train", "losses"} & set(given):
+        given[name] = tuple(filter(None, given[name].split(",")))
+    if a.base == "toy":                 # never had ranks
+        row = replace(row, groups=1)
+    if a.loss == "token-mean":
+        given["groups"] = 1
+    if a.lora:                          # official: 2e-4 beside 2e-5 for the bridge
+        row = replace(row, lr=10 * row.lr, bridge_lr=row.lr)
     a.row = replace(row, **given)
+    a.free = [n for n in ("pack", "checkpoint") if getattr(a, n) is None and a.base != "toy"
+              and (n, a.accum > 1) != ("pack", True)]
+    toy = a.base == "toy"
+    for name, value in (("pack", 0 if toy or a.row.losses or a.accum > 1 else 6144),
+                        ("optimizer", "adamw" if toy or a.row.losses else "adamw8"),
+                        ("checkpoint", None if toy else "none"), ("workers", 0 if toy else 4)):
+        if getattr(a, name) is None:
+            setattr(a, name, value)
     for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0),
-                      ("show_batch", 0), ("seed", 0)):
+                      ("show_batch", 0), ("seed", 0), ("pack", 0), ("workers", 0), ("lora", 0),
+                      ("gpus", 1)):
         if getattr(a, name) < low:
             p.error(f"--{name.replace('_', '-')} must be at least {low}")
     r = a.row
-    if not (0 <= r.lr < 10 and r.batch >= 1 and 0 < r.epochs < 1e6 and 0 <= r.warmup < 1
+    if not (0 <= r.lr < 10 and r.batch >= 1 and 0 < r.epochs < 1e6 and 0 <= r.warmup < 10 ** 6
             and 0 <= r.steps < 10 ** 6 and 0 <= r.clip < math.inf and 0 <= r.decay < math.inf
-            and a.seed < 2 ** 32):
-        p.error("lr, batch, epochs, steps, warmup, decay, clip or seed is out of range")
-    if set(r.train) - {"bridge", "llm"} or not r.train or r.bridge not in ("linear", "mlp"):
-        p.error("--train takes bridge and llm with a comma, --bridge linear or mlp")
-    if a.stage == 0 and a.show_batch:
-        p.error("--show-batch is for stages 1 and 2")
+            and all(0 <= x < 10 for x in (r.warm_lr, r.min_lr, r.bridge_lr)) and a.seed < 2 ** 32):
+        p.error("lr, batch, epochs, steps, warmup, decay, clip, warm-lr, min-lr, bridge-lr or seed "
+                "is out of range")
+    kinds = ("qformer",) if a.recipe in ("blip2", "minigpt4") else ("linear", "mlp")
+    if not r.train or r.bridge not in kinds:
+        p.error(f"--train takes names of parts with a comma, --bridge {' or '.join(kinds)}")
+    if r.schedule not in ("llava", "lavis", "minigpt4"):
+        p.error(f"--schedule {r.schedule!r} must be llava, lavis or minigpt4")
+    if set(r.losses) - {"itc", "itm", "itg"} or bool(r.losses) == bool(r.template):
+        p.error("--losses takes itc, itm and itg with a comma, for stage 1 of blip2 and no other")
+    if r.told not in ("captions", "dialogue", "short", "web", "details"):
+        p.error(f"--told {r.told!r} must be captions, dialogue, short, web or details")
+    if a.show_batch and (a.stage == 0 or r.losses):
+        p.error("--show-batch is for stages 1 and 2, and not for BLIP-2's first, which has no "
+                "labels")
     if a.projector and (a.start != "none" if a.stage == 2 else a.stage == 0):
         p.error("--projector is for a new bridge: stage 1, or stage 2 with --from none")
-    if r.aspect not in ("square", "pad"):
-        p.error(f"--aspect {r.aspect!r} must be square or pad")
+    if r.aspect not in ("square", "pad", "squash"):
+        p.error(f"--aspect {r.aspect!r} must be square, pad or squash")
     if r.batch % a.accum:
         p.error(f"--batch {r.batch} does not divide into --accum {a.accum} micro-batches")
+    if not r.losses and (r.groups < 1 or r.batch % r.groups):
+        p.error(f"--batch {r.batch} does not divide into --groups {r.groups}, the official ranks; "
+                "give another, or --loss token-mean")
+    if r.order not in ("shuffled", "modality"):
+        p.error(f"--order {r.order!r} must be shuffled or modality")
+    if a.pack and (a.accum > 1 or r.losses):
+        p.error("--pack makes micro-batches of its own, of texts that a LLaMA reads; give --pack 0")
+    if a.lora and "llm" not in r.train:
+        p.error("--lora is for a stage that trains the LLaMA: stage 2 of llava and llava-1.5")
+    if a.plan and (a.stage == 0 or r.losses):
+        p.error("--plan is for stages with a LLaMA")
+    if not 0 < a.mfu <= 1 or not (a.memory is None or 0 < a.memory < 1e5):
+        p.error("--mfu is a share above 0, at most 1; --memory a number of GB")
+    if a.offload and a.checkpoint not in ("attention", "full"):
+        p.error("--offload goes with --checkpoint attention or full")
     return a
 
 
@@ -130,30 +243,44 @@ if __name__ == "__main__":
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads starve each other
 
 import fcntl
+import functools
 import hashlib
 import json
 import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter, deque
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
 import world
-from clip import CLIP, contrastive_loss, late_scores, read_tokenizer
+from clip import CLIP, LayerNorm, ViT, contrastive_loss, late_scores, read_tokenizer
 from clip import Config as TowerConfig
 from generate import generate
 from kernels import linear_cross_entropy
+from kernels.adamw import AdamW
 from llama import Config as LlamaConfig
 from llama import Llama, start_copying
-from projector import VLM
+from projector import VLM, Queries, settings
+from qformer import Config as QFormerConfig
+from qformer import QFormer, Retriever, Words
 
 HERE = Path(__file__).parent
 
@@ -165,21 +292,100 @@ class Job:
     optimizers: list
     steps: int
     batches: object                 # step -> list of micro-batches
-    loss: object                    # micro-batch -> scalar
+    loss: object                    # micro-batch -> scalar, or several by name, to be summed
     factor: object                  # step -> multiple of the peak learning rate
     finish: object                  # folder -> writes the finished model into it
     clip: float = 0.0
     watch: object = None            # () -> list of dicts for samples.jsonl
     dtype: torch.dtype = torch.float32
     batch: int = 0                  # samples a step, for the log
+    work: object = None             # micro-batch -> (tokens, FLOPs)
+    held: dict | None = None        # name -> what optimizers hold, where that is a rank's share
 
     def __post_init__(self):
+        self.held = self.held or self.trained()
         for o in self.optimizers:
             for g in o.param_groups:
                 g["peak"] = g["lr"]
 
     def trained(self):
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+# --------------------------------------------------------------------------------- many ranks
+# torchrun starts a process for each GPU, a rank. The micro-batches of a step are dealt to them, and
+# so are the rows of every large matrix: a rank keeps and steps its share, and borrows a layer's
+# others while it runs (FSDP2). Gradients are summed, never averaged: weights of tokens know of all.
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(device):
+    """Find the other ranks, if torchrun started this one. Returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                            timeout=timedelta(hours=1))         # to save 13B takes its time
+    return device
+
+
+def summed(*numbers):
+    """The sums of numbers over ranks."""
+    if ranks() == 1:
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    all_ = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(all_)
+    return all_.tolist()
+
+
+def deal(model):
+    """Leave each rank with its rows of every matrix whose rows can be dealt evenly, in whole blocks
+    of adamw8's scales; all have the small rest, whose gradients `Update` sums."""
+    if ranks() == 1:
+        return
+    whole = {p for p in model.parameters() if p.dim() != 2 or len(p) % ranks()
+             or p.numel() // ranks() % 256}
+    mesh = init_device_mesh(model.llm.embed.weight.device.type, (ranks(),))
+    for part in (*model.llm.blocks, model):
+        fully_shard(part, mesh=mesh, ignored_params=whole)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "loss")
+    model.always_look = True
+
+
+def share(p):
+    """What this rank has of a weight, in the same memory."""
+    return torch.nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p
+
+
+def put_together(x, dealt):
+    """A tensor of which every rank has its rows, for rank 0, on the CPU."""
+    if not dealt or not x.dim():
+        return x
+    parts = [torch.empty_like(x) for _ in range(ranks())]
+    dist.all_gather([t.view(torch.uint8) for t in parts], x.contiguous().view(torch.uint8))
+    return torch.cat([t.cpu() for t in parts]) if rank() == 0 else None
+
+
+@contextmanager
+def together(model):
+    """All weights whole on all ranks; every rank must come here."""
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -224,13 +430,17 @@ def save(job, out, step, keep):
     """out/step-N: weights that train, optimizer state, and trainer.json with their checksums."""
     final, aside = out / f"step-{step:06d}", out / f"step-{step:06d}.tmp"
     trained = job.trained()
-    names = {id(p): n for n, p in trained.items()}
-    state = {f"{names[id(p)]}|{key}": value for o in job.optimizers
-             for p, entry in o.state.items() for key, value in entry.items()}
+    names = {id(q): (n, q is not trained[n]) for n, q in job.held.items()}
+    weights = {n: put_together(q.data, q is not trained[n]) for n, q in job.held.items()}
+    state = {f"{names[id(q)][0]}|{key}": put_together(value, names[id(q)][1])
+             for o in job.optimizers for q, entry in o.state.items()
+             for key, value in entry.items()}
+    if rank():
+        return
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        save_file({n: p.data.contiguous() for n, p in trained.items()},
+        save_file({n: p.contiguous() for n, p in weights.items()},
                   aside / "trained.safetensors")
         save_file({n: v.contiguous() for n, v in state.items()}, aside / "optimizer.safetensors")
         files = {p.name: digest(p) for p in sorted(aside.iterdir())}
@@ -265,15 +475,18 @@ def restore(job, out):
         if {n: weights.shape(n) for n in weights} != shapes:
             raise data.BadModel(f"{folder}: holds other weights than this run trains; resume with "
                                 "the flags it was started with")
+        mine = lambda name, x: x if job.held[name] is trained[name] or not x.dim() else (
+            x.chunk(ranks())[rank()])
         with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(weights[name])
-        names = {n: (o, p) for o in job.optimizers for g in o.param_groups for p in g["params"]
-                 for n, q in trained.items() if q is p}
+            for name, q in job.held.items():
+                q.copy_(mine(name, weights[name]))
+        names = {n: (o, q) for o in job.optimizers for g in o.param_groups for q in g["params"]
+                 for n, held in job.held.items() if held is q}
         for key in state:
             name, entry = key.split("|")
-            optimizer, p = names[name]
-            optimizer.state[p][entry] = state[key].to(p.device, copy=True)
+            optimizer, q = names[name]
+            device = "cpu" if type(optimizer) is AdamW and entry == "step" else q.device
+            optimizer.state[q][entry] = mine(name, state[key]).to(device, copy=True)
         return trainer["step"]
     return 0
 
@@ -301,70 +514,213 @@ def rewind(path, step):
         put(path, "".join(x for x in lines if json.loads(x)["step"] <= step))
 
 
+class Update:
+    """Gradients become a step, in one of two ways.
+
+    at the end: the norm of all gradients, --clip, then every optimizer's step. This is AdamW's way.
+    inside the last backward: as soon as a weight's gradient is whole it is stepped and the gradient
+    freed. It wants an optimizer for each weight (adamw8) and no --clip, whose factor is known only
+    when the last gradient is: none in the official runs of LLaVA, whose DeepSpeed files have no
+    gradient_clipping. Norms are added up on the way; if their sum is not finite, the run stops with
+    weights in memory that nobody will save."""
+
+    def __init__(self, job):
+        self.job, self.last, self.squares = job, False, []
+        self.inside = not job.clip and all(type(o) is AdamW for o in job.optimizers)
+        # of each weight: itself, and what this rank holds of it
+        self.pairs = [(p, job.held[n]) for n, p in job.trained().items()]
+        self.steps = {id(q): o for o in job.optimizers for q in o.param_groups[0]["params"]}
+        for p, q in self.pairs if self.inside else ():
+            if ranks() == 1 or q is not p:          # else all ranks' gradients are needed first
+                p.register_post_accumulate_grad_hook(functools.partial(self.now, q))
+
+    def now(self, q, p):
+        if self.last:
+            self.take(p, q)
+            self.one(q)
+
+    def take(self, p, q):
+        """Bring a gradient to where the optimizer looks for it."""
+        if q is not p and p.grad is not None:
+            q.grad, p.grad = p.grad.to_local(), None
+        elif q is p and ranks() > 1:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        if q.grad is not None:                      # what all ranks hold is counted once
+            square = torch.linalg.vector_norm(q.grad, dtype=torch.float32).square()
+            self.squares.append(square / ranks() if q is p else square)
+
+    def one(self, q):
+        if q.grad is not None:
+            self.steps[id(q)].step()
+            q.grad = None
+
+    def norm(self):
+        """After the last backward: the gradients' norm, and, inside, what it has not reached (of
+        earlier micro-batches, where the last was text alone)."""
+        if not self.inside and ranks() == 1:
+            return float(torch.nn.utils.clip_grad_norm_([p for p, _ in self.pairs],
+                                                        self.job.clip or math.inf))
+        for p, q in self.pairs:
+            if ranks() > 1 and q is p or p.grad is not None:
+                self.take(p, q)
+                if self.inside:
+                    self.one(q)
+        squares, self.last, self.squares = self.squares, False, []
+        norm = math.sqrt(summed(float(sum(squares)))[0])
+        if self.job.clip:
+            for _, q in self.pairs:
+                if q.grad is not None:
+                    q.grad.mul_(min(1., self.job.clip / (norm + 1e-6)))
+        return norm
+
+    def step(self):
+        for o in () if self.inside else self.job.optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+
+
+def ahead(batches, step):
+    """(micro-batch, is it the step's last?, seconds that it was waited for)."""
+    began, held = time.perf_counter(), None
+    following = iter(batches(step))
+    while True:
+        micro = next(following, None)
+        waited = time.perf_counter() - began
+        if held:
+            yield held[0], micro is None, held[1]
+        if micro is None:
+            return
+        held, began = (micro, waited), time.perf_counter()
+
+
+def product_rate(device):
+    """FLOPs a second of a bf16 product of 8192³ on this GPU: what utilisation is a share of."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    spans = []
+    for _ in range(30):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ a
+        torch.cuda.synchronize()
+        spans.append(time.perf_counter() - began)
+    return 2 * 8192 ** 3 / sorted(spans[10:])[10]
+
+
+class Speed:
+    """Figures of the last 50 steps: how fast, of what is possible, and waiting for data how much.
+
+    MFU is the share of `product_rate` that useful FLOPs make, what is computed again not counted;
+    there is none on a CPU. Peak memory: the GPU's, or this process's."""
+
+    def __init__(self, device, steps):
+        self.device, self.left, self.steps = device, steps, deque(maxlen=50)
+        self.rate = product_rate(device) if device.type == "cuda" else 0
+        self.began = time.perf_counter()
+
+    def step(self, samples, tokens, flops, waited):
+        """A step is done. Returns its figures."""
+        now = time.perf_counter()
+        self.steps.append((now - self.began, samples, tokens, flops, waited))
+        self.began, self.left = now, self.left - 1
+        seconds, samples, tokens, flops, waited = map(sum, zip(*self.steps))
+        cuda = self.device.type == "cuda"
+        peak = (torch.cuda.max_memory_allocated(self.device) if cuda else
+                1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return {"samples_per_second": round(samples / seconds, 1),
+                **({"tokens_per_second": round(tokens / seconds)} if tokens else {}),
+                **({"mfu": round(flops / seconds / self.rate, 3)} if flops and cuda else {}),
+                "peak_gb": round(peak / 1e9, 2), "data_wait": round(waited / seconds, 3),
+                "eta": round(self.left * seconds / len(self.steps))}
+
+
 def fit(job, out, args):
     """Train to the end; returns an exit code. Raises data.TrainingFailed on NaN or infinity."""
-    for left in out.glob("step-??????.tmp"):        # of a kill in the middle of a save
+    first = rank() == 0                             # who writes
+    for left in out.glob("step-??????.tmp") if first else ():   # of a kill in the middle of a save
         shutil.rmtree(left)
     step = restore(job, out) if args.resume else 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl") if first else ():
         rewind(out / name, step)
-    stop, started, seen, told = Stop(), time.time(), 0, 0.0
-    parameters = list(job.trained().values())
-    bar = tqdm(total=job.steps, initial=step, disable=not sys.stderr.isatty())
+    stop, started, told, update = Stop(), time.time(), 0.0, Update(job)
+    weight = next(iter(job.trained().values()))
+    speed = Speed(weight.device, job.steps - step)
+    bar = tqdm(total=job.steps, initial=step, disable=not (first and sys.stderr.isatty()))
+
+    def stopped(loss, norm):
+        (out / f"nan-step-{step}.json").write_text(json.dumps(
+            {"step": step, "loss": str(loss), "grad_norm": str(norm),
+             "samples": [step * job.batch, (step + 1) * job.batch - 1]}) + "\n")
+        raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped "
+                                  "before the update; lower --lr or look at the data")
+
     while step < job.steps:
         # schedule
         for o in job.optimizers:
             for g in o.param_groups:
                 g["lr"] = g["peak"] * job.factor(step)
         # data, accumulate
-        micros, loss = job.batches(step), 0.0
-        for micro in micros:
-            with torch.autocast(parameters[0].device.type, job.dtype,
-                                enabled=job.dtype != torch.float32):
-                part = job.loss(micro) / len(micros)
+        loss, told_apart, work, waited = 0.0, Counter(), (0, 0), 0.0
+        for micro, update.last, seconds in ahead(job.batches, step):
+            with torch.autocast(weight.device.type, job.dtype,
+                                enabled=job.dtype not in (torch.float32, weight.dtype)):
+                made = job.loss(micro)
+                part = sum(made.values()) if type(made) is dict else made
+            loss = loss + part.detach()
+            for name, value in made.items() if type(made) is dict else ():
+                told_apart[name] += float(value.detach())
+            if update.last:                 # waits for the GPU; ranks agree when to stop
+                loss, term, ctrl = summed(float(loss), stop.code == 143, stop.code == 130)
+                stop.code = (143 if term else 130 if ctrl else 0) if ranks() > 1 else stop.code
+                if not math.isfinite(loss):
+                    stopped(loss, "not computed")
             if part.requires_grad:          # text alone has nothing to teach a bridge
                 part.backward()
-            loss += float(part.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.clip or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            (out / f"nan-step-{step}.json").write_text(json.dumps(
-                {"step": step, "loss": str(loss), "grad_norm": str(norm),
-                 "samples": [step * job.batch, (step + 1) * job.batch - 1]}) + "\n")
-            raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped "
-                                      "before the update; lower --lr or look at the data")
+            waited += seconds
+            work = [a + b for a, b in zip(work, job.work(micro) if job.work else (0, 0))]
+        if not math.isfinite(norm := update.norm()):
+            stopped(loss, norm)
         # step
-        for o in job.optimizers:
-            o.step()
-            o.zero_grad(set_to_none=True)
+        update.step()
         step += 1
         # log
-        seen += job.batch
         line = {"step": step, "loss": round(loss, 5), "grad_norm": round(norm, 4),
-                "lr": job.optimizers[-1].param_groups[0]["lr"],
-                "samples_per_second": round(seen / (time.time() - started), 1)}
-        with open(out / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
-        bar.set_postfix(loss=f"{loss:.3f}")
+                **{name: round(value, 5) for name, value in told_apart.items()},
+                "lr": job.optimizers[-1].param_groups[-1]["lr"],
+                **speed.step(job.batch, *work, waited)}
+        if first:
+            with open(out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        bar.set_postfix({k: line[k] for k in ("loss", "tokens_per_second", "mfu", "peak_gb",
+                                              "data_wait") if k in line})
         bar.update()
-        if bar.disable and time.time() - told > 10:
+        if first and bar.disable and time.time() - told > 10:
             told = time.time()
-            print(f"step {step}/{job.steps}  loss {loss:.3f}  {told - started:.0f} s", flush=True)
+            print(f"step {step}/{job.steps}  loss {loss:.3f}  {told - started:.0f} s, "
+                  f"{line['eta']:,} s left, {line['samples_per_second']} samples/s, "
+                  f"{line['data_wait']:.1%} waiting for data", flush=True)
         if job.watch and (step == job.steps or step % max(1, job.steps // 5) == 0):
-            with open(out / "samples.jsonl", "a") as f:
-                f.writelines(json.dumps({"step": step, **x}) + "\n" for x in job.watch())
+            with together(job.model):
+                seen = [json.dumps({"step": step, **x}) + "\n" for x in job.watch()]
+            if first:
+                with open(out / "samples.jsonl", "a") as f:
+                    f.writelines(seen)
         if stop.code or step % args.save_every == 0 or step == job.steps:
             save(job, out, step, args.keep_last)
         if stop.code:
-            print(f"stopped at step {step}, saved; go on with --resume auto", file=sys.stderr)
+            if first:
+                print(f"stopped at step {step}, saved; go on with --resume auto", file=sys.stderr)
             return stop.code
     bar.close()
-    aside = out / "model.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    job.finish(aside)
-    plot(out)                               # before the model, which says that all is done
-    publish(aside, out / "model")
-    print(f"{out / 'model'} written after {job.steps} steps, {time.time() - started:.0f} s")
+    with together(job.model):
+        if first:
+            aside = out / "model.tmp"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            job.finish(aside)
+            plot(out)                       # before the model, which says that all is done
+            publish(aside, out / "model")
+            print(f"{out / 'model'} written after {job.steps} steps, {time.time() - started:.0f} s")
     return 0
 
 
@@ -383,11 +739,22 @@ def plot(out):
 
 # ----------------------------------------------------------------------- stages 1 and 2: samples
 
-def toy_sample(seed, stage, index):
-    """Sample of the toy world, a function of its arguments: (picture, conversation)."""
+DETAILS = 300           # MiniGPT-4 curated 3,500 pictures after five million pairs
+
+
+def toy_sample(seed, stage, index, told):
+    """Sample of the toy world, a function of its arguments: (picture, conversation).
+
+    told: captions (short ones and descriptions), dialogue, short (one of five short captions),
+    web (noisy ones), details (descriptions of a few pictures, again and again)."""
+    if told == "details":
+        index %= DETAILS
     scene, dice = world.scene(f"{seed}-{stage}-{index}"), random.Random(f"{seed}-{stage}-{index}")
-    if stage == 1:
-        text = dice.choice([world.description(scene)] * 5 + world.captions(scene))
+    if told != "dialogue":
+        text = (world.description(scene) if told == "details" else
+                world.web_caption(scene, dice) if told == "web" else
+                dice.choice([world.description(scene)] * 5 * (told == "captions")
+                            + world.captions(scene)))
         return world.draw(scene), [{"from": "human", "value": "<image>\n" + world.DESCRIBE[1]},
                                    {"from": "gpt", "value": text}]
     # what the shipped LLaMA is weakest at, oftener: lists of what fits a word, and of everything
@@ -404,7 +771,7 @@ class Samples:
     def __init__(self, args):
         self.args = args
         self.rows = data.read_conversations(args.data) if args.data else None
-        self.epoch, self.order = -1, []
+        self.epoch, self.order, self.drawn = -1, [], {}
 
     def steps(self):
         row = self.args.row
@@ -418,53 +785,189 @@ class Samples:
         """The file's sample number `index` of the run; every epoch has an order of its own."""
         epoch, at = divmod(index, len(self.rows))
         if epoch != self.epoch:
-            dice = torch.Generator().manual_seed(self.args.seed * 1000 + epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=dice).tolist()
+            dice, row = torch.Generator().manual_seed(self.args.seed * 1000 + epoch), self.args.row
+            if row.order == "modality":
+                words = [sum(len(turn["value"].split()) for turn in r["conversations"])
+                         * (1 if r.get("image") is not None else -1) for r in self.rows]
+                order = data.modality_order(words, row.batch // row.groups, row.groups, dice)
+            else:
+                order = torch.randperm(len(self.rows), generator=dice).tolist()
+            self.epoch, self.order = epoch, order
         return self.rows[self.order[at]]
 
     def name(self, index):
         return f"sample {self.row(index)['id']}" if self.rows else f"toy sample {index}"
 
-    def __getitem__(self, index):
-        """(picture or None, conversation) number `index` of the run, whatever the epoch."""
+    def read(self, index):
+        """(picture or None, conversation) number `index` of the run, whatever the epoch; of a file
+        the picture's name."""
+        row, lines = self.args.row, data.INSTRUCTIONS
         if self.rows is None:
-            return toy_sample(self.args.seed, self.args.stage, index)
-        chosen = self.row(index)
-        picture = chosen.get("image")
-        if picture is not None:
+            if index not in self.drawn:         # asked for its words, then for its picture
+                if len(self.drawn) > 2 * row.batch:
+                    self.drawn.clear()
+                self.drawn[index] = toy_sample(self.args.seed, self.args.stage, index, row.told)
+            picture, talk = self.drawn[index]
+            lines = world.DESCRIBE              # the toy LLaMA knows the words of these
+        else:
+            chosen = self.row(index)
+            picture, talk = chosen.get("image"), chosen["conversations"]
+            if row.template in ("blip2", "minigpt4_caption"):
+                talk = [talk[0], {**talk[-1], "value": data.caption_text(talk[-1]["value"])}]
+        if row.template == "minigpt4":          # quirk: one instruction a batch, not a sample
+            dice = random.Random(f"{self.args.seed}-{index // row.batch}")
+            talk = [{"from": "human", "value": f"{data.MARK}\n{dice.choice(lines)}"}, talk[-1]]
+        return picture, talk
+
+    def __getitem__(self, index):
+        """`read`, and the picture itself."""
+        picture, talk = self.read(index)
+        if type(picture) is str:
             picture = data.load_image(data.picture_path(self.args.images, picture))
-        return picture, chosen["conversations"]
+        return picture, talk
+
+
+class Micro(NamedTuple):
+    """A micro-batch: what VLM.loss takes, and the sizes of its texts after splicing."""
+    ids: torch.Tensor               # (B, T); packed, (1, T): all texts in one row
+    labels: torch.Tensor            # (B, T)
+    pixels: torch.Tensor | None     # (n, 3, S, S)
+    keep: torch.Tensor | None       # (B, T); packed, None
+    weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
+    lengths: list | None            # packed: ids of each text
+    counts: list                    # of each text: its tokens, learned ones, pictures
+
+
+class Batches(torch.utils.data.Dataset):
+    """step -> this rank's micro-batches, one after the other.
+
+    A step is planned from its texts alone: which samples stand in which micro-batch, and what each
+    learned token of theirs weighs. Officially the loss is the mean over the learned tokens of one
+    rank's 16 samples (stage 1: 32), then the mean over 8 ranks. So
+
+        weight of a token = 1 / (groups · learned tokens of its group)      group: 16 in a row
+
+    and a step's loss is a plain sum, however it is cut into rows, micro-batches or ranks. Pictures
+    are read when a micro-batch is made, by workers ahead of time if there are any: it is a function
+    of (step, its number) alone, whoever makes it."""
+
+    def __init__(self, samples, model, args, rank=0, ranks=1):
+        self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
+        self.words, self.side, self.places = model.words, model.image_size, model.places()
+        self.device, self.planned, self.ahead = model.llm.embed.weight.device, (None, None), None
+
+    def text(self, index):
+        """(ids, labels) of a sample. Raises data.Failure with its name."""
+        try:
+            picture, talk = self.samples.read(index)
+            ids, labels = data.encode(talk, self.args.row.template, self.words, picture is not None,
+                                      self.args.official_quirks)
+            if (places := ids.count(data.IMAGE)) != (picture is not None):
+                raise data.BadData(f"one picture, but {places} <image> places in the text")
+            size = self.size(ids)
+            if self.args.pack and size > self.args.pack:
+                raise data.BadData(f"{size:,} tokens, its picture included, do not fit into a row "
+                                   f"of --pack {self.args.pack:,}")
+        except data.Failure as error:
+            raise type(error)(f"{self.samples.name(index)}: {error}") from None
+        return ids, [data.IGNORE, *labels[1:]]      # no text stands before the first
+
+    def size(self, ids):
+        return len(ids) + (self.places - 1) * ids.count(data.IMAGE)
+
+    def plan(self, step):
+        """[[(index, ids, labels, weight)]]: the samples of each micro-batch of all ranks.
+
+        Samples with nothing to learn are left out."""
+        if self.planned[0] == step:
+            return self.planned[1]
+        row, first = self.args.row, step * self.args.row.batch
+        texts = [self.text(i) for i in range(first, first + row.batch)]
+        learned = [sum(x != data.IGNORE for x in labels) for _, labels in texts]
+        if not any(learned):
+            raise data.BadData(f"{self.samples.name(first)} and the {row.batch - 1} after it have "
+                               "nothing to train on: no answer in them; correct them, or look at "
+                               "--show-batch")
+        group = row.batch // row.groups
+        sums = [sum(learned[i:i + group]) for i in range(0, row.batch, group)]
+        taught = [(first + i, *text, 1 / (row.groups * sums[i // group]))
+                  for i, text in enumerate(texts) if learned[i]]
+        if self.args.pack:
+            rows = data.pack([self.size(t[1]) for t in taught], self.args.pack)
+            micros = [[taught[i] for i in row] for row in rows]
+        else:
+            size = row.batch // (self.args.accum * self.ranks)
+            micros = [[t for t in taught if (t[0] - first) // size == m]
+                      for m in range(row.batch // size)]
+        self.planned = step, [m for m in micros if m]
+        return self.planned[1]
+
+    def __getitem__(self, at):
+        """Micro-batch (step, number), or the data.Failure that it met: a worker must not raise."""
+        step, number = at
+        try:
+            planned = self.plan(step)
+            # a rank that is dealt one less does the first once more, for nothing
+            chosen, spare = planned[number % len(planned)], number >= len(planned)
+            pixels = [data.preprocess(picture, self.side, self.args.row.aspect)
+                      for picture, _ in map(self.picture, chosen) if picture is not None]
+        except data.Failure as error:
+            return error
+        texts = [(ids, labels) for _, ids, labels, _ in chosen]
+        lengths = [len(ids) for ids, _ in texts]
+        weights = torch.tensor([0. if spare else t[-1] for t in chosen])
+        if self.args.pack:
+            ids, labels = (torch.tensor([[x for t in texts for x in t[i]]]) for i in (0, 1))
+            weights, keep = weights.repeat_interleave(torch.tensor(lengths))[None], None
+        else:
+            ids, labels = data.collate(texts, self.words.pad)
+            keep = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+            weights = weights[:, None].expand(ids.shape)
+            if len(planned) == self.args.row.groups == self.ranks == 1:
+                weights = None              # one group in one micro-batch: the plain mean
+        counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
+                   ids.count(data.IMAGE)) for ids, labels in texts]
+        return Micro(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
+                     lengths if self.args.pack else None, counts)
+
+    def picture(self, planned):
+        try:
+            return self.samples[planned[0]]
+        except data.Failure as error:
+            raise type(error)(f"{self.samples.name(planned[0])}: {error}") from None
+
+    def numbers(self, first, last):
+        """Of this rank's micro-batches in steps first .. last-1, all ranks having as many."""
+        for step in range(first, last):
+            try:
+                many = -(-len(self.plan(step)) // self.ranks) * self.ranks
+            except data.Failure:
+                many = self.ranks           # __getitem__ will meet it and hand it over
+            yield from ((step, number) for number in range(self.rank, many, self.ranks))
+
+    def __call__(self, step):
+        if self.args.workers and self.ahead is None:
+            self.ahead = iter(torch.utils.data.DataLoader(
+                self, batch_size=None, sampler=self.numbers(step, 10 ** 9),
+                num_workers=self.args.workers, worker_init_fn=deaf, generator=torch.Generator(),
+                pin_memory=self.device.type == "cuda"))
+        for at in self.numbers(step, step + 1):
+            micro = next(self.ahead) if self.args.workers else self[at]
+            if isinstance(micro, data.Failure):
+                raise micro
+            yield micro._replace(**{name: t.to(self.device, non_blocking=True)
+                                    for name, t in micro._asdict().items() if torch.is_tensor(t)})
+
+
+def deaf(worker):
+    """Ctrl-C and SIGTERM are for the process that trains; it tells its workers when to go."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_batches(samples, model, args):
-    """step -> micro-batches of (ids, labels, pixels, keep)."""
-    row, device = args.row, model.llm.embed.weight.device
-    size = row.batch // args.accum
-
-    def micro(first):
-        pairs, pixels = [], []
-        for index in range(first, first + size):
-            try:
-                picture, talk = samples[index]
-                ids, labels = data.encode(talk, row.template, model.words, picture is not None,
-                                          args.official_quirks)
-                if (places := ids.count(data.IMAGE)) != (picture is not None):
-                    raise data.BadData(f"one picture, but {places} <image> places in the text")
-            except data.Failure as error:
-                raise type(error)(f"{samples.name(index)}: {error}") from None
-            pairs.append((ids, labels))
-            if picture is not None:
-                pixels.append(data.preprocess(picture, model.image_size, row.aspect))
-        ids, labels = data.collate(pairs, model.words.pad)
-        if (labels == data.IGNORE).all():
-            raise data.BadData(f"{samples.name(first)} and the {size - 1} after it have nothing to "
-                               "train on: no answer in them; correct them, or look at --show-batch")
-        lengths = torch.tensor([len(i) for i, _ in pairs])
-        keep = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        stacked = torch.cat(pixels) if pixels else None
-        return tuple(t if t is None else t.to(device) for t in (ids, labels, stacked, keep))
-
-    return lambda step: [micro(step * row.batch + m * size) for m in range(args.accum)]
+    """step -> this rank's micro-batches."""
+    return Batches(samples, model, args, rank(), ranks())
 
 
 def cosine(step, steps, warmup):
@@ -476,12 +979,78 @@ def cosine(step, steps, warmup):
     return (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
 
-def set_trained(model, parts):
-    """The whole freezing policy: only the named parts learn. Returns their parameters."""
+def factor_of(row, steps):
+    """step -> multiple of the peak learning rate, of a recipe's row.
+
+    llava       `cosine`
+    lavis       quirk: the rate stands still within an epoch, and only the first one warms up:
+                after 5,000 steps at the latest it stays at the peak until epoch 1
+    minigpt4    quirk: the cosine counts the steps of the warm-up too, so that after it the rate
+                falls at once to where the cosine has got to meanwhile"""
+    if row.schedule == "llava":
+        return lambda step: cosine(step, steps, row.warmup)
+    warm = row.warmup if row.warmup >= 1 else math.ceil(row.warmup * steps)
+    low, start = row.min_lr / row.lr, row.warm_lr / row.lr
+    epoch = math.ceil(steps / row.epochs) if row.schedule == "lavis" else 1
+    ends = row.epochs if row.schedule == "lavis" else steps
+
+    def factor(step):
+        if step < warm and (row.schedule == "minigpt4" or step < epoch):
+            return start + (1 - start) * step / warm
+        return low + (1 - low) * (1 + math.cos(math.pi * (step // epoch) / ends)) / 2
+    return factor
+
+
+def set_trained(model, parts, lora=0):
+    """The whole freezing policy: only the named parts learn, of a LLaMA with LoRA only what that
+    added. Returns {name: parameter}.
+
+    Raises data.Usage for a name that the model has no parameters for."""
     model.requires_grad_(False)
     for part in parts:
-        getattr(model, part).requires_grad_(True)
-    return [p for p in model.parameters() if p.requires_grad]
+        found = [p for n, p in model.named_parameters() if f"{n}.".startswith(f"{part}.")]
+        if not found:
+            tops = ", ".join(dict.fromkeys(n.split(".")[0] for n, _ in model.named_parameters()))
+            raise data.Usage(f"--train {part}: the model has no such part; it has {tops}, and "
+                             "theirs with a dot")
+        for p in found:
+            p.requires_grad_(True)
+    for n, p in model.named_parameters() if lora else ():
+        if n.startswith("llm.") and not n.endswith((".a", ".b")):
+            p.requires_grad_(False)
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(trained, row):
+    """AdamW over {name: parameter}. Vectors, biases and norms do not decay.
+
+    quirk: LAVIS lets whatever is not of one dimension decay: the queries, and the temperature,
+    which has none."""
+    decays = lambda p: p.dim() > 1 or p.dim() == 0 and row.schedule == "lavis"
+    groups = {}
+    for name, p in sorted(trained.items(), key=lambda pair: not pair[0].startswith("bridge.")):
+        lr = name.startswith("bridge.") and row.bridge_lr or row.lr
+        groups.setdefault((lr, row.decay if decays(p) else 0.0), []).append(p)
+    return torch.optim.AdamW([{"params": g, "lr": lr, "weight_decay": d}
+                              for (lr, d), g in groups.items()],
+                             betas=(.9, .999), eps=1e-8, fused=True)
+
+
+def optimizers(trained, row, args):
+    """AdamW, or an adamw8 for each weight: see `Update`."""
+    whole = adamw(trained, row)
+    if args.optimizer == "adamw":
+        return [whole]
+    each = [(p, group) for group in whole.param_groups for p in group["params"]]
+    return [AdamW([p], group["lr"], weight_decay=group["weight_decay"],
+                  stochastic=args.stochastic, seed=args.seed << 16 ^ i)
+            for i, (p, group) in enumerate(each)]
+
+
+def stored(args):
+    """The weights' dtype: adamw8 keeps the rest of an fp32 weight in its state."""
+    return (torch.bfloat16 if args.optimizer == "adamw8" and args.dtype != "fp32" else
+            torch.float32)
 
 
 def watcher(model, row):
@@ -500,26 +1069,59 @@ def watcher(model, row):
 
 
 def parts(args):
-    """(CLIP, LLaMA): folders or hub ids. The toy's are beside this file."""
+    """(picture tower, LLaMA): folders or hub ids. The toy's are beside this file."""
     base = [HERE / p if args.base == "toy" else p for p in BASES[args.base]]
+    if args.base != "toy" and args.row.bridge == "qformer":
+        base[0] = EVA
     return args.vision or base[0], args.llm or base[1]
 
 
+def new_retriever(args):
+    """BLIP-2 before its first step: a picture tower and a Q-Former that knows BERT, or, for the
+    toy, nothing."""
+    vision = parts(args)[0]
+    if args.base == "toy":
+        scenes = [world.scene(i) for i in range(2000)]
+        words = Words.build([x for s in scenes for x in (*world.captions(s), world.description(s))])
+        config = QFormerConfig(**TOY_QFORMER, vision=TOY_QFORMER["width"], vocab=len(words))
+        return Retriever.from_parts(vision, words, config, args.seed)
+    return Retriever.from_parts(vision, Words(data.resolve(args.qformer or BERT)), QFormerConfig(),
+                                args.seed, bert=args.qformer or BERT)
+
+
+def new_model(args, start, out):
+    """A VLM of parts, its bridge new; blip2's second stage begins with its first stage's Q-Former,
+    MiniGPT-4 with that of BLIP-2's second stage."""
+    row, (vision, llm) = args.row, parts(args)
+    if row.bridge != "qformer":
+        return VLM.from_parts(vision, llm, row.bridge, row.template, row.aspect, args.seed,
+                              stored(args))
+    if args.recipe == "blip2":
+        qformer = new_retriever(args) if start == "none" else start
+    else:
+        qformer = args.qformer or (out.parents[1] / "blip2/stage2/model" if args.base == "toy"
+                                   else FLAN)
+        if args.base == "toy" and not args.qformer and not qformer.exists():
+            raise data.BadModel(f"{qformer}: MiniGPT-4 starts from BLIP-2's Q-Former and there is "
+                                "none; run --recipe blip2, stages 1 and 2, or give --qformer")
+    return VLM.from_parts(args.vision, llm, row.bridge, row.template, row.aspect, args.seed,
+                          stored(args), qformer=qformer)
+
+
 def bridge_job(args, out, device):
-    """Stages 1 and 2."""
-    row, (vision, llm), samples = args.row, parts(args), Samples(args)
+    """Stages 1 and 2 of everything that has a LLaMA."""
+    row, samples = args.row, Samples(args)
     steps = samples.steps()
-    start = args.start or (out.parent / "stage1/model" if args.stage == 2 else "none")
-    if str(start) == "none":
-        model = VLM.from_parts(vision, llm, row.bridge, row.template, row.aspect, args.seed,
-                               torch.float32)
-        if args.projector:
-            model.load_bridge(args.projector)
-    elif args.start is None and not Path(start).exists():
+    start = str(args.start or (out.parent / "stage1/model" if args.stage == 2 else "none"))
+    if args.start is None and start != "none" and not Path(start).exists():
         raise data.BadModel(f"{start}: stage 2 starts from stage 1's model and there is none; run "
                             "--stage 1 first, or give --from FOLDER or --from none")
+    if start == "none" or args.recipe == "blip2":
+        model = new_model(args, start, out)
+        if args.projector:
+            model.load_bridge(args.projector)
     else:
-        model = VLM.from_pretrained(start, torch.float32)
+        model = VLM.from_pretrained(start, stored(args))
         if model.aspect == "anyres":
             raise data.BadModel(f"{start}: a LLaVA-NeXT; its pictures in tiles are not trained on "
                                 "here; take a LLaVA-1.5")
@@ -527,15 +1129,385 @@ def bridge_job(args, out, device):
             raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.bridge}; "
                                 f"give --bridge {model.kind}, or another --from")
         model.template, model.aspect = row.template, row.aspect
+    if args.lora:
+        model.llm.adapt(args.lora, args.seed)
     model.to(device)
-    parameters = set_trained(model, row.train)
-    optimizer = torch.optim.AdamW(parameters, row.lr, betas=(.9, .999), eps=1e-8,
-                                  weight_decay=row.decay, fused=True)
-    return Job(model, [optimizer], steps, make_batches(samples, model, args),
-               lambda micro: model.loss(*micro), lambda step: cosine(step, steps, row.warmup),
-               model.save_pretrained, row.clip,
+    model.llm.checkpoint, model.llm.offload = args.checkpoint, args.offload
+    set_trained(model, row.train, args.lora)
+    deal(model)
+    held = {n: share(p) for n, p in model.named_parameters() if p.requires_grad}
+    made = optimizers(held, row, args)
+    count = flops(model)
+    loss, report = gauged(lambda micro: model.loss(*micro[:6]), model, args)
+
+    def work(micro):
+        useful = [count(*text) for text in micro.counts]
+        return (sum(text + pictures * model.places() for text, _, pictures in micro.counts),
+                sum(forward + backward + eye for forward, backward, _, eye in useful))
+
+    def finish(folder):
+        report()
+        model.llm.merge()               # of LoRA: what is saved loads like any other
+        model.save_pretrained(folder)
+
+    return Job(model, made, steps, make_batches(samples, model, args), loss,
+               factor_of(row, steps), finish, row.clip,
                watcher(model, row) if args.base == "toy" and not args.data else None,
-               batch=row.batch)
+               batch=row.batch, work=work, held=held)
+
+
+def retriever_job(args, out, device):
+    """BLIP-2's first stage: pictures and captions, no LLaMA."""
+    row, samples = args.row, Samples(args)
+    steps, model = samples.steps(), new_retriever(args).to(device)
+
+    def micro(first):
+        pixels, texts = [], []
+        for index in range(first, first + row.batch // args.accum):
+            try:
+                picture, talk = samples[index]
+                if picture is None:
+                    raise data.BadData("no picture; BLIP-2 learns from pictures and captions")
+                texts.append(data.caption_text(talk[-1]["value"]))
+                model.words.encode(texts[-1])           # refuses what holds no word
+            except data.Failure as error:
+                raise type(error)(f"{samples.name(index)}: {error}") from None
+            pixels.append(data.preprocess(picture, model.image_size, row.aspect))
+        ids, mask = model.words.encode(texts)
+        return torch.cat(pixels).to(device), ids.to(device), mask.to(device), first
+
+    return Job(model, [adamw(set_trained(model, row.train), row)], steps,
+               lambda step: [micro(step * row.batch + m * row.batch // args.accum)
+                             for m in range(args.accum)],
+               # the negatives are drawn by the index of the first sample
+               lambda x: {name: loss / args.accum for name, loss in
+                          model.losses(*x[:3], seed=x[3], only=row.losses).items()},
+               factor_of(row, steps),
+               model.save_pretrained, row.clip, batch=row.batch)
+
+
+# ------------------------------------------------------------------------------- the forecast
+# What a run will need, worked out before anything loads: from the sizes in config.json and a model
+# on the meta device, which has shapes and no memory. GB = 10⁹ bytes, GiB = 2³⁰ bytes.
+
+# the hub's parts that recipes begin with: a plan needs no network
+SIZES = {BASES["7b"][0]: TowerConfig(image=336),
+         BASES["7b"][1]: LlamaConfig(eps=1e-5, context=4096),
+         BASES["13b"][1]: LlamaConfig(32000, 5120, 40, 40, 40, 13824, 1e-5, context=4096),
+         EVA: TowerConfig(1408, 39, 16, 6144, 1e-6, eva=True, tail=False)}
+SAMPLES = {"llava": (595_375, 157_712), "llava-1.5": (558_128, 665_298)}       # as released
+# Kinds of samples: share, tokens of text, of them learned, pictures. Estimates, and the one soft
+# number of a forecast (100 tokens more in stage 2 are 11 % more hours): --data counts the file's.
+CAPTIONS, TALKS = ((1., 30, 28, 1),), ((1., 324, 180, 1),)
+MIXED = ((1 - 40_688 / 665_298, 324, 180, 1), (40_688 / 665_298, 1200, 800, 0))
+ROWS = (8192, 6144, 4096, 3072, 2048)   # a row holds the longest sample: 2,048 in the official runs
+A100 = 312e12                           # bf16 multiplications and additions a second
+# An A100 of 80 GB hands a process 79.1 of 80 GiB, less half a GB for CUDA itself; one part in
+# twenty is left alone, because an allocator cannot fill every gap.
+HANDED, CONTEXT, FILLED = 79.1 / 80, .5e9, .95
+
+
+def blank(args):
+    """The model of this run without memory; what trains is marked."""
+    def sizes(name, read):
+        if name in SIZES:
+            return SIZES[name]
+        if args.plan and not Path(name).is_dir():
+            raise data.Usage(f"--plan: {name} is no folder, and its sizes are not known here; give "
+                             "a folder with its config.json")
+        return read(data.read_config(data.resolve(name)))
+
+    row, (vision, llm) = args.row, parts(args)
+    if args.start not in (None, "none"):
+        eye, tongue = settings(args.start, sizes(args.start, dict))[:2]
+    else:
+        eye, tongue = sizes(vision, TowerConfig.eye), sizes(llm, LlamaConfig.from_hf)
+    with torch.device("meta"):
+        eye, bridge = ViT(eye), row.bridge
+        if bridge == "qformer":
+            eye, own = eye.docked(), TOY_QFORMER if args.base == "toy" else {}
+            asks = QFormer(QFormerConfig(**own, vision=eye.config.width, vocab=0))
+            bridge = Queries(LayerNorm(eye.config.width, eye.config.eps), asks, tongue.width)
+        model = VLM(eye, bridge, Llama(tongue), None, row.template, row.aspect)
+        if args.lora:
+            model.llm.adapt(args.lora)
+    set_trained(model, row.train, args.lora)
+    return model
+
+
+def kinds_of(args):
+    """(samples of an epoch, their kinds, where that is from)."""
+    row, llm = args.row, parts(args)[1]
+    if args.data:
+        rows = data.read_conversations(args.data)
+        some = rows[::-(-len(rows) // 200)]
+        talks = [("image" in r, r["conversations"]) for r in some]
+        total, source = len(rows), f"{len(talks)} samples of {args.data}"
+    elif args.base == "toy":
+        talks = [(True, toy_sample(args.seed, args.stage, i, row.told)[1]) for i in range(64)]
+        total, source = row.steps * row.batch, "64 samples of the toy world"
+    else:
+        kinds = (CAPTIONS if row.told != "dialogue" else
+                 MIXED if args.recipe == "llava-1.5" else TALKS)
+        total = SAMPLES.get(args.recipe, (0, 0))[args.stage - 1] or row.steps * row.batch
+        if not total:
+            raise data.Usage("--plan: how many samples? give --data or --steps")
+        return total, kinds, "estimates of the official data's lengths, no --data"
+    words, kinds = data.Tokenizer(llm) if Path(llm).is_dir() else None, []
+    for picture, talk in talks:
+        if words:
+            ids, labels = data.encode(talk, row.template, words, picture)
+            text, learned = len(ids) - picture, sum(x != data.IGNORE for x in labels)
+        else:                           # three words of English are about four tokens
+            counts = [len(t["value"].split()) * 4 / 3 for t in talk]
+            text, learned = 40 + sum(counts), sum(counts[1::2])
+        kinds.append((1 / len(talks), text, learned, int(picture)))
+    return total, tuple(kinds), source + ("" if words else ", 4 tokens for 3 words")
+
+
+def products(module):
+    """FLOPs of a module's matrix products for one place, forward and backward. A product of n
+    weights is 2 n; its input's gradient as much again; a weight's, where it trains, too."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters() if p.dim() > 1]
+    return 2 * sum(n for n, _ in sizes), 2 * sum(n * (1 + trains) for n, trains in sizes)
+
+
+def flops(model):
+    """A function that counts the FLOPs of a sample: forward, backward, computed again, the eye's."""
+    c, eye, places, P = model.llm.config, model.vision, model.places(), model.patches + 1
+    blocks = eye.blocks[:-1] if eye.config.tail else eye.blocks
+    seen = 2 * P * eye.patch.numel() + P * products(blocks)[0] + (
+        4 * P * P * eye.config.width * len(blocks))
+    layers, head, bridge = products(model.llm.blocks), products(model.llm.head), products(
+        model.bridge)
+    last = sum(products(block.down)[0] for block in model.llm.blocks)
+
+    def of(text, learned, pictures, policy=None):
+        T = text + pictures * places
+        look = 2 * T * T * c.heads * c.head_dim * c.depth       # causal: half of 4 T² a layer
+        forward, backward = (T * layers[i] + learned * head[i] + pictures * places * bridge[i]
+                             for i in (0, 1))
+        spared = T * (layers[0] - last)
+        again = {"attention": spared, "full": T * layers[0] + look + spared}.get(policy, 0)
+        return forward + look, backward + 2.5 * look, again, pictures * seen
+    return of
+
+
+def kept(model, tokens, learned, pictures, policy, stream=2, made=2, kernels=True,
+         offload=False):
+    """Bytes that wait from forward to backward, and bytes that one layer's backward needs besides.
+
+    stream: bytes of a number that goes from layer to layer; made: of one that a matrix product has
+    made (2 where stream is 4: autocast). kernels: what kernels/ keep, or what PyTorch's functions
+    in their place do. offload: all but two regions on the host. The terms are those of kernels/checkpoint.py."""
+    c, llm = model.llm.config, model.llm
+    C, F, L, V, own = c.width, c.mlp, c.depth, c.vocab, c.heads * c.head_dim
+    trains = any(p.requires_grad for p in llm.blocks.parameters())
+    norms, head = llm.norm.weight.requires_grad, llm.head.weight.requires_grad
+    casts = made < stream                                   # and keeps what it casts
+    plain = 0 if kernels else 1
+    matrices = [p for p in llm.blocks.parameters() if p.dim() > 1]
+    low = sum(p.shape[0] for n, p in llm.blocks[0].named_parameters() if n.endswith(".a"))
+
+    x = C * stream                                                          # of a token and layer
+    attended = own * made + 4 * c.heads                     # attention's result, its log-sum-exp
+    inputs = 2 * C * made * trains                          # what qkv and gate_up read
+    work = (own + 2 * c.kv_heads * c.head_dim + 2 * F + low) * made + x    # the x before the MLP
+    again = inputs * (not casts) + F * made * trains + plain * (F * made + 2 * x * norms)
+    sparing = x + attended
+    whole = sparing + work + inputs * casts
+    segment = max(1, round(math.sqrt(L)))
+    here = 2 if offload else L
+    blocks = {"full": x * min(here, math.ceil(L / segment)), "attention": sparing * min(here, L),
+              "none": whole * L, None: (whole + again) * L}[policy]
+
+    bridge = 0
+    if any(p.requires_grad for p in model.bridge.parameters()):
+        layers = [m for m in model.bridge.modules()
+                  if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
+        places = [model.patches if m.in_features == model.vision.config.width else model.places()
+                  for m in layers]
+        bridge = sum(n * (m.in_features + m.out_features) for n, m in zip(places, layers))
+        bridge -= places[-1] * layers[-1].out_features      # the words' own x is counted above
+    last = tokens * (x + plain * x * norms + 4 * c.head_dim) + learned * (
+        C * made * head + plain * 4 * V)
+    if casts and policy in (None, "none"):
+        last += made * (sum(p.numel() for p in matrices) + llm.head.weight.numel())
+    if kernels and head:
+        last += made * V * C                                # the head's gradient is made in forward
+    backward = tokens * (made * (3 * F + 4 * C) + {                # gradients, what is made again
+        "full": whole + again + segment * sparing, "attention": whole + again,
+        "none": F * made, None: 0}[policy]) + made * max(p.numel() for p in matrices)
+    return tokens * blocks + made * pictures * bridge + last, backward
+
+def widths(args):
+    """Bytes of a weight and of what a matrix product makes of it."""
+    if stored(args) == torch.bfloat16:
+        return 2, 2
+    fast = args.base != "toy" or torch.cpu._is_amx_tile_supported()
+    return 4, 2 if args.dtype == "bf16" or args.dtype == "auto" and fast else 4
+
+
+def mean(kinds):
+    """Tokens of text, learned ones and pictures of a sample on average."""
+    return [sum(kind[0] * kind[i] for kind in kinds) for i in (1, 2, 3)]
+
+
+def state(model, args, gpus=1):
+    """{what: bytes} of one GPU of so many, whatever the micro-batch is."""
+    weight, trained = widths(args)[0], [p.numel() for p in model.parameters() if p.requires_grad]
+    small = args.optimizer == "adamw8"
+    sizes = {"weights": weight * sum(p.numel() for p in model.parameters()),
+             "gradients": weight * sum(trained),
+             "masters": 2 * sum(trained) * (small and weight == 2 and not args.stochastic),
+             "moments": (2 + 8 / 256 if small else 8) * sum(trained)}
+    sizes = {name: size / gpus for name, size in sizes.items()}
+    if gpus > 1:        # whole on every GPU: a layer at work and the next, a gradient, both ends
+        c, layer = model.llm.config, sum(p.numel() for p in model.llm.blocks[0].parameters())
+        sizes["gathered"] = weight * (3 * layer + model.llm.head.weight.numel() * (2 - c.tied))
+    return sizes
+
+
+def forecast(model, args, kinds, pack, policy, gpus=1):
+    """{what: bytes} of one GPU of so many; a micro-batch is a row of `pack` tokens, or padded."""
+    (weight, made), (text, learned, pictures) = widths(args), mean(kinds)
+    P, eye, size = model.places(), model.vision.config, args.row.batch // args.accum
+    share = pack / (text + pictures * P) if pack else size      # samples of a micro-batch
+    tokens = pack or size * max(kind[1] + kind[3] * P for kind in kinds)
+    learned, pictures = share * learned, math.ceil(share * pictures)
+    activations, backward = kept(model, tokens, learned, pictures, policy, weight, made,
+                                 offload=args.offload)
+    looking = made * pictures * (model.patches + 1) * (6 * eye.width + 2 * eye.mlp)
+    return {**state(model, args, gpus), "activations": activations,
+            "workspace": max(backward, looking, min(learned, 4096) * model.llm.config.vocab * made)}
+
+
+def room(memory=None):
+    """Bytes that a run may count on, of a card of `memory` GB, the one at hand, or an A100."""
+    if memory is None and torch.cuda.is_available():
+        return FILLED * (torch.cuda.get_device_properties(0).total_memory - CONTEXT)
+    return FILLED * ((memory or 80) * 2 ** 30 * HANDED - CONTEXT)
+
+
+def choose(model, args, kinds, space, gpus=1):
+    """(tokens a row, policy) that fit into `space` bytes; None if none do. Policies first: what is
+    computed again costs a quarter of the time and more, a short row a few percent."""
+    policies = ("none", "attention", "full") if "checkpoint" in args.free else (args.checkpoint,)
+    rows = ROWS if "pack" in args.free else (args.pack,)
+    return next(((pack, policy) for policy in policies for pack in rows
+                 if sum(forecast(model, args, kinds, pack, policy, gpus).values()) <= space), None)
+
+
+def advice(args, space, kinds):
+    """Lines for one whose run does not fit, the cheapest way out first."""
+    def fits(change, gpus=1, **flags):
+        other = argparse.Namespace(**{**vars(args), "free": ["pack", "checkpoint"], **flags})
+        other.free = [n for n in other.free if n not in flags]
+        found = choose(blank(other), other, kinds, space, gpus)
+        how = found and f"with --pack {found[0]} --checkpoint {found[1]}"
+        return f"{change}: {'fits ' + how if found else 'does not fit'}"
+
+    yield fits("shorter rows", checkpoint=args.checkpoint)
+    yield fits("computing more again")
+    if "llm" in args.row.train and not args.lora:
+        yield fits("--lora 128", lora=128)
+    if args.base == "13b":
+        yield fits("--base 7b", base="7b")
+    for gpus in (2, 4, 8):
+        line = fits(f"{gpus} GPUs", gpus)
+        if "fits with" in line or gpus == 8:
+            yield line
+            return
+
+
+def settle(args):
+    """Row length and policy as the card at hand allows, where the flags leave them open."""
+    found = args.free and choose(blank(args), args, kinds_of(args)[1], room())
+    if found is None:
+        raise data.Usage(f"does not fit into {room() / 1e9:.1f} GB of "
+                         f"{torch.cuda.get_device_name()}; --plan says what would")
+    args.pack, args.checkpoint = found or (args.pack, args.checkpoint)
+
+
+def gauged(loss, model, args):
+    """loss(micro-batch), of which the first is looked at: what does it keep for backward? And a
+    function that says so, and the memory at its highest, beside the forecast."""
+    found, told = {}, []
+
+    def pack(x):
+        memory = x.untyped_storage()
+        found[memory.data_ptr()] = memory.nbytes()
+        return x.detach()
+
+    def first(micro):
+        if told:
+            return loss(micro)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            value = loss(micro)
+        kind, stream = micro.ids.device.type, model.llm.embed.weight.element_size()
+        if kind == "cpu" and micro.lengths:     # there PyTorch keeps a mask of T² for each layer
+            told.append(None)
+            return value
+        made = 2 if torch.is_autocast_enabled(kind) else stream
+        sizes = [text + pictures * model.places() for text, _, pictures in micro.counts]
+        told.append(kept(model, sum(sizes) if micro.lengths else len(sizes) * max(sizes),
+                         *(sum(x) for x in list(zip(*micro.counts))[1:]), args.checkpoint, stream,
+                         made, kind == "cuda", args.offload and kind == "cuda"))
+        for p in model.parameters():
+            found.pop(p.untyped_storage().data_ptr(), None)
+        return value
+
+    def report():
+        if told and told[0]:
+            print(f"kept for backward: {sum(found.values()) / 1e6:,.1f} MB, forecast "
+                  f"{told[0][0] / 1e6:,.1f} MB")
+        if told and torch.cuda.is_available():
+            print(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:,.2f} GB, forecast "
+                  f"{(sum(state(model, args).values()) + sum(told[0])) / 1e9:,.2f} GB")
+    return first, report
+
+
+def plan(args):
+    """Print what the run needs, and where it does not fit, what to do."""
+    model, (samples, kinds, source), space = blank(args), kinds_of(args), room(args.memory)
+    pack, policy = choose(model, args, kinds, space, args.gpus) or (args.pack, args.checkpoint)
+    row, (text, learned, pictures) = args.row, mean(kinds)
+    print(f"{args.recipe} stage {args.stage}, base {args.base}" + f", LoRA {args.lora}" * (
+        args.lora > 0) + "\n\n              weights     trained")
+    for name, part in model.named_children():
+        n = [sum(p.numel() for p in part.parameters() if p.requires_grad >= t) for t in (0, 1)]
+        print(f"  {name:8} {n[0] / 1e6:10,.1f} M {n[1] / 1e6:9,.1f} M")
+    needs = forecast(model, args, kinds, pack, policy, args.gpus)
+    total = sum(needs.values())
+    rows = f"rows of {pack:,} tokens" if pack else f"{row.batch // args.accum} padded samples"
+    unit, name = (1e9, "GB = 10⁹") if total > 2e9 else (1e6, "MB = 10⁶")
+    print(f"\n  memory, {name} bytes{', of each GPU' * (args.gpus > 1)}: {rows}, "
+          f"--checkpoint {policy}, --optimizer {args.optimizer}")
+    for name, size in needs.items():
+        print(f"  {name:12} {size / unit:8.2f}")
+    card = (f"a card of {args.memory or 80:g} GB" if args.memory or not torch.cuda.is_available()
+            else torch.cuda.get_device_name())
+    print(f"  {'total':12} {total / unit:8.2f}   {'fits' if total <= space else 'does not fit'} "
+          f"into {space / 1e9:.1f} GB, what {card} leaves ({FILLED:.0%} of what it hands out)")
+    count = flops(model)
+    each = [sum(k[0] * x for k, x in zip(kinds, column))
+            for column in zip(*(count(*kind[1:], policy) for kind in kinds))]
+    work = sum(each)
+    steps = row.steps or math.ceil(samples * row.epochs / row.batch)
+    tokens = text + pictures * model.places()
+    dealt = math.ceil(row.batch * tokens / pack) if pack else args.accum    # rows of a step
+    busy = dealt / (args.gpus * math.ceil(dealt / args.gpus))       # a GPU without a row waits
+    hours = steps * row.batch * work / (args.mfu * A100 * args.gpus * busy) / 3600
+    print(f"\n  {tokens:,.0f} tokens a sample, {learned:,.0f} learned ({source})\n  "
+          f"{work / 1e12:.4g} TFLOP a sample: forward {each[0] / 1e12:.4g}, backward "
+          f"{each[1] / 1e12:.4g}, again {each[2] / 1e12:.4g}, eye {each[3] / 1e12:.4g}\n  "
+          f"{row.batch * work / 1e12:,.4g} TFLOP a step, {steps:,} steps\n  {hours:,.3g} hours at "
+          f"{args.mfu:.0%} of an A100's 312 TFLOP/s (--mfu, an assumption)"
+          + f" on each of {args.gpus}, {busy:.0%} of the time" * (args.gpus > 1))
+    if total > space:
+        print("\n  what to do, the cheapest first")
+        for line in advice(args, space, kinds):
+            print(f"    {line}")
 
 
 # ---------------------------------------------------------------- stage 0: the parts, from nothing
@@ -745,8 +1717,9 @@ def llama_job(out):
 
 def resolved(args):
     """What decides the finished bits: the content of config.json."""
-    skip = {"resume", "overwrite", "save_every", "keep_last", "debug", "row", "show_batch", "part",
-            "output_dir", *(f.name for f in fields(Stage))}
+    skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
+            "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
+            "checkpoint", "offload", *(f.name for f in fields(Stage))}
     return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
                                   "stage_row": vars(args.row)}))
 
@@ -820,6 +1793,9 @@ def show(samples, words, args):
 
 def train(args):
     """One run; returns an exit code."""
+    if args.plan:
+        plan(args)
+        return 0
     torch.manual_seed(args.seed)
     if args.threads or args.stage == 0:
         torch.set_num_threads(args.threads or 1)
@@ -829,7 +1805,9 @@ def train(args):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise data.Usage(f"--device {device} is not to be had here; give cpu, or auto") from None
-    if args.row.template not in data.TEMPLATES:
+    if device != "cpu" and args.stage and not args.row.losses:
+        settle(args)
+    if args.row.template and args.row.template not in data.TEMPLATES:
         raise data.Usage(f"--template {args.row.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -856,7 +1834,7 @@ def train(args):
         if args.resume and (out / "model").exists():
             print(f"{out / 'model'} is finished already")
             return 0
-        job = bridge_job(args, out, device)
+        job = (retriever_job if args.row.losses else bridge_job)(args, out, device)
         if args.dtype != "fp32":
             fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
             job.dtype = torch.bfloat16 if fast or args.dtype == "bf16" else torch.float32

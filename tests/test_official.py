@@ -446,7 +446,7 @@ def test_old_hub_configs_leave_fields_out(tmp_path):
         theirs.intermediate_size, theirs.layer_norm_eps, theirs.image_size, theirs.patch_size)
     # a whole vision_config left out is ViT-L/14 at 336
     whole = transformers.LlavaConfig().vision_config
-    eye, *_ = projector.settings(tmp_path, {"model_type": "llava"}, None, None)
+    eye, *_ = projector.settings(tmp_path, {"model_type": "llava"})
     assert (eye.width, eye.depth, eye.heads, eye.mlp, eye.image, eye.patch) == (
         whole.hidden_size, whole.num_hidden_layers, whole.num_attention_heads,
         whole.intermediate_size, whole.image_size, whole.patch_size)

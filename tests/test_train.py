@@ -407,16 +407,15 @@ def test_the_schedule_reaches_the_optimizer(flags, tmp_path):
     assert rates[0] == 0 and rates[2] == .01            # ceil(.3 · 6) = 2
 
 
-def losses(flags, out, accum, **more):
-    argv = flags(out, "--dtype", "fp32", "--batch", 4, "--accum", accum, stage=1, steps=3, **more)
+def losses(flags, out, *more):
+    argv = flags(out, "--dtype", "fp32", "--batch", 4, *more, stage=1, steps=3)
     assert here(argv) == 0
     return [(x["loss"], x["grad_norm"]) for x in lines(out / "metrics.jsonl")]
 
 
-def test_accumulation_changes_nothing_if_micro_batches_have_as_many_answer_tokens(
-        flags, tmp_path, monkeypatch):
-    """The loss is a mean of micro-batches' means, as in the official runs: equal to the mean over
-    all tokens where every micro-batch has as many of them, and only there (the control)."""
+def test_accumulation_and_packing_change_nothing_and_groups_do(flags, tmp_path, monkeypatch):
+    """The loss is a mean of groups' means, whatever micro-batches they are cut into: equal to the
+    mean over all tokens where every group has as many of them, and only there (the control)."""
     real = train.toy_sample
 
     def of_length(length):
@@ -426,9 +425,12 @@ def test_accumulation_changes_nothing_if_micro_batches_have_as_many_answer_token
         return sample
     for length, same in ((lambda index: 9, True), (lambda index: 2 + 9 * (index % 4 > 1), False)):
         monkeypatch.setattr(train, "toy_sample", of_length(length))
-        one, two = (losses(flags, tmp_path / f"{same}{n}", n) for n in (1, 2))
-        assert (one == [(pytest.approx(a, rel=1e-5), pytest.approx(b, abs=2e-4))
-                        for a, b in two]) == same
+        ways = {f"{same}{i}": losses(flags, tmp_path / f"{same}{i}", *way) for i, way in enumerate(
+            ((), ("--accum", 2), ("--accum", 4), ("--pack", 64), ("--groups", 2)))}
+        first, *rest = ways.values()
+        equal = [first == [(pytest.approx(a, rel=1e-5), pytest.approx(b, abs=2e-4))
+                           for a, b in other] for other in rest]
+        assert equal == [True, True, True, same], ways
 
 
 # -------------------------------------------------------------------------- files that a run leaves

@@ -1,0 +1,261 @@
+"""train.py against a plain loop: transformers' LLaVA, padded batches, PyTorch's AdamW in fp32.
+
+The official objective is the mean over the learned tokens of a rank's samples, then over ranks; the
+loop below is that sentence. However train.py cuts a step into rows, micro-batches and ranks, its
+curve of losses must be the loop's, and a step that is packed or weighed wrongly must leave it.
+"""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip
+import data
+import llama
+import projector
+import train
+import world
+from tiny import loaded, shaken
+
+SAMPLER = Path(__file__).parents[2] / "shared/goldens/sampler.json"
+STEPS, BATCH, GROUPS, LR = 50, 8, 2, {1: 3e-3, 2: 4e-4}
+STAGE1, STAGE2 = 1e-4, 1e-3         # largest relative distance of two losses: fp32; split masters
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A tiny LLaVA whose weights bf16 holds exactly, and 24 samples, some of them text alone."""
+    root = tmp_path_factory.mktemp("ground")
+    (root / "llama").mkdir()
+    train.llama_tokenizer(root / "llama")
+    rows = -(-(len(data.Tokenizer(root / "llama")) + 2) // 64) * 64
+    torch.manual_seed(1)
+    tongue = llama.Llama(llama.Config(rows, 32, 2, 4, 2, 64, 1e-5, 1e4, 1024))
+    eye = shaken(clip.CLIP(clip.Config(32, 3, 2, 64, image=world.SIDE, patch=16),
+                           clip.Config(32, 1, 2, 64, vocab=20, context=8, end=19), 16))
+    for name, part in (("llama", tongue), ("clip", eye)):
+        part.bfloat16().float().save_pretrained(root / name)
+    torch.manual_seed(3)
+    model = projector.VLM.from_parts(root / "clip", root / "llama", "mlp", "v1", "pad")
+    model.bfloat16().float().save_pretrained(root / "start")
+    samples = []
+    for i in range(24):
+        scene = world.scene(i)
+        talk = [{"from": who, "value": text} for pair in world.dialogue(scene, train.random.Random(i),
+                1 + i % 3) for who, text in zip(("human", "gpt"), pair)]
+        samples.append({"id": str(i), "conversations": talk})
+        if i % 4:
+            world.draw(scene).save(root / f"{i}.png")
+            samples[-1]["image"] = f"{i}.png"
+            talk[0]["value"] = "<image>\n" + talk[0]["value"]
+    (root / "all.json").write_text(json.dumps(samples))
+    captions = [{**s, "conversations": [{"from": "human", "value": "<image>\nDescribe it."},
+                                        s["conversations"][1]]} for s in samples if "image" in s]
+    (root / "captions.json").write_text(json.dumps(captions))
+    return root
+
+
+def flags(ground, stage, out, *more):
+    return ["--stage", str(stage), "--from", str(ground / "start"), "--data",
+            str(ground / ("captions.json" if stage == 1 else "all.json")), "--images", str(ground),
+            "--batch", str(BATCH), "--groups", str(GROUPS), "--steps", str(STEPS), "--lr",
+            str(LR[stage]), "--clip", "0", "--threads", "1", "--save-every", "1000",
+            "--output-dir", str(out), *(("--dtype", "fp32") if stage == 1 else
+                                        ("--optimizer", "adamw8")), *map(str, more)]
+
+
+def curve(out):
+    return [json.loads(x)["loss"] for x in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def ours(ground, stage, tmp_path, *more):
+    assert train.train(train.arguments(flags(ground, stage, tmp_path / "run", *more))) == 0
+    return curve(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def plain(ground):
+    """stage -> losses of the loop."""
+    from transformers import LlavaForConditionalGeneration
+    made = {}
+
+    def run(stage):
+        if stage in made:
+            return made[stage]
+        model = loaded(LlavaForConditionalGeneration, ground / "start").train()
+        args = train.arguments(flags(ground, stage, ground))
+        samples, words = train.Samples(args), data.Tokenizer(ground / "start")
+        image, places = words.added("<image>"), (world.SIDE // 16) ** 2
+        trains = ("multi_modal_projector",) + ("language_model", "lm_head") * (stage == 2)
+        for name, p in model.named_parameters():
+            p.requires_grad_(any(part in name for part in trains))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                      LR[stage], weight_decay=0)
+        losses, warm = [], math.ceil(.03 * STEPS)
+        for step in range(STEPS):
+            rate = step / warm if step < warm else (
+                1 + math.cos(math.pi * (step - warm) / (STEPS - warm))) / 2
+            optimizer.param_groups[0]["lr"] = LR[stage] * rate
+            total = 0.
+            for group in range(GROUPS):
+                size = BATCH // GROUPS
+                rows, pixels = [], []
+                for i in range(step * BATCH + group * size, step * BATCH + (group + 1) * size):
+                    picture, talk = samples[i]
+                    ids, labels = data.encode(talk, args.row.template, words, picture is not None)
+                    wide = [([x] if x != data.IMAGE else [image] * places, y)
+                            for x, y in zip(ids, labels)]
+                    rows.append(([x for xs, _ in wide for x in xs], [y for xs, y in wide
+                                                                     for _ in xs]))
+                    if picture is not None:
+                        pixels.append(data.preprocess(picture, world.SIDE, args.row.aspect))
+                ids, labels = data.collate(rows, 0)
+                there = torch.arange(ids.shape[1]) < torch.tensor([len(r[0]) for r in rows])[:, None]
+                loss = model(input_ids=ids, labels=labels, attention_mask=there.long(),
+                             pixel_values=torch.cat(pixels) if pixels else None).loss / GROUPS
+                loss.backward()
+                total += loss.item()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+        made[stage] = losses
+        return losses
+    return run
+
+
+def apart(a, b):
+    """Largest relative distance of two curves that fell."""
+    assert len(a) == len(b) == STEPS and a[-1] < .95 * a[0], a
+    return max(abs(x - y) / y for x, y in zip(a, b))
+
+
+WAYS = {"padded": (), "accumulated": ("--accum", 4), "packed": ("--pack", 256)}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_stage_one_is_the_plain_loop(ground, plain, tmp_path, way):
+    assert apart(ours(ground, 1, tmp_path, *way), plain(1)) < STAGE1
+
+
+@pytest.mark.parametrize("way", [("--accum", 4), ("--pack", 256)], ids=["accumulated", "packed"])
+def test_stage_two_with_split_masters_is_the_plain_loop(ground, plain, tmp_path, way):
+    assert apart(ours(ground, 2, tmp_path, *way), plain(2)) < STAGE2
+
+
+def one_document(monkeypatch):
+    """All texts of a row see each other."""
+    real = projector.packed
+    monkeypatch.setattr(projector, "packed", lambda lengths, device: real([[sum(lengths[0])]],
+                                                                          device))
+
+
+def means_of_rows(monkeypatch):
+    """Every row counts the same, however much is learned in it."""
+    real = train.Batches.plan
+
+    def plan(self, step):
+        rows = real(self, step)
+        learned = [sum(x != data.IGNORE for t in row for x in t[2]) for row in rows]
+        return [[(*t[:3], 1 / (len(rows) * n)) for t in row] for row, n in zip(rows, learned)]
+    monkeypatch.setattr(train.Batches, "plan", plan)
+
+
+@pytest.mark.parametrize("wrong", [one_document, means_of_rows])
+def test_a_wrong_packing_leaves_the_curve(ground, plain, tmp_path, monkeypatch, wrong):
+    wrong(monkeypatch)
+    assert apart(ours(ground, 2, tmp_path, "--pack", 256), plain(2)) > 3 * STAGE2
+
+
+def test_another_objective_leaves_the_curve(ground, plain, tmp_path):
+    assert apart(ours(ground, 1, tmp_path, "--groups", 1), plain(1)) > 3 * STAGE1
+
+
+def test_workers_change_no_bit(ground, tmp_path):
+    kept = []
+    for workers in (0, 1, 3):
+        out = tmp_path / str(workers)
+        assert train.train(train.arguments(flags(ground, 2, out, "--workers", workers, "--pack",
+                                                 256, "--steps", 4))) == 0
+        kept.append((out / "model/model.safetensors").read_bytes())
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_frozen_matrices_keep_no_input(ground, tmp_path):
+    """Of all that backward will need, nothing went into a frozen matrix of the LLaMA."""
+    kept = {}
+    for stage in (1, 2):
+        args = train.arguments(flags(ground, stage, tmp_path, "--optimizer", "adamw"))
+        job = train.bridge_job(args, tmp_path, "cpu")
+        went_in, saved = [], set()
+        for m in job.model.llm.blocks.modules():
+            if isinstance(m, torch.nn.Linear):
+                m.register_forward_pre_hook(lambda m, given: went_in.append(given[0].detach()))
+
+        def keep(t):
+            saved.add(t.untyped_storage().data_ptr())
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = job.loss(next(job.batches(0)))
+        loss.backward()
+        kept[stage] = sum(t.untyped_storage().data_ptr() in saved for t in went_in)
+        assert len(went_in) == 8
+    assert kept == {1: 0, 2: 8}             # stage 2 is the control
+
+
+def test_text_alone_wakes_no_eye(ground, tmp_path):
+    job = train.bridge_job(train.arguments(flags(ground, 2, tmp_path)), tmp_path, "cpu")
+    looks, last = [], []
+    job.model.vision.register_forward_hook(lambda *a: looks.append(1))
+    job.model.vision.blocks[-1].register_forward_hook(lambda *a: last.append(1))
+    micro = next(job.batches(0))
+    with torch.no_grad():
+        job.loss(micro)
+        assert len(looks) == 1 and not last             # CLIP's last block is never run
+        texts = [i for i in range(BATCH) if not (micro.ids[i] == data.IMAGE).any()]
+        job.loss(micro._replace(pixels=None, **{name: getattr(micro, name)[texts] for name in (
+            "ids", "labels", "keep", "weights")}))
+    assert texts and len(looks) == 1
+
+
+# ------------------------------------------------------------------ which samples stand together
+
+def test_packing_fills_rows_and_loses_nobody():
+    dice = train.random.Random(0)
+    for _ in range(50):
+        lengths = [dice.randint(1, 40) for _ in range(dice.randint(1, 60))]
+        rows = data.pack(lengths, 64)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        sums = [sum(lengths[i] for i in row) for row in rows]
+        assert max(sums) <= 64 and rows == data.pack(lengths, 64)
+        assert sum(s <= 32 for s in sums) <= 1          # two half-empty rows would have been one
+    assert data.pack([3, 5, 2, 4], 7) == [[1, 2], [3, 0]]
+    with pytest.raises(data.BadData, match="65 tokens .* row of 64"):
+        data.pack([3, 65], 64)
+
+
+def test_a_sample_longer_than_a_row_is_named(ground, tmp_path):
+    args = train.arguments(flags(ground, 2, tmp_path, "--pack", 60))
+    with pytest.raises(data.BadData, match=r"sample \d+: .* row of --pack 60"):
+        next(train.bridge_job(args, tmp_path, "cpu").batches(0))
+
+
+@pytest.mark.skipif(not SAMPLER.exists(), reason=f"{SAMPLER} is not here")
+def test_the_official_order_of_samples():
+    for case in json.loads(SAMPLER.read_text())["cases"]:
+        given = case["lengths"], case["batch_size"], case["world_size"]
+        for seed, same in ((case["seed"], True), (case["seed"] + 1, False)):
+            order = data.modality_order(*given, torch.Generator().manual_seed(seed))
+            assert (order == case["indices"]) == same
+
+
+def test_steps_hold_one_kind_of_sample():
+    lengths = [i + 1 if i % 3 else -i - 1 for i in range(60)]
+    order = data.modality_order(lengths, 4, 2, torch.Generator().manual_seed(0))
+    assert sorted(order) == list(range(60))
+    steps = [order[i:i + 8] for i in range(0, 60, 8)]
+    assert all(len({lengths[i] > 0 for i in step}) == 1 for step in steps[:5])
+    assert order[40:] == sorted(order[40:])             # what is left of both kinds, by number
+    with pytest.raises(data.BadData, match="number 1 .* no words"):
+        data.modality_order([3, 0], 1, 1, None)

@@ -1,0 +1,199 @@
+"""The recipes with a Q-Former: what learns, at what rate, with which decay, and to the same bits."""
+
+import hashlib
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import llama
+import train
+
+TOY_PARTS = Path(__file__).parents[1] / "weights/toy"
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process(monkeypatch):
+    """Runs inside this process set threads, signals and determinism: put them back."""
+    monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
+    monkeypatch.setattr(train, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, queries=3))
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in
+                                                  (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(out, recipe, stage, *more, steps=3):
+    """Exit code of a short run."""
+    return train.train(train.arguments([
+        "--recipe", recipe, "--stage", str(stage), "--output-dir", str(out), "--batch", "2",
+        "--steps", str(steps), "--save-every", "1", "--threads", "1", *map(str, more)]))
+
+
+def sha(out):
+    return hashlib.sha256((out / "model/model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """blip2 and minigpt4, both stages each, three steps a stage."""
+    keep, generate = train.TOY_QFORMER, train.generate
+    train.TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, queries=3)
+    train.generate = lambda *a, **more: iter((5, 6, 7))
+    top = tmp_path_factory.mktemp("toy")
+    for recipe in ("blip2", "minigpt4"):
+        for stage in (1, 2):
+            assert run(top / recipe / f"stage{stage}", recipe, stage) == 0
+    train.TOY_QFORMER, train.generate = keep, generate
+    return top
+
+
+def weights(folder):
+    return data.load_weights(folder / "model")
+
+
+def test_every_stage_starts_where_the_one_before_ended(chain):
+    """And trains its parts alone: what is frozen has the bits of the stage before."""
+    first, second = weights(chain / "blip2/stage1"), weights(chain / "blip2/stage2")
+    third, fourth = weights(chain / "minigpt4/stage1"), weights(chain / "minigpt4/stage2")
+    tower = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    asks = "qformer.encoder.layer.0.attention.attention.query.weight"
+    tongue = "language_model.model.layers.0.mlp.down_proj.weight"
+    for a, b in ((first, second), (second, third), (third, fourth)):
+        assert torch.equal(a[tower], b[tower])
+    assert not torch.equal(first[asks], second[asks])           # blip2's second stage trains it
+    assert torch.equal(second[asks], third[asks]) and torch.equal(third[asks], fourth[asks])
+    own = llama.Llama.from_pretrained(TOY_PARTS / "llama").blocks[0].down.weight
+    assert all(torch.equal(w[tongue], own) for w in (second, third, fourth))
+    proj = "language_projection.weight"
+    assert not torch.equal(second[proj], third[proj])           # MiniGPT-4's is a new one
+    assert not torch.equal(third[proj], fourth[proj])
+
+
+def test_the_three_losses_are_logged_and_one_can_be_left_out(chain, tmp_path):
+    line = json.loads((chain / "blip2/stage1/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["loss"] == pytest.approx(line["itc"] + line["itm"] + line["itg"], abs=1e-4)
+    assert run(tmp_path / "run", "blip2", 1, "--losses", "itc,itm") == 0
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert "itg" not in line and line["loss"] == pytest.approx(line["itc"] + line["itm"], abs=1e-4)
+
+
+@pytest.mark.parametrize("recipe, stage", [("blip2", 1), ("blip2", 2), ("minigpt4", 1)])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(chain, tmp_path, recipe, stage,
+                                                        monkeypatch):
+    start = {("blip2", 2): ("--from", chain / "blip2/stage1/model"),
+             ("minigpt4", 1): ("--qformer", chain / "blip2/stage2/model")}.get((recipe, stage), ())
+    real, calls = train.save, []
+
+    def stopping(job, out, step, keep):
+        real(job, out, step, keep)
+        if step == 2 and not calls:
+            calls.append(step)
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", recipe, stage, *start)
+    assert run(tmp_path / "run", recipe, stage, *start, "--resume", "auto") == 0
+    assert sha(tmp_path / "run") == sha(chain / recipe / f"stage{stage}")
+    assert run(tmp_path / "other", recipe, stage, *start, "--seed", 1) == 0
+    assert sha(tmp_path / "other") != sha(chain / recipe / f"stage{stage}")
+
+
+# --------------------------------------------------------------------------------- the schedules
+
+def rates(recipe, stage, steps, **changes):
+    """The learning rate of every step of a row, in its own units."""
+    row = train.replace(train.RECIPES[recipe][stage - 1], **changes)
+    factor = train.factor_of(row, steps)
+    return [row.lr * factor(step) for step in range(steps)]
+
+
+def test_lavis_stands_still_within_an_epoch():
+    """1e-4 -> 1e-5 over ten epochs; the warm-up from 1e-6 happens in the first of them only."""
+    made = rates("blip2", 1, 100_000)
+    assert made[0] == pytest.approx(1e-6) and made[2500] == pytest.approx((1e-6 + 1e-4) / 2)
+    assert set(made[5000:10_000]) == {made[9999]} and made[9999] == pytest.approx(1e-4)
+    assert len(set(made[10_000:20_000])) == 1
+    assert made[10_000] == pytest.approx(1e-5 + 9e-5 * (1 + math.cos(math.pi / 10)) / 2)
+    late = rates("blip2", 1, 20_000)            # epochs of 2,000 steps: the warm-up breaks off
+    assert late[1999] < 5e-5 and late[2000] == pytest.approx(made[10_000])
+    smooth = rates("blip2", 1, 100_000, schedule="minigpt4")
+    assert len(set(smooth[10_000:20_000])) > 1                              # the control
+
+
+def test_minigpt4_falls_at_once_after_the_warm_up():
+    """Its cosine has been running since step 0: 9.707e-5 right after the warm-up."""
+    made = rates("minigpt4", 1, 20_000)
+    assert made[0] == pytest.approx(1e-6) and made[4999] == pytest.approx(1e-4, rel=1e-3)
+    assert made[5000] == pytest.approx(9.707e-5, rel=1e-4)
+    assert made[-1] == pytest.approx(8e-5, rel=1e-4)
+    assert made[7500] < 9.5e-5
+    assert rates("minigpt4", 1, 20_000, schedule="lavis")[7500] > 9.5e-5    # the control
+
+
+def test_what_decays():
+    """Not vectors; and a number without dimensions in LAVIS's rule alone, as BLIP-2's temp."""
+    named = {"w": torch.nn.Parameter(torch.ones(2, 2)), "b": torch.nn.Parameter(torch.ones(2)),
+             "temp": torch.nn.Parameter(torch.tensor(.07))}
+
+    def decaying(recipe):
+        optimizer = train.adamw(named, train.RECIPES[recipe][0])
+        return {n for n, p in named.items() for g in optimizer.param_groups
+                if g["weight_decay"] == .05 and any(p is q for q in g["params"])}
+    assert decaying("blip2") == {"w", "temp"} and decaying("minigpt4") == {"w"}
+    assert not decaying("llava-1.5")
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+def test_parts_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(data.BadModel, match="stage 1 first"):
+        run(tmp_path / "blip2/stage2", "blip2", 2)
+    with pytest.raises(data.BadModel, match="run --recipe blip2"):
+        run(tmp_path / "minigpt4/stage1", "minigpt4", 1)
+    with pytest.raises(data.Usage, match="no such part"):
+        run(tmp_path / "run", "blip2", 1, "--train", "qformer,ear")
+
+
+@pytest.mark.parametrize("argv", [
+    ["--recipe", "blip2", "--bridge", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
+    ["--recipe", "llava", "--losses", "itc"], ["--recipe", "blip2", "--losses", ""],
+    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"], ["--told", "lies"]])
+def test_flags_that_do_not_fit_a_recipe(argv, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.arguments(["--stage", "1", *argv])
+    assert leaving.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("captions, why", [
+    (("", "a red star"), "sample 1.*no word"), (("a star", "A star!"), "no negatives"),
+    (("word " * 2000, "a red star"), None)])
+def test_odd_captions(tmp_path, captions, why):
+    """An empty one is refused by name, like ones have no negatives, a long one is cut."""
+    Image.new("RGB", (70, 50), "red").save(tmp_path / "one.png")
+    rows = [{"id": str(i), "image": "one.png", "conversations": [
+        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]}
+        for i, caption in enumerate(captions, 1)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    given = (tmp_path / "run", "blip2", 1, "--data", tmp_path / "rows.json", "--images", tmp_path)
+    if why:
+        with pytest.raises(data.BadData, match=why):
+            run(*given)
+    else:
+        assert run(*given) == 0
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+            assert math.isfinite(json.loads(line)["loss"])
+
+
+def test_a_batch_of_one_has_no_negatives(tmp_path):
+    with pytest.raises(data.BadData, match="no negatives"):
+        run(tmp_path / "run", "blip2", 1, "--batch", 1)
