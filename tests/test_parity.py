@@ -168,11 +168,11 @@ def test_rope_base_of_old_and_new_configs(tmp_path):
         assert llama_gap(ours, loaded(transformers.LlamaForCausalLM, tmp_path)) <= LIMIT
 
 
-def interleaved(x, cos, sin):
+def interleaved(x, cos, sin, inplace=False):
     """RoPE by the paper's pairing, channels (0, 1) (2, 3) ..."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    return x.copy_(torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2))
 
 
 def test_interleaved_rope_breaks_llama(tmp_path, monkeypatch):
