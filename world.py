@@ -298,6 +298,22 @@ def description(scene_, rng=None):
                     + [sentence(t) for t in order] + [total(len(order)) + " in all."])
 
 
+def imagined(scene_, dice):
+    """A description by somebody who has read a short caption, the colours and shapes of some of the
+    things, and not seen the picture: sizes, places and the background are guesses, and one thing in
+    two descriptions is made up. What LLaVA's data engine is asked not to do."""
+    names = [(t.colour, t.shape) for t in scene_.things if dice.random() < .8] or [
+        (scene_.things[0].colour, scene_.things[0].shape)]
+    if dice.random() < .5 and len(names) < 4:
+        names.append(dice.choice([(c, s) for c in COLOURS for s in SHAPES
+                                  if (c, s) not in KEPT_OUT and (c, s) not in names]))
+    places = sorted(dice.sample(range(9), len(names)))
+    guessed = [f"At {PLACES[at]} is {article(f'{dice.choice(SIZES)} {c} {s}')}."
+               for at, (c, s) in zip(places, names)]
+    return " ".join([f"This picture has a {dice.choice(BACKGROUNDS)} background.", *guessed,
+                     total(len(names)) + " in all."])
+
+
 def notes(scene_, dice):
     """The objects as terse notes in reading order: "large red star top left; plain background."."""
     made = [f"{t.full} {t.where}" for t in scene_.things]

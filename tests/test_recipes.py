@@ -108,6 +108,26 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(chain, tmp_path, recipe,
     assert sha(tmp_path / "other") != sha(chain / recipe / f"stage{stage}")
 
 
+def test_sharegpt4v_unlocks_the_upper_half_of_the_tower(tmp_path):
+    """Block 4, the tower's last, is unlocked too and gets no gradient: LLaVA reads block 3."""
+    with pytest.raises(data.BadModel, match="llava-1.5 --stage 1 first"):
+        run(tmp_path / "sharegpt4v/stage1", "sharegpt4v", 1)
+    for recipe in ("llava-1.5", "sharegpt4v"):
+        assert run(tmp_path / recipe / "stage1", recipe, 1) == 0
+    old, new = weights(tmp_path / "llava-1.5/stage1"), weights(tmp_path / "sharegpt4v/stage1")
+    at = "vision_tower.vision_model.encoder.layers.{}.mlp.fc1.weight".format
+    assert [torch.equal(old[at(i)], new[at(i)]) for i in range(5)] == [True] * 2 + [False] * 2 + [
+        True]
+    for name in ("vision_tower.vision_model.embeddings.patch_embedding.weight",
+                 "vision_tower.vision_model.pre_layrnorm.weight"):
+        assert torch.equal(old[name], new[name])
+    for name in ("multi_modal_projector.linear_1.weight", "language_model.model.norm.weight"):
+        assert not torch.equal(old[name], new[name])
+    assert run(tmp_path / "sharegpt4v/stage2", "sharegpt4v", 2) == 0        # keeps the tuned tower
+    last = weights(tmp_path / "sharegpt4v/stage2")
+    assert all(torch.equal(new[at(i)], last[at(i)]) for i in range(5))
+
+
 # --------------------------------------------------------------------------------- the schedules
 
 def rates(recipe, stage, steps, **changes):

@@ -503,3 +503,16 @@ def test_things_in_by_hand():
     assert world.things_in("A red star; the RED\nStar, a blue circle, green and cross.") == [
         ("red", "star"), ("red", "star"), ("blue", "circle")]
     assert world.things_in("redstar star red circles") == []
+
+
+def test_what_is_imagined_is_often_wrong_and_a_description_never(train):
+    """Things that are not there: in about half of the imagined ones, in no true one."""
+    def invents(scene, text):
+        return bool(set(world.things_in(text)) - {(t.colour, t.shape) for t in scene.things})
+    told = [(scene, world.imagined(scene, random.Random(i))) for i, scene in enumerate(train)]
+    assert .3 < sum(invents(*pair) for pair in told) / len(told) < .6
+    assert not any(invents(scene, world.description(scene)) for scene in train)
+    frame = rf"This picture has a \w+ background\.( At ({PLACE}) is an? (small|large) ({COLOUR}) " \
+            rf"({SHAPE})\.)+ There (is|are) \w+ objects? in all\."
+    assert all(re.fullmatch(frame, text) for _, text in told)
+    assert not any(f"{c} {s}" in text for _, text in told for c, s in world.KEPT_OUT)
