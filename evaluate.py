@@ -4,8 +4,9 @@
     python evaluate.py toy --model FOLDER [...]     questions and descriptions of unseen scenes
     python evaluate.py retrieval --model FOLDER     pictures for texts and texts for pictures
     python evaluate.py claims --only blip2,minigpt4 what the papers claim, in the toy world
+    python evaluate.py scienceqa | pope | llava-bench --model FOLDER --images DIR --out OUT ...
 
-Truth is known exactly, so no judge is needed. Three columns stand beside every accuracy:
+In the toy world truth is known exactly, so no judge is needed. Three columns stand beside every accuracy:
 
     majority   always the most frequent answer: a yes/no question is worth .5 before it is read
     other      the same model asked the same questions with another scene's picture
@@ -24,6 +25,9 @@ objects, a colour-shape pair each:
 whether or not it agrees with the paper. Retrieval is by the published score: the best few by
 ITC's cosine, ordered anew by match logit + cosine.
 
+The last three read the official files. OUT gets the answers in the official form, OUT.scores.json
+the scores; a run that was killed goes on from OUT.answers.jsonl.
+
 Next: README.md, the tables.
 """
 
@@ -31,6 +35,62 @@ import argparse
 import os
 
 CLAIMS = "blip2", "minigpt4"
+BENCHMARKS = {"scienceqa": "multiple choice, with and without pictures",
+              "pope": "is such a thing in the picture? yes or no",
+              "llava-bench": "open questions; a judge grades the answers"}
+
+
+def benchmark_flags(sub):
+    """What the three benchmarks take."""
+    made = [sub.add_parser(name, help=told, allow_abbrev=False)
+            for name, told in BENCHMARKS.items()]
+    science, pope, bench = made
+    for q in made:
+        q.add_argument("--model", required=True, help="folder or hub id")
+        q.add_argument("--images", required=True, help="folder of the pictures")
+        q.add_argument("--out", required=True, help="JSON lines: the answers")
+        q.add_argument("--max-new-tokens", type=int, default=128 if q is pope else 1024)
+        q.add_argument("--batch-size", type=int, default=8)
+        q.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+        q.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+        q.add_argument("--template", help="how the model is asked, if not as its config says")
+        q.add_argument("--debug", action="store_true", help="tracebacks")
+    science.add_argument("--problems", required=True, help="problems.json")
+    science.add_argument("--splits", required=True, help="pid_splits.json")
+    science.add_argument("--split", default="test")
+    science.add_argument("--form", choices=("CQM-A", "QCM-LEA"), default="CQM-A",
+                         help="LLaVA-1.5's question, or that of LLaVA trained on ScienceQA")
+    pope.add_argument("--questions", nargs="+", required=True, help="coco_pope_*.json: a row each")
+    bench.add_argument("--questions", required=True, help="qa90_questions.jsonl; questions.jsonl")
+    bench.add_argument("--context", required=True,
+                       help="caps_boxes_coco2014_val_80.jsonl; context.jsonl")
+    bench.add_argument("--references", required=True,
+                       help="qa90_gpt4_answer.jsonl; answers_gpt4.jsonl")
+    bench.add_argument("--endpoint", required=True, help="of the judge, such as https://host/v1; "
+                       "its other flags are those of instruct.py from --key-env on")
+    bench.add_argument("--endpoint-model", required=True, help="which model there is the judge")
+    bench.add_argument("--temperature", type=lambda t: None if t == "none" else float(t),
+                       default=.2, help="of the judge; none: what the endpoint likes")
+    bench.add_argument("--max-tokens", type=int, default=1024, help="of one review")
+
+
+def benchmark_fault(a):
+    """What is wrong with a benchmark's command line, or None."""
+    inputs = [getattr(a, name, None) for name in ("problems", "splits", "context", "references")]
+    inputs += a.questions if a.what == "pope" else [getattr(a, "questions", None)]
+    stems = [os.path.basename(x) for x in inputs if x]
+    wrong = {
+        f"--out {a.out}: not a file in a folder that exists":
+            os.path.exists(a.out) and not os.path.isfile(a.out)
+            or not os.path.isdir(os.path.dirname(a.out) or "."),
+        "--out would replace one of the benchmark's own files":
+            os.path.realpath(a.out) in [os.path.realpath(x) for x in inputs if x],
+        "--questions: two files of one name would be one row": len(set(stems)) < len(stems),
+        "--max-new-tokens, --batch-size and --max-tokens must be at least 1":
+            min(a.max_new_tokens, a.batch_size, getattr(a, "max_tokens", 1)) < 1,
+        "--temperature must be none, or 0 to 100": not 0 <= (getattr(a, "temperature", 0) or 0) <= 100,
+        f"unrecognized arguments: {' '.join(a.rest)}": a.rest and a.what != "llava-bench"}
+    return next((line for line, true in wrong.items() if true), None)
 
 
 def arguments(argv=None):
@@ -54,7 +114,13 @@ def arguments(argv=None):
                        help="held-out scenes")
         q.add_argument("--out", help="write the figures to this JSON file too")
         q.add_argument("--debug", action="store_true", help="tracebacks")
-    a = p.parse_args(argv)
+    benchmark_flags(sub)
+    a, rest = p.parse_known_args(argv)
+    if a.what in BENCHMARKS:
+        a.rest = rest                               # a judge's flags, which instruct.py knows
+        return p.error(benchmark_fault(a)) if benchmark_fault(a) else a
+    if rest:
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
     if a.scenes < 20:
         p.error("--scenes must be at least 20")
     if a.what == "claims":
@@ -70,6 +136,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -79,6 +146,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import instruct
 import world
 from clip import ViT
 import generate
@@ -470,10 +538,325 @@ def minigpt4_claims(args, seed, scenes):
             ("stage 2, noisy captions again", noisy))}}
 
 
+# ---------------------------------------------------------------------------------- the benchmarks
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTERS = "A", "B", "C", "D", "E"
+JUDGE = "You compare answers with care and grade them fairly."
+RULE = ("Two assistants have answered the question above, which a person asked while looking at a "
+        "picture. You cannot see it; the context above tells what it shows, {}.\nGrade each answer "
+        "from 1 to 10, the better the higher: does it help, does it keep to the question, is it "
+        "true of the picture, does it tell enough?\nBegin with a line that holds two numbers with "
+        "a space between them and nothing else, the grade of Assistant 1 and that of Assistant 2. "
+        "From the next line on give your reasons in full. Take no side, and do not let it matter "
+        "which answer you read first.")
+KNOWN = "in a few sentences", ("in five sentences, and in the corners of its objects as (left, top, "
+                               "right, bottom) in parts of its width and height, from 0 to 1")
+FITS = {"text": lambda v: isinstance(v, str) and not instruct.broken(v),
+        "a whole number": lambda v: type(v) is int,
+        "texts": lambda v: isinstance(v, list) and all(map(FITS["text"], v)),
+        "objects": lambda v: isinstance(v, list) and all(isinstance(x, dict) for x in v),
+        "numbers": lambda v: isinstance(v, list) and all(type(x) in (int, float) for x in v),
+        "null": lambda v: v is None}
+
+
+def checked(where, row, **kinds):
+    """The row and its place, if every field is of its kind, as "text or null". Raises BadData."""
+    for name, kind in kinds.items():
+        value = row.get(name) if isinstance(row, dict) else None
+        if not any(FITS[k](value) for k in kind.split(" or ")):
+            raise data.BadData(f"{where}.{name}: must be {kind}, in valid UTF-8: correct the row")
+    return {**row, "where": where}
+
+
+def table(path, key, **kinds):
+    """{value of `key`: row} of a file of JSON lines, in its order. Raises data.BadData."""
+    rows, where = {}, str(path)
+    try:
+        if not os.path.isfile(path):                    # opening a pipe would hang
+            raise OSError("no such file")
+        for i, line in enumerate(Path(path).read_bytes().decode("utf-8-sig").split("\n"), 1):
+            where = f"{path}: line {i}"
+            if line.strip():
+                row = checked(where, data._parse(line), **kinds)
+                if row[key] in rows:
+                    raise data.BadData(f"{where}.{key}: {row[key]!r} is there twice: remove one")
+                rows[row[key]] = row
+    except (OSError, ValueError, RecursionError) as error:
+        raise data.BadData(f"{where}: cannot be read as JSON lines ({error})") from None
+    if not rows:
+        raise data.BadData(f"{path}: holds no rows: give the official file")
+    return rows
+
+
+def write_lines(path, rows):
+    """JSON lines, whole or not at all."""
+    aside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def replies(args, jobs, journal):
+    """The model's answers, greedy as in LLaVA-1.5's tables; a picture stands before its question."""
+    model = generate.load(args)
+    if data.TEMPLATES[model.template].style == "plain":
+        raise data.Usage(f"{args.model}: has learnt to caption, not to answer: take a model of "
+                         "stage 2, or ask this one with --template v1")
+    for _, some in instruct.chunks(jobs, journal, args.batch_size):
+        seen = [generate.see(data.picture_path(args.images, job.image), model) if job.image
+                else (None, None) for job in some]
+        rows = [generate.ask([job.request], model.template, model.words) if job.image else
+                data.chat_ids([{"from": "human", "value": job.request}], model.template,
+                              model.words, pictures=0) for job in some]
+        said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
+                              max_new_tokens=args.max_new_tokens)
+        yield [(job, "".join(generate.spell(x, model.words)).strip(), "")
+               for job, x in zip(some, said)]
+
+
+def answered(args, asked):
+    """Answers in the official form, written to --out, to questions {where, id, image, text, shown
+    (the prompt as it is written down), metadata}.
+
+    POPE's files share many of their questions: what is equal is put once."""
+    who = (args.what, instruct.weights_of(data.resolve(args.model)), args.template, args.dtype,
+           args.max_new_tokens)
+    jobs, size = [], {None: 0}
+    for q in asked:
+        try:
+            if q["image"] not in size:
+                size[q["image"]] = data.picture_path(args.images, q["image"]).stat().st_size
+        except data.BadData as error:
+            raise data.BadData(f"{q['where']}: {error}") from None
+        key = instruct.key_of(*who, q["image"], size[q["image"]], q["text"])
+        jobs.append(instruct.Job(str(q["id"]), q["image"], key, q["text"]))
+    once, journal = list({job.key: job for job in jobs}.values()), instruct.Journal(args.out)
+    with journal.file:
+        if any(job not in journal for job in once):
+            instruct.collect(once, replies(args, once, journal), journal, args.what)
+        said = [text for _, text, _ in instruct.answered(jobs, journal)]
+    rows = [{"question_id": q["id"], "prompt": q.get("shown", q["text"]), "text": text,
+             # theirs is drawn; ours is a hash, so that another answer has another id
+             "answer_id": instruct.key_of(job.key, q["id"], q.get("metadata"), text),
+             "model_id": str(args.model), "metadata": q.get("metadata", {})}
+            for q, job, text in zip(asked, jobs, said)]
+    write_lines(args.out, rows)
+    return rows
+
+
+def exam_question(problem, form):
+    """A problem of ScienceQA as the model reads it, behind the picture if there is one."""
+    question, hint, choices = problem["question"], problem["hint"].strip(), problem["choices"]
+    if form == "QCM-LEA":           # convert_sqa_to_llava.py: for a model that lectures first
+        options = " ".join(f"({n}) {c}" for n, c in zip(LETTERS, choices))
+        text = f"Question: {question}\nContext: {hint or 'N/A'}\nOptions: {options}"
+        # quirk: two spaces become one, once; "Question: " goes wherever it stands
+        text = text.replace("  ", " ").strip().replace("Question: ", "")
+        return text.replace(data.MARK, "").strip()
+    # quirk: no released script writes this form; it is that of the released llava_test_CQM-A.json
+    lines = [f"Context: {hint}"] * bool(hint) + [question]
+    lines += [f"{n}. {c}" for n, c in zip(LETTERS, choices)]
+    return "\n".join(lines).replace(data.MARK, "").strip() + f"\n{LETTER}"
+
+
+def chosen(text, choices):
+    """Which of so many choices an answer takes, by eval_science_qa.py; -1: one cannot tell."""
+    hits = re.findall("The answer is ([A-Z]).", text)   # quirk: any sign may stand for the full stop
+    letter = (text if text in LETTERS else text[0] if text[:1] in LETTERS and text[1:3] == ". " else
+              hits[0] if len(hits) == 1 else None)
+    return LETTERS.index(letter) if letter in LETTERS[:choices] else -1
+
+
+def scienceqa(args):
+    """Print the accuracy by ScienceQA's own groups; an answer without a letter is wrong.
+
+    [ScienceQA] 2209.09513. The columns of LLaVA's table; its test split has 4,241 questions."""
+    problems, splits = instruct.read_json(args.problems), instruct.read_json(args.splits)
+    ids = splits.get(args.split) if isinstance(splits, dict) else None
+    if not isinstance(ids, list) or not ids or not isinstance(problems, dict):
+        raise data.BadData(f"{args.splits}: has no list {args.split!r}, or {args.problems} is no "
+                           "table: give pid_splits.json and problems.json")
+    asked = []
+    for name in ids:
+        where = f"{args.problems}: {name}"
+        p = checked(where, problems.get(str(name)), question="text", choices="texts", hint="text",
+                    answer="a whole number", image="text or null", subject="text", grade="text")
+        if not 0 <= p["answer"] < len(p["choices"]) <= len(LETTERS):
+            raise data.BadData(f"{where}: needs 1 to 5 choices, and as answer the number of one, "
+                               "from 0: correct the row")
+        text = exam_question(p, args.form)
+        asked.append({**p, "id": name, "text": text, "image": p["image"] and f"{name}/{p['image']}",
+                      "shown": f"{data.MARK}\n{text}" if p["image"] else text})
+    groups, failed = {"all": []}, 0
+    for q, row in zip(asked, answered(args, asked)):
+        pick = chosen(row["text"], len(q["choices"]))
+        failed += pick < 0
+        low = q["grade"] in [f"grade{n}" for n in range(1, 7)]
+        for group in (q["subject"], "text context" * bool(q["hint"]),
+                      "image context" * bool(q["image"]),
+                      "no context" * (not q["hint"] and not q["image"]),
+                      "grades 1-6" if low else "grades 7-12", "all"):
+            groups.setdefault(group, []).append(pick == q["answer"])
+    groups.pop("", None)
+    made = {group: {"accuracy": sum(hits) / len(hits), "questions": len(hits)}
+            for group, hits in groups.items()}
+    print(f"ScienceQA, {args.split}, {args.form}: {failed} answer(s) without a letter, which is wrong")
+    for group, row in made.items():
+        print(f"  {group:<20}{row['accuracy']:.4f} of {row['questions']:,}")
+    return {"split": args.split, "form": args.form, "without a letter": failed, "groups": made}
+
+
+def denies(text):
+    """Is it a no? POPE's rule: by the words of the first sentence, without commas.
+
+    quirk: "NO" is a yes, like all that holds none of the three words between two spaces."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return any(no in words for no in ("No", "not", "no"))
+
+
+def pope(args):
+    """Print a row for each file. [POPE] 2305.10355. Precision and recall are those of yes.
+
+    Ours: a rate of nothing is 0."""
+    asked, counts = [], {}
+    for path in args.questions:
+        kind = Path(path).stem.removeprefix("coco_pope_")
+        if kind in counts:
+            raise data.Usage(f"--questions: two files would be the row {kind}: rename one")
+        counts[kind] = Counter()
+        for q in table(path, "question_id", question_id="a whole number or text", image="text",
+                       text="text", label="text").values():
+            if q["label"] not in ("yes", "no"):
+                raise data.BadData(f"{q['where']}.label: must be yes or no: correct the row")
+            asked.append({**q, "id": q["question_id"], "text": f"{q['text']}\n{SHORT}",
+                          "metadata": {"category": kind}})
+    for q, row in zip(asked, answered(args, asked)):
+        counts[q["metadata"]["category"]][not denies(row["text"]), q["label"] == "yes"] += 1
+    made, names = {}, ("accuracy", "precision", "recall", "F1", "yes rate")
+    for kind, n in counts.items():
+        hit, total = n[True, True], n.total()
+        yes, there = hit + n[True, False], hit + n[False, True]
+        rates = ((hit + n[False, False]) / total, hit / max(1, yes), hit / max(1, there),
+                 2 * hit / max(1, yes + there), yes / total)
+        made[kind] = {"questions": total, **dict(zip(names, rates))}
+    print(f"{'POPE':<16}{'questions':>10}" + "".join(f"{name:>11}" for name in names))
+    for kind, row in made.items():
+        print(f"{kind:<16}{row['questions']:>10,}" + "".join(f"{row[n]:>11.4f}" for n in names))
+    return made
+
+
+def bench_questions(args):
+    """LLaVA-Bench's questions, each with what is known of its picture and the reference answer."""
+    seen, asked = table(args.context, "image", image="text"), []
+    best = table(args.references, "question_id", question_id="a whole number or text", text="text")
+    for q in table(args.questions, "question_id", question_id="a whole number or text",
+                   image="text", text="text", category="text").values():
+        about, name = seen.get(q["image"]), q["question_id"]
+        if about is None or name not in best or q["category"] not in ("conv", "detail", "complex"):
+            raise data.BadData(f"{q['where']}: its image has no context, its question_id no "
+                               "reference, or its category is none of conv, detail and complex: "
+                               "are the three files of one benchmark?")
+        # COCO: captions and instances. In the wild: caption, one text or several
+        boxes, lines = about.get("instances"), about.get("captions", about.get("caption"))
+        lines = [lines] if isinstance(lines, str) else lines
+        checked(about["where"], {"captions": lines, "instances": boxes}, captions="texts",
+                instances="objects or null")
+        known = "\n".join(lines) + "\n\n" * (boxes is not None) + "\n".join(
+            f"{b['category']}: {b['bbox']}" for b in boxes or () if checked(
+                about["where"], b, category="text", bbox="numbers"))
+        asked.append({**q, "id": name, "known": known, "boxes": boxes is not None,
+                      "best": best[name]})
+    return asked
+
+
+def grades(review):
+    """[the reference's, the answer's] from a review's first line; [-1, -1] if there are not two.
+
+    quirk: a comma is a space, so "8,9" is read and "8, 9", with two, is not."""
+    try:
+        pair = [float(word) for word in review.split("\n")[0].replace(",", " ").split(" ")]
+    except ValueError:
+        pair = []
+    return pair if len(pair) == 2 and all(0 <= g <= 100 for g in pair) else [-1, -1]
+
+
+def relative(pairs):
+    """The answers' mean grade in percent of the references', and both means, as rounded by
+    summarize_gpt_review.py. quirk: what has no grades counts as -1 in both."""
+    reference, answer = (round(sum(column) / len(pairs), 3) for column in zip(*pairs))
+    if reference <= 0:
+        raise data.BadData("the references have no grades: read the reviews; is the judge up to "
+                           "it, or cut off by --max-tokens?")
+    return {"score": round(100 * answer / reference, 1), "reference": reference, "answer": answer,
+            "questions": len(pairs)}
+
+
+def llava_bench(args):
+    """Print the score by category: what a judge, who sees captions only, gives to the answers in
+    percent of what it gives to the references. Files and layout are LLaVA's, the words are ours.
+
+    Published figures had gpt-4-0314 as judge, which is gone: scores of two judges do not compare."""
+    flags = argparse.ArgumentParser(prog="evaluate.py llava-bench", allow_abbrev=False)
+    for flag, how in instruct.ASKING.items():
+        flags.add_argument(flag, **how)
+    flags.parse_args(args.rest, args)
+    args.seed = 0
+    like = {**vars(args), "what": "conversation", "captions": True, "toy": None, "llm": None}
+    if wrong := instruct.fault(argparse.Namespace(**like)):     # of an endpoint: the same there
+        raise data.Usage(wrong)
+    asked, jobs = bench_questions(args), []
+    rows = answered(args, asked)
+    for q, row in zip(asked, rows):
+        # quirk: they have a rule for each category, all three the same
+        sent = (("system", JUDGE), ("user", (
+            f"[Context]\n{q['known']}\n\n[Question]\n{q['text']}\n\n"
+            f"[Assistant 1]\n{q['best']['text']}\n\n[End of Assistant 1]\n\n"
+            f"[Assistant 2]\n{row['text']}\n\n[End of Assistant 2]\n\n"
+            f"[System]\n{RULE.format(KNOWN[q['boxes']])}\n\n")))
+        key = instruct.key_of(args.endpoint_model, args.temperature, args.max_tokens, sent)
+        jobs.append(instruct.Job(str(q["id"]), None, key, sent))
+    journal = instruct.Journal(f"{args.out}.reviews")
+    with journal.file:
+        if not instruct.over_http(args, jobs, journal):
+            return None
+        if lost := [job.name for job in jobs if job not in journal]:
+            raise data.BadData(f"{len(lost)} review(s) are missing, first that of question "
+                               f"{lost[0]}: run the same command again")
+        said = [text for _, text, _ in instruct.answered(jobs, journal)]
+    reviews = [{"id": i, "question_id": q["id"], "answer1_id": q["best"].get("answer_id", q["id"]),
+                "answer2_id": row["answer_id"], "content": text, "tuple": grades(text),
+                "category": ("" if q["boxes"] else "llava_bench_") + q["category"]}
+               for i, (q, row, text) in enumerate(zip(asked, rows, said), 1)]
+    write_lines(f"{args.out}.reviews.jsonl", reviews)
+    groups = {}
+    for row in reviews:
+        for group in (row["category"], "all"):
+            groups.setdefault(group, []).append(row["tuple"])
+    graded = [pair for pair in groups["all"] if pair != [-1, -1]]
+    made = {group: relative(pairs) for group, pairs in sorted(groups.items())}
+    print(f"LLaVA-Bench, judged by {args.endpoint_model}: percent of the references")
+    for group, row in made.items():
+        print(f"  {group:<22}{row['score']:6.1f}   {row['answer']:.3f} to {row['reference']:.3f}, "
+              f"{row['questions']} questions")
+    if len(graded) < len(reviews):
+        print(f"  {len(reviews) - len(graded)} review(s) without two grades count as -1 to -1, the "
+              f"official way; without them, all: {relative(graded)['score']:.1f}")
+    return {"judge": args.endpoint_model, "graded": len(graded), "groups": made}
+
+
 def main(args):
-    made = {"parts": parts, "toy": toy, "retrieval": retrieval, "claims": claims}[args.what](args)
-    if args.out:
-        Path(args.out).write_text(json.dumps(made, indent=1) + "\n")
+    made = {"parts": parts, "toy": toy, "retrieval": retrieval, "claims": claims,
+            "scienceqa": scienceqa, "pope": pope, "llava-bench": llava_bench}[args.what](args)
+    if args.out and made:                   # none if only the judge's cost was asked for
+        path = f"{args.out}.scores.json" if args.what in BENCHMARKS else args.out
+        Path(path).write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@
                 2       stage 1 + LLaMA                 Q-Former, linear    turn queries into words
     minigpt4    1       blip2's Q-Former + LLaMA        linear              caption
                 2       stage 1                         linear              describe at length
+    sharegpt4v  1       llava-1.5's stage 1             half the ViT, rest  describe at length
+                2       stage 1                         bridge + LLaMA      answer about pictures
 
 A recipe is two rows of one table, below: what the paper and the released script say. Every field
 is a flag too. `--base toy` (shipped) runs on two CPU cores; its sizes have their own small table.
@@ -92,6 +94,14 @@ RECIPES = {
         Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4", "squash",
               3e-5, 12, 5, 1000, 200, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=1e-5,
               told="details")),
+    # [ShareGPT4V] 2311.12793, its pretrain.sh and finetune.sh. Stage 1 goes on from LLaVA-1.5's
+    # stage 1. The tuned tower is saved inside the model; officially in a folder apart.
+    # quirk: block 23 is unlocked, but LLaVA reads the block before it, so that nothing moves it.
+    "sharegpt4v": (
+        Stage("ShareGPT4V, November 2023", "mlp", ("vision.blocks.12+", "bridge", "llm"), "plain",
+              "square", 2e-5, 256, told="descriptions"),
+        Stage("ShareGPT4V, November 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128,
+              order="modality", told="dialogue")),
 }
 # What two CPU cores need instead: a model 5,000 times smaller wants larger steps and fewer.
 LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
@@ -102,7 +112,9 @@ TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
        "minigpt4": (dict(lr=1e-2, batch=16, steps=300, warmup=.05, clip=1.0, warm_lr=0.,
                          min_lr=8e-3),
                     dict(lr=3e-3, batch=12, steps=100, warmup=.05, clip=1.0, warm_lr=0.,
-                         min_lr=1e-3))}
+                         min_lr=1e-3)),
+       "sharegpt4v": (dict(lr=1e-3, batch=12, steps=300, clip=1.0,
+                           train=("vision.blocks.2+", "bridge", "llm")), LLAVA_TOY[1])}
 TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, queries=16)
 BASES = {"toy": ("weights/toy/clip", "weights/toy/llama"),
          "7b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"),
@@ -209,8 +221,9 @@ def arguments(argv=None):
         p.error(f"--schedule {r.schedule!r} must be llava, lavis or minigpt4")
     if set(r.losses) - {"itc", "itm", "itg"} or bool(r.losses) == bool(r.template):
         p.error("--losses takes itc, itm and itg with a comma, for stage 1 of blip2 and no other")
-    if r.told not in ("captions", "dialogue", "short", "web", "details"):
-        p.error(f"--told {r.told!r} must be captions, dialogue, short, web or details")
+    told = "captions", "dialogue", "short", "web", "details", "descriptions", "imagined"
+    if r.told not in told:
+        p.error(f"--told {r.told!r} must be one of {', '.join(told)}")
     if a.show_batch and (a.stage == 0 or r.losses):
         p.error("--show-batch is for stages 1 and 2, and not for BLIP-2's first, which has no "
                 "labels")
@@ -248,6 +261,7 @@ import hashlib
 import json
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -256,7 +270,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -500,6 +514,20 @@ class Stop:
         self.code = 0
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             signal.signal(number, lambda n, frame, code=code: self.ask(n, code))
+        if ranks() > 1:                 # torchrun sends SIGTERM, too, when a rank has died
+            told, tells = os.pipe()
+            os.set_blocking(tells, False)
+            signal.set_wakeup_fd(tells)
+            threading.Thread(target=self.patience, args=(told,), daemon=True).start()
+
+    @staticmethod
+    def patience(told):
+        """One that waits for a dead rank runs no Python: this thread ends it."""
+        os.read(told, 1)
+        time.sleep(25)
+        print("error: asked to stop 25 s ago, and the other ranks do not answer: go on with "
+              "--resume auto", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def ask(self, number, code):
         if self.code and number == signal.SIGINT:
@@ -746,13 +774,15 @@ def toy_sample(seed, stage, index, told):
     """Sample of the toy world, a function of its arguments: (picture, conversation).
 
     told: captions (short ones and descriptions), dialogue, short (one of five short captions),
-    web (noisy ones), details (descriptions of a few pictures, again and again)."""
+    web (noisy ones), descriptions, details (those of a few pictures, again and again), imagined
+    (descriptions by somebody who has read a short caption and not seen the picture)."""
     if told == "details":
         index %= DETAILS
     scene, dice = world.scene(f"{seed}-{stage}-{index}"), random.Random(f"{seed}-{stage}-{index}")
     if told != "dialogue":
-        text = (world.description(scene) if told == "details" else
+        text = (world.description(scene) if told in ("details", "descriptions") else
                 world.web_caption(scene, dice) if told == "web" else
+                world.imagined(scene, dice) if told == "imagined" else
                 dice.choice([world.description(scene)] * 5 * (told == "captions")
                             + world.captions(scene)))
         return world.draw(scene), [{"from": "human", "value": "<image>\n" + world.DESCRIBE[1]},
@@ -855,6 +885,9 @@ class Batches(torch.utils.data.Dataset):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
         self.words, self.side, self.places = model.words, model.image_size, model.places()
         self.device, self.planned, self.ahead = model.llm.embed.weight.device, (None, None), None
+        if not args.pack and args.row.batch % (args.accum * ranks):
+            raise data.Usage(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
+                             f"micro-batches on each of {ranks} ranks; give another, or --pack")
 
     def text(self, index):
         """(ids, labels) of a sample. Raises data.Failure with its name."""
@@ -1003,12 +1036,14 @@ def factor_of(row, steps):
 
 def set_trained(model, parts, lora=0):
     """The whole freezing policy: only the named parts learn, of a LLaMA with LoRA only what that
-    added. Returns {name: parameter}.
+    added. A part that ends in a number and + is a list from there on. Returns {name: parameter}.
 
     Raises data.Usage for a name that the model has no parameters for."""
     model.requires_grad_(False)
     for part in parts:
-        found = [p for n, p in model.named_parameters() if f"{n}.".startswith(f"{part}.")]
+        top, first = re.fullmatch(r"(.*?)(?:\.(\d+)\+)?", part).groups()
+        found = [p for n, p in model.named_parameters() if f"{n}.".startswith(f"{top}.") and (
+            first is None or int(n[len(top) + 1:].split(".")[0]) >= int(first))]
         if not found:
             tops = ", ".join(dict.fromkeys(n.split(".")[0] for n, _ in model.named_parameters()))
             raise data.Usage(f"--train {part}: the model has no such part; it has {tops}, and "
@@ -1112,10 +1147,14 @@ def bridge_job(args, out, device):
     """Stages 1 and 2 of everything that has a LLaMA."""
     row, samples = args.row, Samples(args)
     steps = samples.steps()
-    start = str(args.start or (out.parent / "stage1/model" if args.stage == 2 else "none"))
+    before = ("none" if args.stage == 1 else out.parent / "stage1/model")
+    if args.stage == 1 and args.recipe == "sharegpt4v":
+        before = out.parents[1] / "llava-1.5/stage1/model"
+    start = str(args.start or before)
     if args.start is None and start != "none" and not Path(start).exists():
-        raise data.BadModel(f"{start}: stage 2 starts from stage 1's model and there is none; run "
-                            "--stage 1 first, or give --from FOLDER or --from none")
+        raise data.BadModel(f"{start}: this stage starts from that model and there is none; run "
+                            f"{'--recipe llava-1.5 ' * (args.stage == 1)}--stage 1 first, or give "
+                            "--from FOLDER or --from none")
     if start == "none" or args.recipe == "blip2":
         model = new_model(args, start, out)
         if args.projector:
@@ -1241,7 +1280,7 @@ def kinds_of(args):
     if args.data:
         rows = data.read_conversations(args.data)
         some = rows[::-(-len(rows) // 200)]
-        talks = [("image" in r, r["conversations"]) for r in some]
+        talks = [(r.get("image") is not None, r["conversations"]) for r in some]
         total, source = len(rows), f"{len(talks)} samples of {args.data}"
     elif args.base == "toy":
         talks = [(True, toy_sample(args.seed, args.stage, i, row.told)[1]) for i in range(64)]
@@ -1273,7 +1312,7 @@ def products(module):
 
 
 def flops(model):
-    """A function that counts the FLOPs of a sample: forward, backward, computed again, the eye's."""
+    """A function that counts a sample's FLOPs: forward, backward, computed again, the eye's."""
     c, eye, places, P = model.llm.config, model.vision, model.places(), model.patches + 1
     blocks = eye.blocks[:-1] if eye.config.tail else eye.blocks
     seen = 2 * P * eye.patch.numel() + P * products(blocks)[0] + (
@@ -1299,7 +1338,8 @@ def kept(model, tokens, learned, pictures, policy, stream=2, made=2, kernels=Tru
 
     stream: bytes of a number that goes from layer to layer; made: of one that a matrix product has
     made (2 where stream is 4: autocast). kernels: what kernels/ keep, or what PyTorch's functions
-    in their place do. offload: all but two regions on the host. The terms are those of kernels/checkpoint.py."""
+    in their place do. offload: all but two regions on the host. kernels/checkpoint.py has the terms
+    one by one."""
     c, llm = model.llm.config, model.llm
     C, F, L, V, own = c.width, c.mlp, c.depth, c.vocab, c.heads * c.head_dim
     trains = any(p.requires_grad for p in llm.blocks.parameters())
@@ -1339,6 +1379,7 @@ def kept(model, tokens, learned, pictures, policy, stream=2, made=2, kernels=Tru
         "full": whole + again + segment * sparing, "attention": whole + again,
         "none": F * made, None: 0}[policy]) + made * max(p.numel() for p in matrices)
     return tokens * blocks + made * pictures * bridge + last, backward
+
 
 def widths(args):
     """Bytes of a weight and of what a matrix product makes of it."""
@@ -1422,7 +1463,8 @@ def advice(args, space, kinds):
 
 def settle(args):
     """Row length and policy as the card at hand allows, where the flags leave them open."""
-    found = args.free and choose(blank(args), args, kinds_of(args)[1], room())
+    gpus = int(os.environ.get("WORLD_SIZE", 1))                 # torchrun's
+    found = args.free and choose(blank(args), args, kinds_of(args)[1], room(), gpus)
     if found is None:
         raise data.Usage(f"does not fit into {room() / 1e9:.1f} GB of "
                          f"{torch.cuda.get_device_name()}; --plan says what would")
@@ -1440,7 +1482,7 @@ def gauged(loss, model, args):
         return x.detach()
 
     def first(micro):
-        if told:
+        if told or ranks() > 1:                 # a rank's layers are whole only while they run
             return loss(micro)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             value = loss(micro)
@@ -1461,7 +1503,7 @@ def gauged(loss, model, args):
         if told and told[0]:
             print(f"kept for backward: {sum(found.values()) / 1e6:,.1f} MB, forecast "
                   f"{told[0][0] / 1e6:,.1f} MB")
-        if told and torch.cuda.is_available():
+        if told and told[0] and model.llm.embed.weight.is_cuda:
             print(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:,.2f} GB, forecast "
                   f"{(sum(state(model, args).values()) + sum(told[0])) / 1e9:,.2f} GB")
     return first, report
@@ -1793,23 +1835,23 @@ def show(samples, words, args):
 
 def train(args):
     """One run; returns an exit code."""
-    if args.plan:
-        plan(args)
-        return 0
     torch.manual_seed(args.seed)
     if args.threads or args.stage == 0:
         torch.set_num_threads(args.threads or 1)
+    if args.row.template and args.row.template not in data.TEMPLATES:
+        raise data.Usage(f"--template {args.row.template!r} is unknown: choose one of "
+                         f"{', '.join(data.TEMPLATES)}")
+    if args.plan:
+        plan(args)
+        return 0
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = best if args.device == "auto" else args.device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise data.Usage(f"--device {device} is not to be had here; give cpu, or auto") from None
-    if device != "cpu" and args.stage and not args.row.losses:
+    if device.startswith("cuda") and args.stage and not (args.row.losses or args.show_batch):
         settle(args)
-    if args.row.template and args.row.template not in data.TEMPLATES:
-        raise data.Usage(f"--template {args.row.template!r} is unknown: choose one of "
-                         f"{', '.join(data.TEMPLATES)}")
     torch.use_deterministic_algorithms(True, warn_only=True)
     if args.show_batch:
         show(Samples(args), data.Tokenizer(data.resolve(parts(args)[1])), args)
@@ -1829,17 +1871,34 @@ def train(args):
                     return code
         return 0
     out = Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")
-    with claim(out):
-        check(out, args)
-        if args.resume and (out / "model").exists():
-            print(f"{out / 'model'} is finished already")
-            return 0
-        job = (retriever_job if args.row.losses else bridge_job)(args, out, device)
-        if args.dtype != "fp32":
-            fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
-            job.dtype = torch.bfloat16 if fast or args.dtype == "bf16" else torch.float32
-        manifest(out, args, job)
-        return fit(job, out, args)
+    device = join(device)
+    if ranks() > 1 and args.row.losses:
+        raise data.Usage("torchrun is for stages with a LLaMA; start this one with python")
+    try:
+        with claim(out) if rank() == 0 else nullcontext():
+            if rank() == 0:
+                check(out, args)
+            if args.resume and (out / "model").exists():
+                print(f"{out / 'model'} is finished already")
+                return 0
+            job = (retriever_job if args.row.losses else bridge_job)(args, out, device)
+            if args.dtype != "fp32":
+                fast = device != "cpu" or torch.cpu._is_amx_tile_supported()
+                job.dtype = torch.bfloat16 if fast or args.dtype == "bf16" else torch.float32
+            if rank() == 0:
+                manifest(out, args, job)
+            code = fit(job, out, args)
+            summed(0)                           # nobody goes before all is written
+            return code
+    except RuntimeError as error:
+        if ranks() == 1 or not re.search("peer|gloo|NCCL", str(error)):
+            raise
+        why = str(error).strip().splitlines()[0][:100]
+        raise data.TrainingFailed(f"another rank is gone ({why}): see what it said, and go on with "
+                                  "--resume auto") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
