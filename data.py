@@ -27,10 +27,17 @@ A picture becomes (x/255 − mean) / std after Pillow's bicubic resize, equal to
     squash  straight to S×S, whatever its shape                                BLIP-2, MiniGPT-4
 
 Weights are safetensors only: a pickle can run code when it is opened, so none is ever opened.
+
+    python data.py                              one conversation, its learned tokens in [ ]
+    python data.py show FILE --sample 3         the same for the third row of a file
+    python data.py check FILE --images DIR      all that would stop training, a line a fault
+
 Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLaVA15] 2310.03744
 Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py
 """
+import argparse
 import errno
+import itertools
 import json
 import math
 import mmap
@@ -38,10 +45,12 @@ import os
 import re
 import struct
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -99,11 +108,24 @@ def guarded(main, debug: bool = False) -> int:
         return code
 
 
+def _number(kind):
+    """A parser of JSON's numbers that refuses infinite ones, and longer ones than are in use."""
+    def parse(text):
+        if len(text) > 400:
+            raise ValueError(f"a number of {len(text):,} digits")
+        if kind is float and not math.isfinite(kind(text)):     # Python reads 1e999 as infinity
+            raise ValueError(f"{text} is not JSON")
+        return kind(text)
+    return parse
+
+
+_STRICT = dict(parse_int=_number(int), parse_float=_number(float), parse_constant=_number(float))
+_JSON = json.JSONDecoder(**_STRICT)
+
+
 def _parse(text: str, **options):
     """json.loads without the NaN and Infinity that Python adds. ValueError or RecursionError."""
-    def refuse(name):
-        raise ValueError(f"{name} is not JSON")
-    return json.loads(text, parse_constant=refuse, **options)
+    return json.loads(text, **_STRICT, **options)
 
 
 def _json(path, limit: int):
@@ -488,17 +510,8 @@ def _mismatch(text, t: Template, tokenizer, pictures, ids) -> bool:
     return count < tokenizer.max_length and count != total
 
 
-def encode(conversation, template: str, tokenizer, has_image: bool = True,
-           official_quirks: bool = False) -> tuple[list[int], list[int]]:
-    """One training sample: (ids, labels), lists of equal length T (llava/train/train.py).
-
-    conversation: [{"from": "human"|"gpt", "value": str}]; user and assistant are accepted too.
-    has_image: <image> marks the picture; otherwise it is ordinary text.
-    Equal to the official code wherever that prints no warning, save where the text itself holds
-    </s> or a role marker. Where it warns of a mismatch it learns nothing; here the answers are
-    learned, unless official_quirks asks for its behaviour.
-    mpt and chatml learn the answers with their end, which the official arithmetic misses by one.
-    Raises BadData for an unknown template or role, or speakers that do not alternate."""
+def _training_pieces(conversation, template, has_image) -> tuple[Template, list]:
+    """The first half of `encode`: the template, and `_pieces` of a sample that it can hold."""
     t, turns = _turns(conversation, template)
     if t.style not in ("single", "plain"):
         turns = _alternating(turns)
@@ -514,7 +527,21 @@ def encode(conversation, template: str, tokenizer, has_image: bool = True,
     if has_image:       # the picture comes first in its turn, and twice in one turn is once
         turns = [(a, f"{MARK}\n{v.replace(MARK, '').strip()}".strip().replace(MARK, t.picture)
                   if MARK in v else v) for a, v in turns]
-    pieces = list(_pieces(turns, t, training=True))
+    return t, list(_pieces(turns, t, training=True))
+
+
+def encode(conversation, template: str, tokenizer, has_image: bool = True,
+           official_quirks: bool = False) -> tuple[list[int], list[int]]:
+    """One training sample: (ids, labels), lists of equal length T (llava/train/train.py).
+
+    conversation: [{"from": "human"|"gpt", "value": str}]; user and assistant are accepted too.
+    has_image: <image> marks the picture; otherwise it is ordinary text.
+    Equal to the official code wherever that prints no warning, save where the text itself holds
+    </s> or a role marker. Where it warns of a mismatch it learns nothing; here the answers are
+    learned, unless official_quirks asks for its behaviour.
+    mpt and chatml learn the answers with their end, which the official arithmetic misses by one.
+    Raises BadData for an unknown template or role, or speakers that do not alternate."""
+    t, pieces = _training_pieces(conversation, template, has_image)
     count = -1 if has_image else 0
     ids, flags = _tokenise(pieces, tokenizer, count)
     if t.style == "single" and not has_image:
@@ -604,48 +631,190 @@ def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
 
 # ---------------------------------------------------------------- conversations on disk
 
-def _row(row, where: str) -> dict:
-    """Check one sample; give it an id if it has none."""
-    if not isinstance(row, dict):
-        raise BadData(f"{where}: a sample must be an object with conversations")
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise BadData(f"{where}: conversations must be a list of turns, and is missing or empty")
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in list(_ROLE):
-            raise BadData(f"{where}: each turn needs from: human or gpt")
-        if not isinstance(turn.get("value"), str):
-            raise BadData(f"{where}: each turn needs value: text")
-    name = row.get("image")
-    if "image" in row and not (isinstance(name, str) and name):
-        raise BadData(f"{where}: image must be a file name; leave the key out for text alone")
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{},:]|[^][{},:"\s]+', re.S)
+
+
+def _text(path, limit: int, errors: str = "strict") -> str:
+    """A regular file of at most `limit` bytes, without its BOM. OSError or ValueError."""
+    if not os.path.isfile(path):                    # opening a pipe would hang, a device never end
+        raise OSError("not a file" if os.path.exists(path) else "no such file")
+    if (size := os.path.getsize(path)) > limit:
+        raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
+    return Path(path).read_bytes().decode("utf-8-sig", errors)
+
+
+def _usable(token: str) -> bool:
+    """Can this token of JSON be read? A number may be too long or infinite, bytes be no UTF-8."""
     try:
-        "".join([name or "", *(turn["value"] for turn in turns)]).encode()
-    except UnicodeEncodeError:
-        raise BadData(f"{where}: half a surrogate pair: save the file as valid UTF-8") from None
-    return {"id": where, **row}
+        token.encode()
+        return token[0] in '"[]{},:' or bool(_JSON.raw_decode(token))
+    except ValueError:
+        return False
+
+
+def _trouble(text: str, start: int, error) -> tuple[str, int | None]:
+    """Where the JSON value at `start` goes wrong: ("image: ", where the value ends).
+
+    The end is None if nobody can tell: from there on the text is no JSON."""
+    stop, path, key, field = getattr(error, "pos", None), [], "", None
+
+    def here():
+        names = (f"[{at}]" if type(at) is int else f".{at[:40]}" for at in path[:3] if at != "")
+        name = "".join(names).removeprefix(".")
+        return name + ": " * bool(name)
+
+    for found in _TOKEN.finditer(text, start, start + 10_000_000):      # seconds, not minutes
+        token = found.group()
+        if stop is not None and found.end() > stop:
+            break
+        if stop is None and field is None and (len(path) > 100 or not _usable(token)):
+            field = here()
+        if token in "[{":
+            path.append(0 if token == "[" else "")
+        elif token in "]}" and path:
+            path.pop()
+        elif token == "," and path and type(path[-1]) is int:
+            path[-1] += 1
+        elif token == ":" and path:
+            path[-1] = key
+        elif token[0] == '"':
+            key = token[1:-1]
+        if not path and stop is None:
+            return field or "", found.end()
+    return here() if field is None else field, None
+
+
+def _value(text: str, at: int = 0):
+    """(value or BadData, where it ends) of the JSON value that starts at `at`; end as above."""
+    try:
+        value, end = _JSON.raw_decode(text, at)
+        text[at:end].encode()                       # fails where the file's bytes were no UTF-8
+        return value, end
+    except (ValueError, RecursionError) as error:
+        field, end = _trouble(text, at, error)
+        why = "bytes that are no UTF-8" if isinstance(error, UnicodeError) else error
+        return BadData(f"{field}cannot be read as JSON ({why}): correct it"), end
+
+
+def read_json(path, limit: int = 2_000_000_000):
+    """A whole JSON file of at most `limit` bytes; its numbers are finite. Raises BadData."""
+    text = ""
+    try:
+        text = _text(path, limit)
+        return _parse(text)
+    except (OSError, ValueError, RecursionError) as error:
+        field, _ = _trouble(text, 0, error)
+        raise BadData(f"{path}: {field}unreadable JSON ({error}): replace the file") from None
+
+
+def _values(text: str):
+    """Yield (row, "row 3", value or BadData) of a JSON list, of cc_sbu_align's {"annotations":
+    list}, or of JSON lines. A row that cannot be read does not hide those behind it."""
+    head = re.match(r'\s*(\{\s*"annotations"\s*:\s*)?\[\s*', text)
+    if not head:
+        lines = enumerate((found.group().strip() for found in re.finditer(r"[^\n]*\n?", text)), 1)
+        for row, (i, line) in enumerate(((i, line) for i, line in lines if line), 1):
+            value, end = _value(line)
+            if end not in (None, len(line)):
+                value = BadData("cannot be read as JSON (more than one value): one row a line")
+            yield row, f"line {i}, row {row}", value
+        return
+    close = re.compile(r"\s*\]\s*\}\s*\Z" if head[1] else r"\s*\]\s*\Z")
+    comma, at = re.compile(r"\s*,\s*"), head.end()
+    for row in itertools.count(1) if not close.match(text, at) else ():
+        value, end = _value(text, at)
+        if end is None:
+            value = BadData(f"{value}; what follows was not read")
+        yield row, f"row {row}", value
+        if end is None or close.match(text, end):
+            return
+        if not (found := comma.match(text, end)):
+            yield row, f"row {row}", BadData("cannot be read as JSON (no comma or end of the list "
+                                             "behind it): correct it; what follows was not read")
+            return
+        at = found.end()
+
+
+def _row(row, where: str) -> list[dict]:
+    """The samples of one row: one, or one for each caption of a list of them."""
+    def text(field, value):
+        if not isinstance(value, str):
+            raise BadData(f"{field}: must be text: correct the row")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadData(f"{field}: half a surrogate pair: save the file as valid UTF-8") from None
+        return value
+
+    if not isinstance(row, dict):
+        raise BadData("a sample must be an object with conversations, or with image and caption")
+    kind = next((k for k in ("conversations", "messages", "caption") if k in row), "conversations")
+    told = row.get(kind)
+    rest = {"id": where, **{sys.intern(k): v for k, v in row.items() if k != kind}}
+    if kind == "caption" and "image" not in rest and type(row.get("image_id")) in (int, str):
+        rest["image"] = f"{row['image_id']}.jpg"            # so cc_sbu_align names its pictures
+    if "image" in rest and not (isinstance(rest["image"], str) and text("image", rest["image"])):
+        raise BadData("image: must be a file name: leave the key out for text alone")
+    if type(rest["id"]) not in (int, str):
+        raise BadData("id: must be text or a number: correct the row, or leave the key out")
+    text("id", str(rest["id"]))
+    if kind == "caption":
+        told = told if isinstance(told, list) else [told]
+        if "image" not in rest:
+            raise BadData("image: is missing: a caption needs its picture")
+        if not told or not all(text("caption", line).strip() for line in told):
+            raise BadData("caption: must be text, or a list of texts, and is empty: correct it")
+        asked = {"from": "human", "value": MARK}
+        return [{**rest, "id": f"{rest['id']}, caption {i}" if len(told) > 1 else rest["id"],
+                 "conversations": [asked, {"from": "gpt", "value": line}]}
+                for i, line in enumerate(told, 1)]
+    if not isinstance(told, list) or not told:
+        raise BadData(f"{kind}: must be a list of turns, and is missing or empty: correct the row")
+    turns = []
+    for i, turn in enumerate(told):
+        if not isinstance(turn, dict):
+            raise BadData(f"{kind}[{i}]: must be an object with from and value: correct the row")
+        who = turn.get("from", turn.get("role"))
+        if not (isinstance(who, str) and who in _ROLE):
+            raise BadData(f"{kind}[{i}].from: must be human or gpt (user or assistant): correct it")
+        value = text(f"{kind}[{i}].value", turn.get("value", turn.get("content")))
+        # Written anew: parsed rows would hold a copy of every key and name, which fills memories.
+        turns.append({"from": "gpt" if _ROLE[who] else "human", "value": value})
+    return [{**rest, "conversations": turns}]
+
+
+def _samples(path):
+    """Yield (row, "FILE: row 3", its samples or a BadData that tells field and reason)."""
+    try:
+        # Bytes that are no UTF-8 become half surrogates, so that they are found in their row.
+        text = _text(path, 4_000_000_000, "surrogateescape")
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
+                      "lines") from None
+    for row, place, value in _values(text):
+        where = f"{path}: {place}"
+        try:
+            yield row, where, value if isinstance(value, BadData) else _row(value, where)
+        except BadData as error:
+            yield row, where, error
 
 
 def read_conversations(path) -> list[dict]:
-    """Samples {id, image?, conversations} of a LLaVA JSON list or of JSON lines (one a line).
+    """Samples {id, image?, conversations: [{from: human|gpt, value}]} of a JSON list or JSON lines.
 
-    Extra keys are kept. Raises BadData naming file and row for whatever is malformed."""
-    where = str(path)
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig").strip()
-        if text.startswith("["):
-            rows = _parse(text)
-        else:
-            rows = []
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"{path}: line {i}"
-                if line.strip():
-                    rows.append(_parse(line))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadData(f"{where}: cannot be read as JSON or JSON lines ({error})") from None
-    if not rows:
+    Rows may be LLaVA's and ShareGPT4V's (id, image, conversations), chats of user and assistant
+    (messages: [{role, content}]), LAVIS's (image, caption: text or list of texts, each a sample of
+    its own) and cc_sbu_align's ({"annotations": [{image_id, caption}]}, pictures image_id.jpg); a
+    caption is the answer to nothing but <image>. Other keys of a row are kept. At most 4 GB.
+    Raises BadData naming file, row and field for whatever is malformed."""
+    samples = []
+    for _, where, got in _samples(path):
+        if isinstance(got, BadData):
+            raise BadData(f"{where}: {got}")
+        samples += got
+    if not samples:
         raise BadData(f"{path}: holds no samples: expected a list of conversations")
-    return [_row(row, f"{path}: row {i}") for i, row in enumerate(rows, 1)]
+    return samples
 
 
 def picture_path(root, name: str) -> Path:
@@ -654,9 +823,9 @@ def picture_path(root, name: str) -> Path:
     if not name or "\0" in name or windows.anchor or ".." in windows.parts:
         raise BadData(f"image {name!r}: must be a plain path inside {root}: correct the sample")
     try:
-        path = (Path(root) / name).resolve()
-        inside, regular = path.is_relative_to(Path(root).resolve()), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
+        path = Path(os.path.realpath(os.path.join(root, name)))     # half the time of resolve()
+        inside, regular = path.is_relative_to(os.path.realpath(root)), path.is_file()
+    except (OSError, ValueError) as error:
         raise BadData(f"image {name!r}: {error}: correct the sample") from None
     if not (inside and regular):
         what = "is not a file" if inside else "leads outside"
@@ -1123,13 +1292,183 @@ def chat_template(template: str) -> str:
             "{% if add_generation_prompt %}" + f"{t.roles[1]}:" + "{% endif %}")
 
 
+# ---------------------------------------------------------------- the doctor
+
+class _ByWord:
+    """`encode` of a tokenizers.Tokenizer that looks every word up once.
+
+    Exact for byte pairs whose tokens have no ▁ (a space) behind a letter: no merge reaches from
+    one word into the next. So it is with LLaMA's, which the library would read as one long word."""
+    Coded = NamedTuple("Coded", [("ids", list), ("offsets", list)])
+
+    def __init__(self, lib):
+        self.lib, self.known = lib, {}
+
+    @staticmethod
+    def fits(lib) -> bool:
+        spec = json.loads(lib.to_str())
+        model, norm = spec["model"], spec["normalizer"] or {}
+        parts = norm.get("normalizers", [norm] if norm else [])
+        return (model["type"] == "BPE" and not model["dropout"] and "▁" in model["vocab"]
+                and not any("▁" in token.lstrip("▁") for token in model["vocab"])
+                and all(part["type"] == "Replace" for part in parts)
+                and (spec["pre_tokenizer"] or {"type": "Metaspace"})["type"] == "Metaspace")
+
+    def encode(self, text, add_special_tokens=False):
+        if "▁" in text:                             # typed by hand it is as good as a space
+            return self.lib.encode(text, add_special_tokens=False)
+        ids, offsets, at = [], [], 0
+        for word in re.findall(" *[^ ]+| +", text):
+            if not (coded := self.known.get(word)):
+                if len(self.known) > 500_000:
+                    self.known.clear()
+                coded = self.lib.encode(word, add_special_tokens=False)
+                coded = self.known[word] = coded.ids, coded.offsets
+            ids += coded[0]
+            offsets += [(at + a, at + b) for a, b in coded[1]]
+            at += len(word)
+        return self.Coded(ids, offsets)
+
+
+def _size(sample, args, words) -> int:
+    """Tokens of a sample, its picture included; without a tokeniser, 4 for 3 words.
+
+    Raises BadData for what training would refuse, or leave out because it teaches nothing."""
+    talk, seen = sample["conversations"], "image" in sample
+    pieces = _training_pieces(talk, args.template, seen)[1]
+    text = "".join(piece for piece, _, _ in pieces)
+    if seen and (places := text.count(MARK)) != 1:
+        raise BadData(f"one picture, but {places} <image> places in the text: correct the row")
+    # In the middle of a sentence <image> may be meant as text, and is read as such.
+    if not seen and any(v.startswith(MARK) or v.endswith(MARK) for v in (
+            turn["value"].strip() for turn in talk if turn["from"] == "human")):
+        raise BadData("<image> in the text, but no picture: give the row an image")
+    if not any(learned and person and piece.strip() for piece, learned, person in pieces):
+        raise BadData("nothing to learn, no answer has words: take the row out")
+    size = (len(_tokenise(pieces, words, -1 if seen else 0)[0]) if words else
+            len(text.split()) * 4 // 3) + (args.places - 1) * seen
+    if size > args.pack:
+        raise BadData(f"{size:,} tokens are over --pack {args.pack:,}: shorten or split it")
+    return size
+
+
+def _opened(path):
+    """What is wrong with a picture, or None."""
+    try:
+        side = max(load_image(path).size)
+        _room(side, side)                           # padded to a square
+    except BadImage as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _ticking(things, what):
+    """The things; every ten seconds a line on stderr tells how many there were."""
+    start = told = time.monotonic()
+    for n, thing in enumerate(things, 1):
+        yield thing
+        if (now := time.monotonic()) - told > 10:
+            print(f"{n:,} {what}, {n / (now - start):,.0f} a second", file=sys.stderr)
+            told = now
+
+
+def _printable(text: str) -> str:
+    """Text on one line; what could command a terminal is spelled out."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+def check(args) -> int:
+    """The dataset doctor: a line for each fault, then what the file holds. 0: clean, 3: faults."""
+    if args.images and not os.path.isdir(args.images):
+        raise Usage(f"--images {args.images}: no such folder: give the one that names start from")
+    words = Tokenizer(resolve(args.llm)) if args.llm else None
+    if words and _ByWord.fits(words._lib):
+        words._lib = _ByWord(words._lib)
+    kinds, sizes, pictures, rows, samples = Counter(), [], {}, 0, 0
+    warnings.simplefilter("ignore")                 # Pillow's; its errors are what counts
+
+    def fault(where, field, why):
+        print(_printable(f"{where}: {field}{why}"))
+        field = re.sub(r"\[\d+\]", "[]", re.sub(r" '.*?'", "", field))
+        why = re.sub(r" \(.*?\)+|'.*?'|\".*?\"", "", str(why))
+        kinds[_printable(re.sub(r"-?\d[\d,.×]*", "n", field + why.split(": ")[0]))] += 1
+
+    start = time.monotonic()
+    for rows, where, got in _ticking(_samples(args.file), "rows"):
+        if isinstance(got, BadData):
+            field, colon, why = str(got).partition(": ")
+            fault(where, field + colon, why)
+            continue
+        for sample in got:
+            samples += 1
+            try:
+                sizes.append(_size(sample, args, words))
+            except BadData as error:
+                fault(where, "conversations: ", error)
+        if (name := got[0].get("image")) is None:
+            continue
+        if not args.images:
+            raise Usage(f"{where} has a picture: give --images, the folder of the pictures")
+        try:
+            pictures.setdefault(picture_path(args.images, name), (where, name))
+        except BadData as error:
+            fault(where, f"image {name!r}: ", str(error).removeprefix(f"image {name!r}: "))
+    read, start = time.monotonic() - start, time.monotonic()
+    if not rows:
+        raise BadData(f"{args.file}: holds no samples: expected a list of conversations")
+
+    paths = list(pictures) if args.open else []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # a queue of all would fill the memory
+        looked = (pool.map(_opened, paths[i:i + 256]) for i in range(0, len(paths), 256))
+        for path, why in zip(paths, _ticking(itertools.chain.from_iterable(looked), "pictures")):
+            if why:
+                fault(pictures[path][0], f"image {pictures[path][1]!r}: ", why)
+    opened = time.monotonic() - start
+
+    print(f"\n{args.file}: {rows:,} rows, {samples:,} samples, {len(pictures):,} pictures; "
+          f"{kinds.total():,} faults")
+    for kind, n in kinds.most_common():
+        print(f"{n:9,}  {kind}")
+    how = f"of {args.llm}" if words else "estimated, 4 for 3 words: --llm counts them"
+    print(f"tokens ({how}; template {args.template}; {args.places} for a picture):")
+    bins = Counter(size.bit_length() for size in sizes)
+    for bits in range(min(bins, default=0), max(bins, default=-1) + 1):
+        bar = "█" * math.ceil(40 * bins[bits] / max(bins.values()))
+        print(f"{1 << bits >> 1:7,} to {(1 << bits) - 1:7,} {bins[bits]:9,}  {bar}")
+    print(f"without opening pictures: {read:.1f} s, {rows / read:,.0f} rows a second")
+    if paths:
+        print(f"opening {len(paths):,} pictures: {opened:.1f} s more, {len(paths) / opened:,.0f} "
+              f"pictures a second; {rows / (read + opened):,.0f} rows a second in all")
+    return 3 if kinds else 0
+
+
 # ---------------------------------------------------------------- look
 
-def marked(ids, labels, words: Tokenizer) -> str:
+def marked(ids, labels, words: Tokenizer, picture: str = MARK) -> str:
     """The tokens in a row, learned ones green on a terminal, in [brackets] elsewhere."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    texts = [MARK if i == IMAGE else words._lib.id_to_token(i) for i in ids]
-    return " ".join(t if x == IGNORE else on + t + off for t, x in zip(texts, labels))
+    texts = [picture if i == IMAGE else words._lib.id_to_token(i).replace("\n", "⏎") for i in ids]
+    return " ".join(t if x == IGNORE else on + t + off
+                    for t, x in zip(map(_printable, texts), labels))
+
+
+def show(args) -> int:
+    """Print one row of a file as the model meets it."""
+    words, row = Tokenizer(resolve(args.llm or Path(__file__).parent / "weights/toy/llama")), 0
+    for row, where, got in _samples(args.file):
+        if row < args.sample:
+            continue
+        if isinstance(got, BadData):
+            raise BadData(f"{where}: {got}")
+        for sample in got:
+            seen = sample.get("image")
+            ids, labels = encode(sample["conversations"], args.template, words, seen is not None)
+            picture = f"<{seen}: {args.places} places>"
+            print(_printable(f"{where}, id {sample['id']}, template {args.template}"))
+            print(marked(ids, labels, words, picture))
+            n = len(ids) + (args.places - 1) * ids.count(IMAGE)
+            print(f"\n{n} tokens, {sum(x != IGNORE for x in labels)} of them learned (marked).")
+        return 0
+    raise Usage(f"--sample {args.sample}: {args.file} has {row:,} rows")
 
 
 def _show() -> int:
@@ -1149,5 +1488,38 @@ def _show() -> int:
     return 0
 
 
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description="Look at training data.", allow_abbrev=False)
+    sub = p.add_subparsers(dest="what", help="nothing: one conversation, as the model meets it")
+    for name, told in (("check", "the dataset doctor: exit status 0 clean, 3 faults"),
+                       ("show", "one row: its tokens, the learned ones marked")):
+        q = sub.add_parser(name, help=told, allow_abbrev=False)
+        q.add_argument("file", help="JSON or JSON lines of LLaVA, ShareGPT4V, MiniGPT-4 or LAVIS")
+        q.add_argument("--llm", help="folder or hub id of the LLaMA whose tokens are counted")
+        q.add_argument("--template", choices=sorted(TEMPLATES), default="v1", metavar="NAME",
+                       help="how the words are laid out (default: v1): " + ", ".join(TEMPLATES))
+        q.add_argument("--places", type=int, default=576, metavar="N", help="tokens of a picture "
+                       "(default: LLaVA's 576; with a Q-Former 32)")
+        q.add_argument("--debug", action="store_true", help="tracebacks")
+        if name == "show":
+            q.add_argument("--sample", type=int, default=1, metavar="N", help="row, from 1")
+            continue
+        q.add_argument("--images", metavar="DIR", help="folder that the pictures' names start from")
+        q.add_argument("--open", action=argparse.BooleanOptionalAction, default=True,
+                       help="decode the pictures too, each once (default: yes)")
+        q.add_argument("--pack", type=int, default=6144, metavar="N",
+                       help="tokens of the longest sample that is no fault (default: 6144)")
+    a = p.parse_args(argv)
+    for flag in ("places", "sample", "pack"):
+        if getattr(a, flag, 1) < 1:
+            p.error(f"--{flag}: a number from 1")
+    return a
+
+
+def main(args) -> int:
+    return {"check": check, "show": show}[args.what](args) if args.what else _show()
+
+
 if __name__ == "__main__":
-    sys.exit(guarded(_show))
+    ARGS = arguments()
+    sys.exit(guarded(lambda: main(ARGS), getattr(ARGS, "debug", False)))

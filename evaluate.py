@@ -6,7 +6,8 @@
     python evaluate.py claims --only blip2,minigpt4 what the papers claim, in the toy world
     python evaluate.py scienceqa | pope | llava-bench --model FOLDER --images DIR --out OUT ...
 
-In the toy world truth is known exactly, so no judge is needed. Three columns stand beside every accuracy:
+In the toy world truth is known exactly, so no judge is needed. Three columns stand beside every
+accuracy:
 
     majority   always the most frequent answer: a yes/no question is worth .5 before it is read
     other      the same model asked the same questions with another scene's picture
@@ -76,19 +77,19 @@ def benchmark_flags(sub):
 
 def benchmark_fault(a):
     """What is wrong with a benchmark's command line, or None."""
-    inputs = [getattr(a, name, None) for name in ("problems", "splits", "context", "references")]
-    inputs += a.questions if a.what == "pope" else [getattr(a, "questions", None)]
-    stems = [os.path.basename(x) for x in inputs if x]
+    names = "problems", "splits", "questions", "context", "references"
+    files = [getattr(a, name) for name in names if isinstance(getattr(a, name, None), str)]
+    files += a.questions if a.what == "pope" else []
     wrong = {
         f"--out {a.out}: not a file in a folder that exists":
             os.path.exists(a.out) and not os.path.isfile(a.out)
             or not os.path.isdir(os.path.dirname(a.out) or "."),
         "--out would replace one of the benchmark's own files":
-            os.path.realpath(a.out) in [os.path.realpath(x) for x in inputs if x],
-        "--questions: two files of one name would be one row": len(set(stems)) < len(stems),
+            os.path.realpath(a.out) in map(os.path.realpath, files),
         "--max-new-tokens, --batch-size and --max-tokens must be at least 1":
             min(a.max_new_tokens, a.batch_size, getattr(a, "max_tokens", 1)) < 1,
-        "--temperature must be none, or 0 to 100": not 0 <= (getattr(a, "temperature", 0) or 0) <= 100,
+        "--temperature must be none, or 0 to 100":
+            not 0 <= (getattr(a, "temperature", None) or 0) <= 100,
         f"unrecognized arguments: {' '.join(a.rest)}": a.rest and a.what != "llava-bench"}
     return next((line for line, true in wrong.items() if true), None)
 
@@ -551,7 +552,7 @@ RULE = ("Two assistants have answered the question above, which a person asked w
         "a space between them and nothing else, the grade of Assistant 1 and that of Assistant 2. "
         "From the next line on give your reasons in full. Take no side, and do not let it matter "
         "which answer you read first.")
-KNOWN = "in a few sentences", ("in five sentences, and in the corners of its objects as (left, top, "
+KNOWN = "in a few sentences", ("in five sentences, and in the corners of its objects: (left, top, "
                                "right, bottom) in parts of its width and height, from 0 to 1")
 FITS = {"text": lambda v: isinstance(v, str) and not instruct.broken(v),
         "a whole number": lambda v: type(v) is int,
@@ -572,19 +573,19 @@ def checked(where, row, **kinds):
 
 def table(path, key, **kinds):
     """{value of `key`: row} of a file of JSON lines, in its order. Raises data.BadData."""
-    rows, where = {}, str(path)
     try:
-        if not os.path.isfile(path):                    # opening a pipe would hang
-            raise OSError("no such file")
-        for i, line in enumerate(Path(path).read_bytes().decode("utf-8-sig").split("\n"), 1):
-            where = f"{path}: line {i}"
-            if line.strip():
-                row = checked(where, data._parse(line), **kinds)
-                if row[key] in rows:
-                    raise data.BadData(f"{where}.{key}: {row[key]!r} is there twice: remove one")
-                rows[row[key]] = row
-    except (OSError, ValueError, RecursionError) as error:
-        raise data.BadData(f"{where}: cannot be read as JSON lines ({error})") from None
+        text = data._text(path, 1_000_000_000, "surrogateescape")
+    except (OSError, ValueError) as error:
+        raise data.BadData(f"{path}: cannot be read ({error}): give the official file") from None
+    rows = {}
+    for _, place, row in data._values(text):
+        where = f"{path}: {place}"
+        if isinstance(row, data.BadData):
+            raise data.BadData(f"{where}: {row}")
+        row = checked(where, row, **kinds)
+        if row[key] in rows:
+            raise data.BadData(f"{where}.{key}: {row[key]!r} is there twice: remove one")
+        rows[row[key]] = row
     if not rows:
         raise data.BadData(f"{path}: holds no rows: give the official file")
     return rows
@@ -604,7 +605,7 @@ def write_lines(path, rows):
 
 
 def replies(args, jobs, journal):
-    """The model's answers, greedy as in LLaVA-1.5's tables; a picture stands before its question."""
+    """The model's answers, greedy as in LLaVA-1.5's tables; the picture stands first."""
     model = generate.load(args)
     if data.TEMPLATES[model.template].style == "plain":
         raise data.Usage(f"{args.model}: has learnt to caption, not to answer: take a model of "
@@ -668,7 +669,7 @@ def exam_question(problem, form):
 
 def chosen(text, choices):
     """Which of so many choices an answer takes, by eval_science_qa.py; -1: one cannot tell."""
-    hits = re.findall("The answer is ([A-Z]).", text)   # quirk: any sign may stand for the full stop
+    hits = re.findall("The answer is ([A-Z]).", text)   # quirk: any sign will do at the end
     letter = (text if text in LETTERS else text[0] if text[:1] in LETTERS and text[1:3] == ". " else
               hits[0] if len(hits) == 1 else None)
     return LETTERS.index(letter) if letter in LETTERS[:choices] else -1
@@ -678,7 +679,7 @@ def scienceqa(args):
     """Print the accuracy by ScienceQA's own groups; an answer without a letter is wrong.
 
     [ScienceQA] 2209.09513. The columns of LLaVA's table; its test split has 4,241 questions."""
-    problems, splits = instruct.read_json(args.problems), instruct.read_json(args.splits)
+    problems, splits = data.read_json(args.problems), data.read_json(args.splits)
     ids = splits.get(args.split) if isinstance(splits, dict) else None
     if not isinstance(ids, list) or not ids or not isinstance(problems, dict):
         raise data.BadData(f"{args.splits}: has no list {args.split!r}, or {args.problems} is no "
@@ -707,7 +708,7 @@ def scienceqa(args):
     groups.pop("", None)
     made = {group: {"accuracy": sum(hits) / len(hits), "questions": len(hits)}
             for group, hits in groups.items()}
-    print(f"ScienceQA, {args.split}, {args.form}: {failed} answer(s) without a letter, which is wrong")
+    print(f"ScienceQA, {args.split}, {args.form}; {failed} answer(s) without a letter are wrong")
     for group, row in made.items():
         print(f"  {group:<20}{row['accuracy']:.4f} of {row['questions']:,}")
     return {"split": args.split, "form": args.form, "without a letter": failed, "groups": made}
@@ -802,7 +803,7 @@ def llava_bench(args):
     """Print the score by category: what a judge, who sees captions only, gives to the answers in
     percent of what it gives to the references. Files and layout are LLaVA's, the words are ours.
 
-    Published figures had gpt-4-0314 as judge, which is gone: scores of two judges do not compare."""
+    The papers' judge was gpt-4-0314, which is gone: figures of two judges do not compare."""
     flags = argparse.ArgumentParser(prog="evaluate.py llava-bench", allow_abbrev=False)
     for flag, how in instruct.ASKING.items():
         flags.add_argument(flag, **how)

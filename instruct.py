@@ -340,18 +340,6 @@ def weights_of(model):
     return str(model), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
 
-def read_json(path, limit=2_000_000_000):
-    """A file of JSON, at most `limit` bytes. Raises data.BadData."""
-    try:
-        if not os.path.isfile(path):                            # opening a pipe would hang
-            raise OSError("no such file")
-        if (size := os.path.getsize(path)) > limit:
-            raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-        return data._parse(Path(path).read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise data.BadData(f"{path}: unreadable JSON ({error}): replace the file") from None
-
-
 def table(path, read, name):
     """[(where, row)] of one list of a COCO file."""
     rows = read.get(name) if isinstance(read, dict) else None
@@ -383,7 +371,7 @@ def coco(args):
     """[(id, file name, captions, boxes)] of the pictures that have captions, in the file's order.
 
     Raises data.BadData naming file, row and field."""
-    read, pictures = read_json(args.captions), {}
+    read, pictures = data.read_json(args.captions), {}
     for where, row in table(args.captions, read, "images"):
         if (name := field(where, row, "id")) in pictures:
             raise data.BadData(f"{where}.id: {name} is there twice: remove one")
@@ -403,7 +391,7 @@ def coco(args):
         except data.BadData as error:
             raise data.BadData(f"{where}.file_name: {error}") from None
     if args.what != "conversation":
-        read = read_json(args.instances)
+        read = data.read_json(args.instances)
         kinds = {field(where, row, "id"): field(where, row, "name")
                  for where, row in table(args.instances, read, "categories")}
         for where, row in table(args.instances, read, "annotations"):

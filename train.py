@@ -53,7 +53,7 @@ class Stage:
     bridge_lr: float = 0.0          # the bridge's; 0: lr, as everything's
     losses: tuple = ()              # of the Q-Former alone: itc, itm, itg; (): the next token's
     groups: int = 8                 # the official ranks: the loss is a mean of their means
-    order: str = "shuffled"         # of the data's samples: shuffled | modality, data.modality_order
+    order: str = "shuffled"         # of --data's samples; or modality: data.modality_order
     told: str = ""                  # what the toy world says of its pictures, `toy_sample`
 
 
@@ -679,8 +679,8 @@ def fit(job, out, args):
         (out / f"nan-step-{step}.json").write_text(json.dumps(
             {"step": step, "loss": str(loss), "grad_norm": str(norm),
              "samples": [step * job.batch, (step + 1) * job.batch - 1]}) + "\n")
-        raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped "
-                                  "before the update; lower --lr or look at the data")
+        raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped, and "
+                                  "no update of it is kept; lower --lr or look at the data")
 
     while step < job.steps:
         # schedule
@@ -981,8 +981,8 @@ class Batches(torch.utils.data.Dataset):
     def __call__(self, step):
         if self.args.workers and self.ahead is None:
             self.ahead = iter(torch.utils.data.DataLoader(
-                self, batch_size=None, sampler=self.numbers(step, 10 ** 9),
-                num_workers=self.args.workers, worker_init_fn=deaf, generator=torch.Generator(),
+                self, batch_size=None, sampler=self.numbers(step, self.samples.steps()),
+                num_workers=self.args.workers, worker_init_fn=apart, generator=torch.Generator(),
                 pin_memory=self.device.type == "cuda"))
         for at in self.numbers(step, step + 1):
             micro = next(self.ahead) if self.args.workers else self[at]
@@ -990,12 +990,16 @@ class Batches(torch.utils.data.Dataset):
                 raise micro
             yield micro._replace(**{name: t.to(self.device, non_blocking=True)
                                     for name, t in micro._asdict().items() if torch.is_tensor(t)})
+        if step + 1 == self.samples.steps():
+            self.ahead = None                   # the workers go
 
 
-def deaf(worker):
-    """Ctrl-C and SIGTERM are for the process that trains; it tells its workers when to go."""
+def apart(worker):
+    """A worker's first act. Ctrl-C, and what a scheduler sends to the whole group, is for the
+    process that trains: it saves, and ends its workers."""
+    os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
 
 
 def make_batches(samples, model, args):
@@ -1234,10 +1238,12 @@ SIZES = {BASES["7b"][0]: TowerConfig(image=336),
          BASES["7b"][1]: LlamaConfig(eps=1e-5, context=4096),
          BASES["13b"][1]: LlamaConfig(32000, 5120, 40, 40, 40, 13824, 1e-5, context=4096),
          EVA: TowerConfig(1408, 39, 16, 6144, 1e-6, eva=True, tail=False)}
-SAMPLES = {"llava": (595_375, 157_712), "llava-1.5": (558_128, 665_298)}       # as released
+SAMPLES = {"llava": (595_375, 157_712), "llava-1.5": (558_128, 665_298),       # as released
+           "sharegpt4v": (1_246_000, 665_298)}
 # Kinds of samples: share, tokens of text, of them learned, pictures. Estimates, and the one soft
 # number of a forecast (100 tokens more in stage 2 are 11 % more hours): --data counts the file's.
 CAPTIONS, TALKS = ((1., 30, 28, 1),), ((1., 324, 180, 1),)
+DESCRIPTIONS = ((1., 208, 206, 1),)     # 826 characters
 MIXED = ((1 - 40_688 / 665_298, 324, 180, 1), (40_688 / 665_298, 1200, 800, 0))
 ROWS = (8192, 6144, 4096, 3072, 2048)   # a row holds the longest sample: 2,048 in the official runs
 A100 = 312e12                           # bf16 multiplications and additions a second
@@ -1286,8 +1292,9 @@ def kinds_of(args):
         talks = [(True, toy_sample(args.seed, args.stage, i, row.told)[1]) for i in range(64)]
         total, source = row.steps * row.batch, "64 samples of the toy world"
     else:
-        kinds = (CAPTIONS if row.told != "dialogue" else
-                 MIXED if args.recipe == "llava-1.5" else TALKS)
+        kinds = (DESCRIPTIONS if row.told == "descriptions" else
+                 CAPTIONS if row.told != "dialogue" else
+                 TALKS if args.recipe == "llava" else MIXED)
         total = SAMPLES.get(args.recipe, (0, 0))[args.stage - 1] or row.steps * row.batch
         if not total:
             raise data.Usage("--plan: how many samples? give --data or --steps")
@@ -1311,12 +1318,20 @@ def products(module):
     return 2 * sum(n for n, _ in sizes), 2 * sum(n * (1 + trains) for n, trains in sizes)
 
 
+def tuned(eye):
+    """The picture tower's blocks that run and have a backward: from the first that trains on."""
+    blocks = eye.blocks[:-1] if eye.config.tail else eye.blocks
+    return next((blocks[i:] for i, b in enumerate(blocks) if next(b.parameters()).requires_grad),
+                blocks[:0])
+
+
 def flops(model):
     """A function that counts a sample's FLOPs: forward, backward, computed again, the eye's."""
     c, eye, places, P = model.llm.config, model.vision, model.places(), model.patches + 1
     blocks = eye.blocks[:-1] if eye.config.tail else eye.blocks
-    seen = 2 * P * eye.patch.numel() + P * products(blocks)[0] + (
-        4 * P * P * eye.config.width * len(blocks))
+    look = 4 * P * P * eye.config.width                         # a block's attention
+    seen = 2 * P * eye.patch.numel() + P * products(blocks)[0] + look * len(blocks) + (
+        P * products(tuned(eye))[1] + 2.5 * look * len(tuned(eye)))
     layers, head, bridge = products(model.llm.blocks), products(model.llm.head), products(
         model.bridge)
     last = sum(products(block.down)[0] for block in model.llm.blocks)
@@ -1371,6 +1386,9 @@ def kept(model, tokens, learned, pictures, policy, stream=2, made=2, kernels=Tru
         bridge -= places[-1] * layers[-1].out_features      # the words' own x is counted above
     last = tokens * (x + plain * x * norms + 4 * c.head_dim) + learned * (
         C * made * head + plain * 4 * V)
+    eye = model.vision.config           # no policy there; rough without kernels
+    seen = len(tuned(model.vision)) * (model.patches + 1) * (
+        2 * eye.width * stream + made * (5 * eye.width + (2 + plain) * eye.mlp) + 4 * eye.heads)
     if casts and policy in (None, "none"):
         last += made * (sum(p.numel() for p in matrices) + llm.head.weight.numel())
     if kernels and head:
@@ -1378,7 +1396,7 @@ def kept(model, tokens, learned, pictures, policy, stream=2, made=2, kernels=Tru
     backward = tokens * (made * (3 * F + 4 * C) + {                # gradients, what is made again
         "full": whole + again + segment * sparing, "attention": whole + again,
         "none": F * made, None: 0}[policy]) + made * max(p.numel() for p in matrices)
-    return tokens * blocks + made * pictures * bridge + last, backward
+    return tokens * blocks + pictures * (made * bridge + seen) + last, backward
 
 
 def widths(args):
@@ -1403,9 +1421,11 @@ def state(model, args, gpus=1):
              "masters": 2 * sum(trained) * (small and weight == 2 and not args.stochastic),
              "moments": (2 + 8 / 256 if small else 8) * sum(trained)}
     sizes = {name: size / gpus for name, size in sizes.items()}
-    if gpus > 1:        # whole on every GPU: a layer at work and the next, a gradient, both ends
-        c, layer = model.llm.config, sum(p.numel() for p in model.llm.blocks[0].parameters())
-        sizes["gathered"] = weight * (3 * layer + model.llm.head.weight.numel() * (2 - c.tied))
+    if gpus > 1:        # whole on every GPU: a layer, the next, a gradient, and what is no layer
+        inside, layer = ([p.numel() for p in part.parameters()]
+                         for part in (model.llm.blocks, model.llm.blocks[0]))
+        rest = sum(p.numel() for p in model.parameters()) - sum(inside)
+        sizes["gathered"] = weight * (3 * sum(layer) + rest)
     return sizes
 
 

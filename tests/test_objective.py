@@ -6,10 +6,18 @@ curve of losses must be the loop's, and a step that is packed or weighed wrongly
 """
 import json
 import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import clip
 import data
@@ -19,8 +27,9 @@ import train
 import world
 from tiny import loaded, shaken
 
-SAMPLER = Path(__file__).parents[2] / "shared/goldens/sampler.json"
-STEPS, BATCH, GROUPS, LR = 50, 8, 2, {1: 3e-3, 2: 4e-4}
+HERE = Path(__file__).resolve().parents[1]
+SAMPLER = HERE.parent / "shared/goldens/sampler.json"
+STEPS, BATCH, GROUPS, LR = 50, 8, 2, {1: 1e-2, 2: 4e-4}
 STAGE1, STAGE2 = 1e-4, 1e-3         # largest relative distance of two losses: fp32; split masters
 
 
@@ -43,8 +52,9 @@ def ground(tmp_path_factory):
     samples = []
     for i in range(24):
         scene = world.scene(i)
-        talk = [{"from": who, "value": text} for pair in world.dialogue(scene, train.random.Random(i),
-                1 + i % 3) for who, text in zip(("human", "gpt"), pair)]
+        pairs = world.dialogue(scene, random.Random(i), 1 + i % 3)
+        talk = [{"from": who, "value": text} for pair in pairs
+                for who, text in zip(("human", "gpt"), pair)]
         samples.append({"id": str(i), "conversations": talk})
         if i % 4:
             world.draw(scene).save(root / f"{i}.png")
@@ -112,7 +122,8 @@ def plain(ground):
                     if picture is not None:
                         pixels.append(data.preprocess(picture, world.SIDE, args.row.aspect))
                 ids, labels = data.collate(rows, 0)
-                there = torch.arange(ids.shape[1]) < torch.tensor([len(r[0]) for r in rows])[:, None]
+                sizes = torch.tensor([len(row) for row, _ in rows])
+                there = torch.arange(ids.shape[1]) < sizes[:, None]
                 loss = model(input_ids=ids, labels=labels, attention_mask=there.long(),
                              pixel_values=torch.cat(pixels) if pixels else None).loss / GROUPS
                 loss.backward()
@@ -127,7 +138,7 @@ def plain(ground):
 
 def apart(a, b):
     """Largest relative distance of two curves that fell."""
-    assert len(a) == len(b) == STEPS and a[-1] < .95 * a[0], a
+    assert len(a) == len(b) == STEPS and sum(a[-10:]) < .98 * sum(a[:10]), a
     return max(abs(x - y) / y for x, y in zip(a, b))
 
 
@@ -174,7 +185,7 @@ def test_another_objective_leaves_the_curve(ground, plain, tmp_path):
 
 def test_workers_change_no_bit(ground, tmp_path):
     kept = []
-    for workers in (0, 1, 3):
+    for workers in (0, 1, 2):
         out = tmp_path / str(workers)
         assert train.train(train.arguments(flags(ground, 2, out, "--workers", workers, "--pack",
                                                  256, "--steps", 4))) == 0
@@ -219,10 +230,70 @@ def test_text_alone_wakes_no_eye(ground, tmp_path):
     assert texts and len(looks) == 1
 
 
+# ------------------------------------------------------------------------------------ many ranks
+
+def torchrun(argv, **named):
+    """Two ranks of train.py; .communicate() says what they said."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **named)
+
+
+def test_two_ranks_are_one(ground, tmp_path):
+    """In steps of text alone on both ranks or one, and where a checkpoint of two goes on as one."""
+    argv = ["--optimizer", "adamw", "--dtype", "fp32", "--steps", 8, "--save-every", 4]
+    two, one, again = (tmp_path / name for name in ("two", "one", "again"))
+    said = torchrun(flags(ground, 2, two, *argv)).communicate(timeout=500)[0]
+    assert (two / "model").exists(), said
+    args = train.arguments(flags(ground, 2, one, *argv))
+    samples = train.Samples(args)
+    texts = [[samples.read(i)[0] is None for i in range(b, b + BATCH // 2)]
+             for b in range(0, 8 * BATCH, BATCH // 2)]
+    ranks = list(zip(texts[::2], texts[1::2]))
+    assert any(all(a) != all(b) for a, b in ranks) or any(all(a) and all(b) for a, b in ranks)
+    assert train.train(args) == 0
+    shutil.copytree(two, again)
+    for path in (again / "model", again / "step-000008"):
+        shutil.rmtree(path)
+    assert train.train(train.arguments(flags(ground, 2, again, *argv, "--resume", "auto"))) == 0
+    for out in (two, again):
+        assert max(abs(a - b) / b for a, b in zip(curve(out), curve(one))) < 1e-5
+        for name in ("trained", "optimizer"):
+            a, b = (load_file(f / f"step-000008/{name}.safetensors") for f in (out, one))
+            assert {n: (t.shape, t.dtype) for n, t in a.items()} == {
+                n: (t.shape, t.dtype) for n, t in b.items()}
+
+
+def test_two_ranks_with_split_masters_are_the_plain_loop(ground, plain, tmp_path):
+    out = tmp_path / "run"
+    said = torchrun(flags(ground, 2, out, "--pack", 256)).communicate(timeout=500)[0]
+    assert (out / "model").exists(), said
+    assert apart(curve(out), plain(2)) < STAGE2
+    assert load_file(out / f"step-{STEPS:06d}/optimizer.safetensors")[
+        "llm.head.weight|low"].dtype == torch.int16
+
+
+def test_a_killed_rank_ends_the_other(ground, tmp_path):
+    process = torchrun(flags(ground, 2, tmp_path / "run", "--steps", 10 ** 5))
+    started, log = time.time(), tmp_path / "run/metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 1):
+        assert process.poll() is None and time.time() - started < 400
+        time.sleep(.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    killed = time.time()
+    said = process.communicate(timeout=60)[0]
+    assert time.time() - killed < 30 and process.returncode == 1
+    assert "error: another rank is gone" in said and "--resume auto" in said, said
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
 # ------------------------------------------------------------------ which samples stand together
 
 def test_packing_fills_rows_and_loses_nobody():
-    dice = train.random.Random(0)
+    dice = random.Random(0)
     for _ in range(50):
         lengths = [dice.randint(1, 40) for _ in range(dice.randint(1, 60))]
         rows = data.pack(lengths, 64)

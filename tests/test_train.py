@@ -136,6 +136,9 @@ def inject(train, fault):
         before_batch(train, step, lambda model: os.kill(os.getpid(), number))
     if "nan" in fault:
         before_batch(train, fault["nan"], lambda m: m.bridge.first.weight.data.fill_(math.nan))
+    if "nan_gradient" in fault:             # of a finite loss
+        before_batch(train, fault["nan_gradient"], lambda m: m.bridge.first.weight.register_hook(
+            lambda g: g * math.nan))
     if "file_limit" in fault:
         limit = (fault["file_limit"], resource.RLIM_INFINITY)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -632,6 +635,71 @@ def test_nan_stops_before_the_update(flags, run, tmp_path, undisturbed):
     assert [x["step"] for x in lines(out / "metrics.jsonl")] == [1, 2, 3]
     assert json.loads((out / "nan-step-3.json").read_text())["step"] == 3
     assert run(flags(out, "--resume", "auto")).code == 0 and sha(out) == undisturbed()
+
+
+# ----------------------------------------------------------------- adamw8, stepped inside backward
+
+ADAMW8 = "--optimizer", "adamw8", "--clip", 0, "--lr", .01
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("more", [(), ("--stochastic",), ("--pack", 256), ("--clip", 1)],
+                         ids=["split", "stochastic", "packed", "clipped"])
+def test_eight_bit_states_resume_to_the_same_bits(flags, run, tmp_path, stage, more):
+    argv = lambda name, *rest: flags(tmp_path / name, *ADAMW8, *more, *rest, stage=stage)
+    assert run(argv("whole")).code == 0
+    assert run(argv("cut"), signal=(2, signal.SIGTERM)).code == 143
+    assert run(argv("cut", "--resume", "auto")).code == 0
+    assert sha(tmp_path / "cut") == sha(tmp_path / "whole")
+    for name in ("trained", "optimizer"):
+        a, b = (load_file(tmp_path / f"{run_}/step-000006/{name}.safetensors")
+                for run_ in ("cut", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    state = {k.split("|")[1]: x.dtype for k, x in a.items()}
+    kinds = {"m": torch.int8, "v": torch.uint8, "m_scale": torch.float32, "step": torch.int64,
+             "v_scale": torch.float32, "low": torch.int16}
+    assert state == {k: v for k, v in kinds.items() if k != "low" or more != ("--stochastic",)}
+    assert {p.dtype for p in data.load_weights(tmp_path / "cut/model").values()} == {torch.bfloat16}
+
+
+def test_a_step_inside_backward_frees_each_gradient_and_is_the_step_at_the_end(flags, tmp_path):
+    """The same bits, and at most one gradient of the last backward alive at a time."""
+    ends, alive = {}, {}
+    for clip in (0, 1e9):                   # 1e9: at the end, and nothing is cut off
+        args = train.arguments(flags(tmp_path, *ADAMW8[:2], "--clip", clip, "--warmup", 0, steps=1,
+                                     stage=2))
+        job = train.bridge_job(args, tmp_path, "cpu")
+        weights, most = list(job.trained().values()), []
+        for p in weights:
+            p.register_post_accumulate_grad_hook(lambda p: most.append(
+                sum(q.grad is not None for q in weights)))
+        out = tmp_path / str(clip)
+        out.mkdir()
+        assert train.fit(job, out, args) == 0
+        ends[clip], alive[clip] = [p.detach().clone() for p in weights], max(most)
+    assert all(map(torch.equal, ends[0], ends[1e9]))
+    assert alive[0] <= 1 and alive[1e9] == len(weights) > 10, alive
+
+
+@pytest.mark.parametrize("how", [(), ("--optimizer", "adamw8"), ADAMW8], ids=[
+    "adamw", "adamw8 at the end", "adamw8 inside"])
+@pytest.mark.parametrize("fault", ["nan", "nan_gradient"])
+def test_nan_leaves_no_trace_on_disk(flags, run, tmp_path, how, fault):
+    out = tmp_path / "run"
+    refused(run(flags(out, *how), **{fault: 3}), 1, "step 3", "nan")
+    assert [p.name for p in out.glob("step-*")] == ["step-000002"]
+    for path in out.rglob("*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values())
+    assert run(flags(out, *how, "--resume", "auto")).code == 0
+
+
+def test_checkpoint_policies_change_no_bit(flags, run, tmp_path):
+    made = set()
+    for policy in ("none", "attention", "full"):
+        assert run(flags(tmp_path / policy, "--checkpoint", policy, steps=2)).code == 0
+        made.add(sha(tmp_path / policy))
+    assert run(flags(tmp_path / "plain", steps=2)).code == 0
+    assert made == {sha(tmp_path / "plain")}
 
 
 # -------------------------------------------------------------------------------------- bad input
