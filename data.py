@@ -1294,43 +1294,51 @@ def chat_template(template: str) -> str:
 
 # ---------------------------------------------------------------- the doctor
 
-class _ByWord:
-    """`encode` of a tokenizers.Tokenizer that looks every word up once.
+class _Lengths(dict):
+    """word → how many tokens it is; `of` adds up a sample, as long as `_tokenise` makes it.
 
-    Exact for byte pairs whose tokens have no ▁ (a space) behind a letter: no merge reaches from
-    one word into the next. So it is with LLaMA's, which the library would read as one long word."""
-    Coded = NamedTuple("Coded", [("ids", list), ("offsets", list)])
+    A word looked up once is ten times faster than the library, to which LLaMA's texts are one long
+    word. Exact where no token has a ▁, which is a space, behind another letter: then no pair of
+    bytes is merged across two words. Other vocabularies are tokenised in full."""
 
-    def __init__(self, lib):
-        self.lib, self.known = lib, {}
+    def __init__(self, words):
+        self.words, spec = words, json.loads(words._lib.to_str())
+        model, cut = spec["model"], spec["pre_tokenizer"] or {"type": "Metaspace"}
+        self.apart = (model["type"] == "BPE" and not model["dropout"] and "▁" in model["vocab"]
+                      and not any("▁" in token.lstrip("▁") for token in model["vocab"])
+                      and cut["type"] == "Metaspace" and set(re.findall(
+                          r'"type": "(\w+)"', json.dumps(spec["normalizer"]))) <= {
+                              "Sequence", "Replace"})
 
-    @staticmethod
-    def fits(lib) -> bool:
-        spec = json.loads(lib.to_str())
-        model, norm = spec["model"], spec["normalizer"] or {}
-        parts = norm.get("normalizers", [norm] if norm else [])
-        return (model["type"] == "BPE" and not model["dropout"] and "▁" in model["vocab"]
-                and not any("▁" in token.lstrip("▁") for token in model["vocab"])
-                and all(part["type"] == "Replace" for part in parts)
-                and (spec["pre_tokenizer"] or {"type": "Metaspace"})["type"] == "Metaspace")
+    def __missing__(self, word):
+        if len(self) > 500_000:
+            self.clear()
+        self[word] = n = len(self.words._lib.encode(word, add_special_tokens=False).ids)
+        return n
 
-    def encode(self, text, add_special_tokens=False):
-        if "▁" in text:                             # typed by hand it is as good as a space
-            return self.lib.encode(text, add_special_tokens=False)
-        ids, offsets, at = [], [], 0
-        for word in re.findall(" *[^ ]+| +", text):
-            if not (coded := self.known.get(word)):
-                if len(self.known) > 500_000:
-                    self.known.clear()
-                coded = self.lib.encode(word, add_special_tokens=False)
-                coded = self.known[word] = coded.ids, coded.offsets
-            ids += coded[0]
-            offsets += [(at + a, at + b) for a, b in coded[1]]
-            at += len(word)
-        return self.Coded(ids, offsets)
+    def of(self, pieces, pictures: int) -> int:
+        words, n, texts = self.words, 0, [""]
+        if not self.apart or any("▁" in piece for piece, _, _ in pieces):
+            return len(_tokenise(pieces, words, pictures)[0])
+        for piece, _, _ in pieces:
+            if piece is BOS or piece is SEAM:
+                n += piece is BOS and words.add_bos
+                texts.append("")
+            else:
+                texts[-1] += piece
+        if pictures:
+            n += sum(text.count(MARK) for text in texts)
+            texts = [part for text in texts for part in text.split(MARK)]
+        for text in texts:
+            for i, part in enumerate(words._special.split(text)):
+                pad = words.prefix == "every" or words.prefix == "first" and i == 0
+                n += i > 0              # the special token before it
+                n += sum(map(self.__getitem__, re.findall(" *[^ ]+| +", " " * pad + part))
+                         ) if part else 0
+        return n
 
 
-def _size(sample, args, words) -> int:
+def _size(sample, args, lengths) -> int:
     """Tokens of a sample, its picture included; without a tokeniser, 4 for 3 words.
 
     Raises BadData for what training would refuse, or leave out because it teaches nothing."""
@@ -1345,8 +1353,8 @@ def _size(sample, args, words) -> int:
         raise BadData("<image> in the text, but no picture: give the row an image")
     if not any(learned and person and piece.strip() for piece, learned, person in pieces):
         raise BadData("nothing to learn, no answer has words: take the row out")
-    size = (len(_tokenise(pieces, words, -1 if seen else 0)[0]) if words else
-            len(text.split()) * 4 // 3) + (args.places - 1) * seen
+    size = (args.places - 1) * seen + (lengths.of(pieces, -1 if seen else 0) if lengths is not None
+                                       else len(text.split()) * 4 // 3)
     if size > args.pack:
         raise BadData(f"{size:,} tokens are over --pack {args.pack:,}: shorten or split it")
     return size
@@ -1380,17 +1388,15 @@ def check(args) -> int:
     """The dataset doctor: a line for each fault, then what the file holds. 0: clean, 3: faults."""
     if args.images and not os.path.isdir(args.images):
         raise Usage(f"--images {args.images}: no such folder: give the one that names start from")
-    words = Tokenizer(resolve(args.llm)) if args.llm else None
-    if words and _ByWord.fits(words._lib):
-        words._lib = _ByWord(words._lib)
+    lengths = _Lengths(Tokenizer(resolve(args.llm))) if args.llm else None
     kinds, sizes, pictures, rows, samples = Counter(), [], {}, 0, 0
     warnings.simplefilter("ignore")                 # Pillow's; its errors are what counts
 
     def fault(where, field, why):
         print(_printable(f"{where}: {field}{why}"))
-        field = re.sub(r"\[\d+\]", "[]", re.sub(r" '.*?'", "", field))
-        why = re.sub(r" \(.*?\)+|'.*?'|\".*?\"", "", str(why))
-        kinds[_printable(re.sub(r"-?\d[\d,.×]*", "n", field + why.split(": ")[0]))] += 1
+        field = re.sub(r"\[\d+\]", "[]", re.sub(r" (['\"]).*\1", "", field))
+        why = re.sub(r" \(.*|'.*?'", "", str(why)).split(": ")[0]
+        kinds[_printable(field + re.sub(r"(?<![\w/.-])\d[\d,.×]*", "n", why))] += 1
 
     start = time.monotonic()
     for rows, where, got in _ticking(_samples(args.file), "rows"):
@@ -1401,7 +1407,7 @@ def check(args) -> int:
         for sample in got:
             samples += 1
             try:
-                sizes.append(_size(sample, args, words))
+                sizes.append(_size(sample, args, lengths))
             except BadData as error:
                 fault(where, "conversations: ", error)
         if (name := got[0].get("image")) is None:
@@ -1428,7 +1434,7 @@ def check(args) -> int:
           f"{kinds.total():,} faults")
     for kind, n in kinds.most_common():
         print(f"{n:9,}  {kind}")
-    how = f"of {args.llm}" if words else "estimated, 4 for 3 words: --llm counts them"
+    how = f"of {args.llm}" if args.llm else "estimated, 4 for 3 words: --llm counts them"
     print(f"tokens ({how}; template {args.template}; {args.places} for a picture):")
     bins = Counter(size.bit_length() for size in sizes)
     for bits in range(min(bins, default=0), max(bins, default=-1) + 1):

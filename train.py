@@ -140,6 +140,10 @@ def arguments(argv=None):
     p.add_argument("--projector", help="start the bridge from this file or folder, where it is new")
     p.add_argument("--official-quirks", action="store_true",
                    help="learn nothing from samples that the official code masks with a warning")
+    p.add_argument("--on-bad-sample", choices=("error", "skip"), default="error",
+                   help="skip: go on without it and list it in bad_samples.jsonl")
+    p.add_argument("--most-bad", type=int, default=100, metavar="N",
+                   help="with skip: more than so many end the run")
     p.add_argument("--output-dir", help="default: runs/<base>/<recipe>/stage<n>")
     p.add_argument("--resume", choices=("auto",), help="go on from the newest good checkpoint")
     p.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
@@ -204,7 +208,7 @@ def arguments(argv=None):
         if getattr(a, name) is None:
             setattr(a, name, value)
     for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0),
-                      ("show_batch", 0), ("seed", 0), ("pack", 0), ("workers", 0), ("lora", 0),
+                      ("show_batch", 0), ("seed", 0), ("pack", 0), ("most_bad", 0), ("workers", 0), ("lora", 0),
                       ("gpus", 1)):
         if getattr(a, name) < low:
             p.error(f"--{name.replace('_', '-')} must be at least {low}")
@@ -668,7 +672,7 @@ def fit(job, out, args):
     for left in out.glob("step-??????.tmp") if first else ():   # of a kill in the middle of a save
         shutil.rmtree(left)
     step = restore(job, out) if args.resume else 0
-    for name in ("metrics.jsonl", "samples.jsonl") if first else ():
+    for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl") if first else ():
         rewind(out / name, step)
     stop, started, told, update = Stop(), time.time(), 0.0, Update(job)
     weight = next(iter(job.trained().values()))
@@ -866,6 +870,7 @@ class Micro(NamedTuple):
     weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
     lengths: list | None            # packed: ids of each text
     counts: list                    # of each text: its tokens, learned ones, pictures
+    bad: list                       # of samples left out: what is wrong with them
 
 
 class Batches(torch.utils.data.Dataset):
@@ -881,8 +886,9 @@ class Batches(torch.utils.data.Dataset):
     are read when a micro-batch is made, by workers ahead of time if there are any: it is a function
     of (step, its number) alone, whoever makes it."""
 
-    def __init__(self, samples, model, args, rank=0, ranks=1):
+    def __init__(self, samples, model, args, rank=0, ranks=1, out=None):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
+        self.out, self.bad = out, []
         self.words, self.side, self.places = model.words, model.image_size, model.places()
         self.device, self.planned, self.ahead = model.llm.embed.weight.device, (None, None), None
         if not args.pack and args.row.batch % (args.accum * ranks):
@@ -915,7 +921,15 @@ class Batches(torch.utils.data.Dataset):
         if self.planned[0] == step:
             return self.planned[1]
         row, first = self.args.row, step * self.args.row.batch
-        texts = [self.text(i) for i in range(first, first + row.batch)]
+        texts, bad = [], []
+        for index in range(first, first + row.batch):
+            try:
+                texts.append(self.text(index))
+            except data.Failure as error:
+                if self.args.on_bad_sample == "error":
+                    raise
+                texts.append(([], []))
+                bad.append(str(error))
         learned = [sum(x != data.IGNORE for x in labels) for _, labels in texts]
         if not any(learned):
             raise data.BadData(f"{self.samples.name(first)} and the {row.batch - 1} after it have "
@@ -932,7 +946,7 @@ class Batches(torch.utils.data.Dataset):
             size = row.batch // (self.args.accum * self.ranks)
             micros = [[t for t in taught if (t[0] - first) // size == m]
                       for m in range(row.batch // size)]
-        self.planned = step, [m for m in micros if m]
+        self.planned, self.bad = (step, [m for m in micros if m]), bad
         return self.planned[1]
 
     def __getitem__(self, at):
@@ -941,9 +955,21 @@ class Batches(torch.utils.data.Dataset):
         try:
             planned = self.plan(step)
             # a rank that is dealt one less does the first once more, for nothing
-            chosen, spare = planned[number % len(planned)], number >= len(planned)
-            pixels = [data.preprocess(picture, self.side, self.args.row.aspect)
-                      for picture, _ in map(self.picture, chosen) if picture is not None]
+            dealt, spare = planned[number % len(planned)], number >= len(planned)
+            chosen, pixels, bad = [], [], list(self.bad) if number == 0 else []
+            for sample in dealt:
+                try:
+                    picture = self.picture(sample)
+                except data.Failure as error:       # what it weighs is lost: the others are planned
+                    if self.args.on_bad_sample == "error":
+                        raise
+                    bad.append(str(error))
+                    continue
+                chosen.append(sample)
+                if picture is not None:
+                    pixels.append(picture)
+            if not chosen:
+                raise data.BadData(f"a whole micro-batch cannot be used; the first: {bad[0]}")
         except data.Failure as error:
             return error
         texts = [(ids, labels) for _, ids, labels, _ in chosen]
@@ -961,11 +987,14 @@ class Batches(torch.utils.data.Dataset):
         counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
                    ids.count(data.IMAGE)) for ids, labels in texts]
         return Micro(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
-                     lengths if self.args.pack else None, counts)
+                     lengths if self.args.pack else None, counts, bad)
 
     def picture(self, planned):
+        """Pixels (1, 3, S, S) of a planned sample, or None. Raises data.Failure with its name."""
         try:
-            return self.samples[planned[0]]
+            picture = self.samples[planned[0]][0]
+            return None if picture is None else data.preprocess(picture, self.side,
+                                                                self.args.row.aspect)
         except data.Failure as error:
             raise type(error)(f"{self.samples.name(planned[0])}: {error}") from None
 
@@ -988,10 +1017,21 @@ class Batches(torch.utils.data.Dataset):
             micro = next(self.ahead) if self.args.workers else self[at]
             if isinstance(micro, data.Failure):
                 raise micro
+            if micro.bad:
+                self.list(step, micro.bad)
             yield micro._replace(**{name: t.to(self.device, non_blocking=True)
                                     for name, t in micro._asdict().items() if torch.is_tensor(t)})
         if step + 1 == self.samples.steps():
             self.ahead = None                   # the workers go
+
+    def list(self, step, bad):
+        """Write down what was left out. Raises data.BadData when it has become too much."""
+        path = self.out / "bad_samples.jsonl"
+        with open(path, "a") as f:
+            f.writelines(json.dumps({"step": step + 1, "why": why}) + "\n" for why in bad)
+        if (many := len(path.read_text().splitlines())) > self.args.most_bad:
+            raise data.BadData(f"{path}: {many} samples left out, more than --most-bad "
+                               f"{self.args.most_bad}; the last: {bad[-1]}")
 
 
 def apart(worker):
@@ -1002,9 +1042,9 @@ def apart(worker):
         signal.signal(number, signal.SIG_DFL)
 
 
-def make_batches(samples, model, args):
+def make_batches(samples, model, args, out):
     """step -> this rank's micro-batches."""
-    return Batches(samples, model, args, rank(), ranks())
+    return Batches(samples, model, args, rank(), ranks(), out)
 
 
 def cosine(step, steps, warmup):
@@ -1193,7 +1233,7 @@ def bridge_job(args, out, device):
         model.llm.merge()               # of LoRA: what is saved loads like any other
         model.save_pretrained(folder)
 
-    return Job(model, made, steps, make_batches(samples, model, args), loss,
+    return Job(model, made, steps, make_batches(samples, model, args, out), loss,
                factor_of(row, steps), finish, row.clip,
                watcher(model, row) if args.base == "toy" and not args.data else None,
                batch=row.batch, work=work, held=held)
@@ -1781,7 +1821,7 @@ def resolved(args):
     """What decides the finished bits: the content of config.json."""
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-            "checkpoint", "offload", *(f.name for f in fields(Stage))}
+            "checkpoint", "offload", "most_bad", *(f.name for f in fields(Stage))}
     return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
                                   "stage_row": vars(args.row)}))
 
@@ -1791,7 +1831,7 @@ def claim(out):
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / "lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # workers do not inherit this kind
         return lock
     except BlockingIOError:
         lock.close()
@@ -1826,7 +1866,8 @@ def manifest(out, args, job):
 
     config.json is the first file of a run to come and the last to go."""
     if args.overwrite:
-        for name in ("step-*", "model", "model.tmp", "metrics.jsonl", "samples.jsonl", "loss.png",
+        for name in ("step-*", "model", "model.tmp", "metrics.jsonl", "samples.jsonl",
+                     "bad_samples.jsonl", "loss.png",
                      "nan-step-*.json", "run.json", "config.json"):
             for path in out.glob(name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

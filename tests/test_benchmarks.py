@@ -92,7 +92,7 @@ def problem(question, choices, answer, hint="", image=None, subject="natural sci
 
 
 EXAM = {"0": problem("Is it warm?", ["no", "yes"], 1, "The thing\nis red.", "image.png"),
-        "1": problem("Is it far?", ["yes", "no"], 0, subject="social science", grade=7),
+        "1": problem("Is it far?", ["yes", "no"], 0, "", "image.png", "social science", 7),
         "2": problem("Which word?", ["a", "b"], 1, " Think.", None, "language science", 6),
         "7": problem("Not in this split?", ["a", "b"], 1),
         "8": problem("Is it deep?", ["a", "b", "c"], 1, "", None, "natural science", 12)}
@@ -117,20 +117,20 @@ def test_scienceqa_scores_are_known(folder, seer, stand_in, capsys):
     assert made["without a letter"] == 2 and {g: (r["accuracy"], r["questions"])
                                               for g, r in made["groups"].items()} == {
         "all": (.5, 4), "natural science": (.5, 2), "social science": (1, 1),
-        "language science": (0, 1), "text context": (.5, 2), "image context": (1, 1),
-        "no context": (.5, 2), "grades 1-6": (.5, 2), "grades 7-12": (.5, 2)}
+        "language science": (0, 1), "text context": (.5, 2), "image context": (1, 2),
+        "no context": (0, 1), "grades 1-6": (.5, 2), "grades 7-12": (.5, 2)}
     assert "0.5000 of 4" in capsys.readouterr().out
     # what was asked, to the letter; the picture comes first, and only where there is one
     text = ("Context: The thing\nis red.\nIs it warm?\nA. no\nB. yes\nAnswer with the option's "
             "letter from the given choices directly.")
-    assert [n for _, n in asked] == [1, 0, 0, 0]
+    assert [n for _, n in asked] == [1, 1, 0, 0]
     assert asked[0][0] == data.prompt_ids(f"{SYSTEM} USER: <image>\n{text} ASSISTANT:", WORDS)
-    bare = f"Is it far?\nA. yes\nB. no\n{evaluate.LETTER}"
-    assert asked[1][0] == data.prompt_ids(f"{SYSTEM} USER: {bare} ASSISTANT:", WORDS)
+    bare = f"Is it deep?\nA. a\nB. b\nC. c\n{evaluate.LETTER}"
+    assert asked[3][0] == data.prompt_ids(f"{SYSTEM} USER: {bare} ASSISTANT:", WORDS)
     assert [list(row) for row in rows] == [[
         "question_id", "prompt", "text", "answer_id", "model_id", "metadata"]] * 4
     assert [row["question_id"] for row in rows] == ["0", "1", "2", "8"]
-    assert rows[0]["prompt"] == f"<image>\n{text}" and rows[1]["prompt"] == bare
+    assert rows[0]["prompt"] == f"<image>\n{text}" and rows[3]["prompt"] == bare
     # controls: nothing new, nothing asked; another truth, another score; a picture that changed
     assert run(*flags) == 0 and len(asked) == 4 and lines(folder / "o.jsonl") == rows
     assert run(*exam(folder, answer=0), "--model", seer) == 0 and len(asked) == 4

@@ -138,7 +138,7 @@ def plain(ground):
 
 def apart(a, b):
     """Largest relative distance of two curves that fell."""
-    assert len(a) == len(b) == STEPS and sum(a[-10:]) < .98 * sum(a[:10]), a
+    assert len(a) == len(b) == STEPS and sum(a[-10:]) < .99 * sum(a[:10]), a
     return max(abs(x - y) / y for x, y in zip(a, b))
 
 
@@ -176,7 +176,7 @@ def means_of_rows(monkeypatch):
 @pytest.mark.parametrize("wrong", [one_document, means_of_rows])
 def test_a_wrong_packing_leaves_the_curve(ground, plain, tmp_path, monkeypatch, wrong):
     wrong(monkeypatch)
-    assert apart(ours(ground, 2, tmp_path, "--pack", 256), plain(2)) > 3 * STAGE2
+    assert apart(ours(ground, 1, tmp_path, "--pack", 256), plain(1)) > 3 * STAGE1
 
 
 def test_another_objective_leaves_the_curve(ground, plain, tmp_path):
@@ -197,27 +197,29 @@ def test_frozen_matrices_keep_no_input(ground, tmp_path):
     """Of all that backward will need, nothing went into a frozen matrix of the LLaMA."""
     kept = {}
     for stage in (1, 2):
-        args = train.arguments(flags(ground, stage, tmp_path, "--optimizer", "adamw"))
+        args = train.arguments(flags(ground, stage, tmp_path, "--optimizer", "adamw", "--dtype",
+                                     "fp32"))
         job = train.bridge_job(args, tmp_path, "cpu")
         went_in, saved = [], set()
-        for m in job.model.llm.blocks.modules():
-            if isinstance(m, torch.nn.Linear):
+        for name, m in job.model.llm.blocks.named_modules():
+            # what goes into `out` is attention's result, which attention keeps for itself
+            if isinstance(m, torch.nn.Linear) and not name.endswith("out"):
                 m.register_forward_pre_hook(lambda m, given: went_in.append(given[0].detach()))
 
         def keep(t):
             saved.add(t.untyped_storage().data_ptr())
             return t
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = job.loss(next(job.batches(0)))
+            loss = job.model.loss(*next(job.batches(0))[:6])
         loss.backward()
         kept[stage] = sum(t.untyped_storage().data_ptr() in saved for t in went_in)
-        assert len(went_in) == 8
-    assert kept == {1: 0, 2: 8}             # stage 2 is the control
+        assert len(went_in) == 6
+    assert kept == {1: 0, 2: 6}             # stage 2 is the control
 
 
 def test_text_alone_wakes_no_eye(ground, tmp_path):
-    job = train.bridge_job(train.arguments(flags(ground, 2, tmp_path)), tmp_path, "cpu")
-    looks, last = [], []
+    args = train.arguments(flags(ground, 2, tmp_path, "--order", "shuffled"))
+    job, looks, last = train.bridge_job(args, tmp_path, "cpu"), [], []
     job.model.vision.register_forward_hook(lambda *a: looks.append(1))
     job.model.vision.blocks[-1].register_forward_hook(lambda *a: last.append(1))
     micro = next(job.batches(0))
@@ -326,7 +328,7 @@ def test_steps_hold_one_kind_of_sample():
     order = data.modality_order(lengths, 4, 2, torch.Generator().manual_seed(0))
     assert sorted(order) == list(range(60))
     steps = [order[i:i + 8] for i in range(0, 60, 8)]
-    assert all(len({lengths[i] > 0 for i in step}) == 1 for step in steps[:5])
-    assert order[40:] == sorted(order[40:])             # what is left of both kinds, by number
+    assert all(len({lengths[i] > 0 for i in step}) == 1 for step in steps[:6])
+    assert order[48:] == sorted(order[48:]) and order[:48] != sorted(order[:48])    # the rest
     with pytest.raises(data.BadData, match="number 1 .* no words"):
         data.modality_order([3, 0], 1, 1, None)

@@ -112,8 +112,8 @@ def before_batch(train, step, action):
     """Have action(model) happen when the batch of `step` is asked for."""
     real = train.make_batches
 
-    def made(samples, model, args):
-        batches = real(samples, model, args)
+    def made(samples, model, args, out):
+        batches = real(samples, model, args, out)
         return lambda s: (action(model) if s == step else None, batches(s))[1]
     train.make_batches = made
 
@@ -706,7 +706,7 @@ def test_checkpoint_policies_change_no_bit(flags, run, tmp_path):
 
 def test_an_output_folder_in_use_is_refused(flags, run, tmp_path):
     with open(tmp_path / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         for more in ((), ("--overwrite",), ("--resume", "auto")):
             refused(run(flags(tmp_path, *more)), 3, "in use")
     assert run(flags(tmp_path, steps=1)).code == 0          # let go of, it can be used
@@ -916,6 +916,26 @@ def test_a_batch_of_text_alone_is_no_trouble(flags, run, album, tmp_path, trains
          "no answers"])
 def test_bad_samples_are_refused_by_name(flags, run, album, tmp_path, change, words):
     refused(run(flags(tmp_path / "run", *album(change), "--batch", 4)), 3, *words)
+
+
+def test_bad_samples_can_be_skipped_and_are_listed(flags, run, album, tmp_path):
+    """One without its mark, found in the text, one without its picture, found by a worker; the
+    result is the same with workers and without."""
+    def spoil(rows):
+        rows[1].update(image="gone.png")
+        rows[2]["conversations"][0].update(value="no mark")
+    for workers in (0, 2):
+        out = tmp_path / f"run{workers}"
+        argv = flags(out, *album(spoil), "--batch", 4, "--workers", workers, steps=2)
+        refused(run([*argv, "--on-bad-sample", "skip", "--most-bad", "3"]), 3, "--most-bad 3")
+        assert run([*argv, "--on-bad-sample", "skip", "--overwrite"]).code == 0
+        told = lines(out / "bad_samples.jsonl")
+        assert [x["step"] for x in told] == [1, 1, 2, 2]
+        assert {x["why"].split(":")[0] for x in told} == {"sample 1", "sample 2"}
+    assert sha(tmp_path / "run0") == sha(tmp_path / "run2")
+    refused(run(flags(tmp_path / "none", *album(lambda rows: [
+        r.update(image="gone.png") for r in rows]), "--batch", 4, "--on-bad-sample", "skip")), 3,
+        "whole micro-batch")
 
 
 def test_show_batch_prints_what_is_learned_and_writes_nothing(flags, run, tmp_path):
