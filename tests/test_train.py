@@ -507,26 +507,29 @@ def test_killed_before_each_file_operation_of_a_resume(flags, run, tmp_path, int
     assert {sha(out) for out in finished} == {undisturbed()}
 
 
-def test_killed_at_five_random_times(flags, run, tmp_path, undisturbed):
+@pytest.mark.parametrize("stage, more", [(1, ()), (2, ()), (2, ("--lora", 2))],
+                         ids=["stage 1", "stage 2", "LoRA"])
+def test_killed_at_seven_random_times(flags, run, tmp_path, stage, more):
     dice, steps = random.Random(5), 12
-    target = undisturbed(steps=steps)
-    started = time.time()
-    assert run(flags(tmp_path / "timed", steps=steps)).code == 0
+    given = dict(stage=stage, steps=steps)
+    for name in ("warm", "timed"):
+        started = time.time()
+        assert run(flags(tmp_path / name, *more, **given)).code == 0
     whole, kills, trials = time.time() - started, 0, []
-    while kills < 5 or not trials:
+    while kills < 7 or not trials:
         trials.append(out := tmp_path / f"trial-{len(trials)}")
-        assert len(trials) < 12, "the kills come too late"
+        assert len(trials) < 15, "the kills come too late"
         while True:
-            argv = flags(out, "--resume", "auto", steps=steps)
-            wait = dice.uniform(.1, .9) * whole if kills < 5 else 0
+            argv = flags(out, *more, "--resume", "auto", **given)
+            wait = dice.uniform(.1, .9) * whole if kills < 7 else 0
             # a run that finished first is a zombie to the server: the kill does nothing, code 0
             code = run(argv, kill_after=wait).code
             if code == 0:
                 break
             assert code == -signal.SIGKILL
             kills += 1
-        assert sha(out) == target
-    assert kills == 5
+        assert sha(out) == sha(tmp_path / "timed")
+    assert kills == 7
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
