@@ -488,8 +488,8 @@ def claims(args):
     for paper, runs in table.items():
         for claim, one in runs[0].items():
             held = sum(run[claim]["holds"] for run in runs)
-            print(f"\n{paper}: {claim}\n  {'holds' if held == len(runs) else 'does not hold'} here: "
-                  f"in {held} of {len(runs)} seeds")
+            verdict = "holds" if held == len(runs) else "does not hold"
+            print(f"\n{paper}: {claim}\n  {verdict} here: in {held} of {len(runs)} seeds")
             for arm, figures in one["arms"].items():
                 cells = []
                 for figure in figures:

@@ -208,8 +208,8 @@ def arguments(argv=None):
         if getattr(a, name) is None:
             setattr(a, name, value)
     for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0),
-                      ("show_batch", 0), ("seed", 0), ("pack", 0), ("most_bad", 0), ("workers", 0), ("lora", 0),
-                      ("gpus", 1)):
+                      ("show_batch", 0), ("seed", 0), ("pack", 0), ("workers", 0), ("lora", 0),
+                      ("gpus", 1), ("most_bad", 0)):
         if getattr(a, name) < low:
             p.error(f"--{name.replace('_', '-')} must be at least {low}")
     r = a.row

@@ -1,4 +1,4 @@
-"""The recipes with a Q-Former: what learns, at what rate, with which decay, and to the same bits."""
+"""The recipes beside LLaVA's: what learns, at what rate, with which decay, and to the same bits."""
 
 import hashlib
 import json
