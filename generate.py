@@ -21,8 +21,9 @@ What people type is never parsed: a typed <image> or </s> is letters, not a pict
 A picture in tiles (LLaVA-NeXT) goes in with its size: how it was cut decides what is kept of it.
 The ### that ends an answer of MiniGPT-4 or LLaVA v0 is one token or several, so it is looked for in
 the text; what may be its beginning waits until it is clear.
-Left out: repetition penalties (1.5 and 1.05 in the demos of InstructBLIP and MiniGPT-4), beams in a
-batch.
+A repetition penalty r divides by r the logits above 0 of all ids that stand in prompt or answer,
+and multiplies those below [CTRL] 1909.05858 (1.5 and 1.05 in InstructBLIP's, MiniGPT-4's demos).
+Left out: beams in a batch.
 Letters: B batch, T tokens, T' after splicing, C width, V vocabulary, S picture side.
 Next: evaluate.py, which keeps the score.
 """
@@ -42,13 +43,16 @@ def text_fault(text):
             if any("\ud800" <= c < "\ue000" for c in text) else None)
 
 
-def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1):
+def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
+          repetition_penalty=1.0, stop=()):
     """What is wrong with these settings, or None; the defaults are everybody's."""
     wrong = {"max-new-tokens must be at least 1": max_new_tokens < 1,
              "temperature must be 0 or more": not 0 <= temperature < math.inf,
              "top-p must be above 0 and at most 1": not 0 < top_p <= 1,
              "top-k must be 0 (all) or more": top_k < 0,
              "num-beams must be at least 1": num_beams < 1,
+             "repetition-penalty must be above 0": not 0 < repetition_penalty < math.inf,
+             "stop must be a text to end at, not an empty one": not all(stop),
              "num-beams above 1 needs temperature 0": num_beams > 1 and temperature > 0}
     return next((line for line, true in wrong.items() if true), None)
 
@@ -61,19 +65,27 @@ def arguments(argv=None):
     p.add_argument("--template", help="how the model is asked, instead of what its config says")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the weights in memory; auto: as they are in the file")
+    p.add_argument("--quantize", choices=("int8", "int4"), help="of the language model's weights")
     p.add_argument("--out", help="LLaVA JSON to write the answers about a folder to")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0, help="of the likeliest that sum to p")
     p.add_argument("--top-k", type=int, default=0, help="of the k likeliest; 0: of all")
     p.add_argument("--num-beams", type=int, default=1, help="beam search")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="1: none")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                   help="end before this text; may be given more than once")
+    p.add_argument("--attention", metavar="PNG", help="draw where each word of the answer looked")
+    p.add_argument("--layer", type=int, help="whose attention (default: the one that looks most)")
+    p.add_argument("--verbose", action="store_true", help="tokens a second")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch-size", type=int, default=8, help="pictures of a folder at a time")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--debug", action="store_true", help="tracebacks")
     a = p.parse_args(argv)
     a.settings = {name: getattr(a, name) for name in
-                  ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams")}
+                  ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams",
+                   "repetition_penalty", "stop")}
     folder, wrong = os.path.isdir(a.image), fault(**a.settings)
     if a.prompt is not None:
         a.prompt, wrong = a.prompt.strip(), wrong or text_fault(a.prompt)
@@ -83,6 +95,8 @@ def arguments(argv=None):
         wrong = wrong or f"{a.image} is a folder: give a question and --out FILE.json"
     if a.out and os.path.exists(a.image) and not folder:
         wrong = "--out is for a folder of pictures; the answer about one goes to stdout"
+    if a.attention and (folder or a.prompt is None):
+        wrong = "--attention is for one question about one picture"
     if a.out and not os.path.isdir(os.path.dirname(a.out) or "."):
         wrong = f"--out {a.out}: no such folder: make it first"
     return p.error(wrong) if wrong else a
@@ -101,20 +115,31 @@ import torch
 from tqdm import tqdm
 
 import data
+from kernels import rope, rope_table
+from kernels.quantize import lay, quantize
 from llama import Cache
 from projector import VLM
 
 
 # ----------------------------------------------------------------------------------- the prompt
 
-def ask(turns, template, words):
-    """Ids of a conversation about one picture, ending where the model starts to write.
+def ask(turns, template, words, shown=(0,)):
+    """Ids of a conversation about pictures, ending where the model starts to write.
 
-    turns: texts of person and model alternately, the person's first and last; the picture stands
-    before the first. A typed "<image>" is no picture."""
-    rows = enumerate([f"{data.MARK}\n{turns[0]}", *turns[1:]])
-    talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in rows]
-    return data.chat_ids(talk, template, words, pictures=1)
+    turns: texts of person and model alternately, the person's first and last; a picture stands
+    before each turn whose number is in `shown`. A typed "<image>" is no picture (and gets spaces
+    around it where a picture follows later)."""
+    talk = [{"from": ("human", "gpt")[i % 2], "value": f"{data.MARK}\n" * (i in shown) + text}
+            for i, text in enumerate(turns)]
+    real = [here for i, text in enumerate(turns)
+            for here in [True] * (i in shown) + [False] * text.count(data.MARK)]
+    last = len(real) - real[::-1].index(True)           # marks behind the last picture are letters
+    ids = data.chat_ids(talk, template, words, pictures=last)
+    if all(real[:last]):
+        return ids
+    letters, real = words.encode(data.MARK, bos=False, special=False), iter(real)
+    return [i for token in ids for i in
+            ([token] if token != data.IMAGE or next(real) else letters)]
 
 
 def places(model, ids, sizes=None):
@@ -173,14 +198,30 @@ def stop_text(model, eos=None):
     return template.end if model.words.added(template.end) is None else None
 
 
-def stopped(tokens, model, stop):
-    """How many tokens at the end hold the stop text (0: none), and whether they may yet become it.
-    A token that holds more than that goes with it."""
-    if not stop:
+def stopped(tokens, model, stops):
+    """How many tokens at the end hold a stop text (0: none), and whether they may yet become one.
+    A token that holds more than that goes with it. stops: texts, or one, or None."""
+    stops = [stops] if type(stops) is str else stops
+    if not stops:
         return 0, False
-    tails = [model.words.decode(tokens[-n:]) for n in range(1, 2 + len(stop.encode()))]
-    return (next((n for n, text in enumerate(tails, 1) if stop in text), 0),
-            any(tails[-1].endswith(stop[:n]) for n in range(1, len(stop))))
+    longest = max(len(stop.encode()) for stop in stops)
+    tails = [model.words.decode(tokens[-n:]) for n in range(1, 2 + longest)]
+    return (next((n for n, text in enumerate(tails, 1) if any(s in text for s in stops)), 0),
+            any(tails[-1].endswith(s[:n]) for s in stops for n in range(1, len(s))))
+
+
+def penalise(scores, seen, penalty):
+    """scores (B, V), logits or log-probabilities; seen (B, V) bool."""
+    less = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen, less, scores)
+
+
+def seen_in(prompts, logits):
+    """(B, V) bool: which ids stand in each prompt."""
+    seen = torch.zeros(len(prompts), logits.shape[-1], dtype=torch.bool)
+    for row, ids in zip(seen, prompts):
+        row[[i for i in ids if i >= 0]] = True
+    return seen.to(logits.device)
 
 
 def predict(llm, x, cache, positions=None, keep=None):
@@ -210,7 +251,7 @@ def sample(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
 
 
 @torch.inference_mode()
-def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None):
+def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0):
     """The tokens of the answer with the best mean log-probability, its end counted.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
@@ -221,6 +262,9 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None):
     running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
     for step in range(1, room + 1):
         scores = predict(llm, x, memory).log_softmax(-1)                             # (n, V)
+        if penalty != 1:
+            seen = seen_in([ids + row for _, _, row in running], scores)
+            scores = penalise(scores, seen, penalty)
         scores = scores + scores.new_tensor([[score] for score, _, _ in running])
         wanted = width * (1 + len(ends) + bool(stop))
         best, heads = scores.flatten().topk(min(wanted, scores.numel())), []
@@ -236,8 +280,7 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None):
         if not heads or len(done) == width and done[-1][0] >= heads[0][0] / step:
             break
         parents = torch.tensor([parent for _, parent, _ in heads], device=x.device)
-        memory.k, memory.v = memory.k[:, parents], memory.v[:, parents]
-        memory.keep = memory.keep[parents]
+        memory.pick(parents)
         x = torch.tensor([[tokens[-1]] for _, _, tokens in heads], device=x.device)  # (n, 1)
     else:
         done += [(score / room, tokens) for score, _, tokens in running]
@@ -246,15 +289,19 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None):
 
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-           num_beams=1, seed=0, eos=None, cache=True, sizes=None):
+           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=()):
     """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
-    if wrong := fault(max_new_tokens, temperature, top_p, top_k, num_beams):
+    if wrong := fault(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty,
+                      stop):
         raise data.Usage(wrong)
-    ends, stop, sizes = endings(model, eos), stop_text(model, eos), sizes or [None] * len(prompts)
+    if stop and not hasattr(model, "words"):
+        raise data.Usage("stop texts need a model with a tokenizer: give a VLM, or eos")
+    ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
+    stop = [text for text in (stop_text(model, eos), *stop) if text]
     if num_beams > 1:
-        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop)
+        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty)
                for p, x, size in zip(prompts, pictures, sizes, strict=True)]
         return
     llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
@@ -262,9 +309,12 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     positions = (keep.cumsum(1) - 1).clamp(min=0)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     dice = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    held = [[] for _ in prompts]
+    held, seen = [[] for _ in prompts], None
     for step in range(max(room)):
         logits = predict(llm, x, memory, positions, keep)                            # (B, V)
+        if repetition_penalty != 1:
+            seen = seen_in(prompts, logits) if seen is None else seen
+            logits = penalise(logits, seen, repetition_penalty)
         new = sample(logits) if not temperature else torch.stack(
             [sample(row, temperature, top_p, top_k, die) for row, die in zip(logits, dice)])
         out = [[] for _ in prompts]
@@ -281,6 +331,8 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
             yield out
         if not any(alive):
             return
+        if seen is not None:
+            seen[torch.arange(len(new)), new.to(seen.device)] = True
         # rows that have ended go on talking to themselves: cheaper than taking them out
         new, at = new[:, None].to(x.device), lengths + step                          # (B, 1)
         if cache:
@@ -294,16 +346,18 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
 # ------------------------------------------------------------------------------------- answers
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-             num_beams=1, seed=0, eos=None, cache=True, sizes=None):
+             num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0,
+             stop=()):
     """Iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
     (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
     all at once, and always use the cache.
+    stop: texts before which the answer ends.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
     rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
-                  seed, eos, cache, None if sizes is None else [sizes])
+                  seed, eos, cache, None if sizes is None else [sizes], repetition_penalty, stop)
     return (token for row in rows for token in row[0])
 
 
@@ -339,6 +393,88 @@ def stream(model, ids, pixels=None, **settings):
     return filter(None, spell(generate(model, ids, pixels, **settings), model.words))
 
 
+# ------------------------------------------------------------------------------------ where to
+
+@torch.inference_mode()
+def looked(model, ids, tokens, pixels, layer=None):
+    """How much each token of an answer looked at each patch: (tokens, P), the mean over heads of
+    the attention from the place that wrote it; layer: None, the one that looks there most.
+
+    Computed again from the whole text in one pass: while writing nothing is kept or slowed down.
+    Raises data.Usage for models whose pictures are no grid of patches."""
+    if model.kind == "qformer" or model.aspect == "anyres":
+        raise data.Usage("--attention needs a model that reads a picture as one grid of patches: "
+                         "LLaVA or LLaVA-1.5, no Q-Former and no tiles")
+    llm, at = model.llm, ids.index(data.IMAGE)
+    if layer is not None and not 0 <= layer < llm.config.depth:
+        raise data.Usage(f"--layer {layer}: the model has layers 0 to {llm.config.depth - 1}")
+    row = torch.tensor([[*ids, *tokens]], device=llm.embed.weight.device)
+    x = model.embed(row, pixels.to(llm.embed.weight))[0][:, :-1]                 # (1, T, C)
+    T, n = x.shape[1], len(tokens)
+    cos, sin = rope_table(torch.arange(T, device=x.device)[None], llm.config.head_dim,
+                          llm.config.theta, llm.config.scaling)
+    H, G, D = llm.config.heads, llm.config.kv_heads, llm.config.head_dim
+    later = (torch.arange(T) > torch.arange(T - n, T)[:, None]).to(x.device)     # (n, T)
+    found = []
+    for i, block in enumerate(llm.blocks):
+        if layer in (None, i):
+            qkv = block.qkv(block.norm1(x)).view(1, T, H + 2 * G, D)
+            rope(qkv[:, :, :H + G], cos, sin, inplace=True)
+            q, k, _ = qkv[0].split((H, G, G), dim=1)
+            k = k.repeat_interleave(H // G, dim=1)
+            scores = torch.einsum("qhd,khd->hqk", q[-n:].float(), k.float()) * D ** -.5
+            p = scores.masked_fill(later, -math.inf).softmax(-1).mean(0)         # (n, T)
+            found.append(p[:, at:at + model.patches].cpu())
+        if layer == i:
+            break
+        x = block(x, cos, sin)
+    return max(found, key=torch.sum)
+
+
+def inside(grid, box):
+    """Mean of grid (s, s) over patches whose middle lies in box (x1, y1, x2, y2), and the others.
+    A box without a middle takes the patch that holds its own."""
+    s = len(grid)
+    middle = (torch.arange(s) + .5) / s
+    x1, y1, x2, y2 = box
+    there = ((middle >= y1) & (middle <= y2))[:, None] & ((middle >= x1) & (middle <= x2))
+    if not there.any():
+        there[min(int((y1 + y2) / 2 * s), s - 1), min(int((x1 + x2) / 2 * s), s - 1)] = True
+    return float(grid[there].mean()), float(grid[~there].mean())
+
+
+def attention_picture(model, image, words, grids):
+    """PIL image: the picture as the model saw it, once a word, lit where the word looked."""
+    from PIL import Image, ImageDraw
+    std, mean = (torch.tensor(v)[:, None, None] for v in (data.STD, data.MEAN))
+    seen = (model.pixels(image)[0] * std + mean).clamp(0, 1).permute(1, 2, 0) * 255
+    seen = Image.fromarray(seen.byte().numpy()).resize((168, 168))
+    across = min(8, len(words))
+    sheet = Image.new("RGB", (across * 176, -(-len(words) // across) * 192), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (word, grid) in enumerate(zip(words, grids)):
+        light = (grid / grid.max() * 255).byte().numpy()
+        light = Image.fromarray(light).resize(seen.size, Image.Resampling.BILINEAR)
+        dark = Image.blend(seen, Image.new("RGB", seen.size), .75)
+        x, y = i % across * 176 + 4, i // across * 192 + 18
+        sheet.paste(Image.composite(seen, dark, light), (x, y))
+        # the built-in font has Latin letters only
+        pen.text((x, y - 14), word.encode("latin-1", "replace").decode("latin-1"), fill="black")
+    return sheet
+
+
+def by_word(tokens, words):
+    """[(word, numbers of its tokens)] of an answer."""
+    out, text = [], ""
+    for i, piece in enumerate(words.decode(tokens[:n + 1]) for n in range(len(tokens))):
+        new, text = piece[len(text):], piece
+        if not out or new.startswith((" ", "\n")) or not out[-1][0].strip():
+            out.append(["", []])
+        out[-1][0] += new.strip()
+        out[-1][1].append(i)
+    return [(word, numbers) for word, numbers in out if word]
+
+
 # ------------------------------------------------------------------------------ the command line
 
 def note(line):
@@ -346,8 +482,19 @@ def note(line):
     tqdm.write(line, file=sys.stderr)
 
 
-def load(args):
-    """The model, on its device. Raises data.BadModel, data.Offline, data.Usage."""
+def ready(model, codes=None):
+    """The model with its weights as decoding reads them best, or coded: kernels/quantize.py.
+    Not to be trained or saved after."""
+    if codes:
+        try:
+            quantize(model.llm, {"int8": 8, "int4": 4}[codes])
+        except ValueError as error:
+            raise data.BadModel(f"--quantize {codes}: {error}") from None
+    return lay(model)
+
+
+def load(args, codes=None):
+    """The model, on its device, `ready`. Raises data.BadModel, data.Offline, data.Usage."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     try:
@@ -367,7 +514,7 @@ def load(args):
     if data.TEMPLATES[model.template].style == "plain":
         note("note: this model knows pictures and captions but no questions: yours is ignored, it "
              "writes a caption")
-    return model.to(device)
+    return ready(model.to(device), codes)
 
 
 def see(path, model):
@@ -402,32 +549,88 @@ def write(path, samples):
         raise data.Failure(f"{path}: {error.strerror}: name another file") from None
 
 
-def answer(model, turns, picture, args):
-    """Print the answer as it is written; returns it."""
-    said, ids, (pixels, sizes) = "", ask(turns, model.template, model.words), picture
-    for piece in stream(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings):
+def reading(device):
+    """GB/s at which this machine reads its memory: the best of a few sums of 256 MB."""
+    x, best = torch.ones(2 ** 26, device=device), math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best / 1e9
+
+
+def speed(model, taken, first, times):
+    """One line: the prompt's tokens a second, the answer's, and those against what reading the
+    weights once a token would allow."""
+    line = f"prompt: {taken} places in {first:.2f} s, {taken / first:,.0f}/s"
+    if len(times) > 1 and times[-1] > times[0]:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        coded = [t for part in (model.llm.blocks, model.llm.head) for layer in part.modules()
+                 for t in (getattr(layer, "weight", None), getattr(layer, "codes", None),
+                           getattr(layer, "scales", None)) if torch.is_tensor(t)]
+        ceiling = reading(coded[0].device) * 1e9 / sum(t.nbytes for t in coded)
+        line += (f"; answer: {rate:,.1f} tokens/s, {100 * rate / ceiling:.0f} % of the "
+                 f"{ceiling:,.0f} that reading the weights allows")
+    return line
+
+
+def together(shown):
+    """{turn: (pixels, sizes)} -> all pixels, all sizes or None."""
+    pictures = [shown[i] for i in sorted(shown)]
+    sizes = [size for _, some in pictures for size in some or ()]
+    return torch.cat([pixels for pixels, _ in pictures]), sizes or None
+
+
+def answer(model, turns, shown, args):
+    """Print the answer as it is written; returns it. shown: {turn: (pixels, sizes)}."""
+    said, ids = "", ask(turns, model.template, model.words, shown)
+    pixels, sizes = together(shown)
+    start, times, tokens_said = time.perf_counter(), [], []
+
+    def noted():
+        for token in generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings):
+            times.append(time.perf_counter())
+            tokens_said.append(token)
+            yield token
+    for piece in filter(None, spell(noted(), model.words)):
         print(piece, end="", flush=True)
         said += piece
     print(flush=True)
+    if args.attention and said.strip():
+        parts = by_word(tokens_said, model.words)
+        side = int(model.patches ** .5)
+        grids = looked(model, ids, tokens_said, pixels, args.layer).view(-1, side, side)
+        sheet = attention_picture(model, data.load_image(args.image), [w for w, _ in parts],
+                                  [grids[numbers].mean(0) for _, numbers in parts])
+        try:
+            sheet.save(args.attention)
+        except (OSError, ValueError) as error:          # no such folder; no such kind of picture
+            raise data.Failure(f"--attention {args.attention}: {error}: name a .png") from None
+    if args.verbose and times:
+        note(speed(model, places(model, ids, sizes), times[0] - start, times))
     return said.strip()
 
 
-def remembered(model, turns, sizes, max_new_tokens):
-    """The newest turns that fit the context with an answer behind them; at least the last."""
+def remembered(model, turns, shown, max_new_tokens):
+    """The newest turns that fit the context with an answer behind them, at least the last, and
+    their pictures {turn: (pixels, sizes)}: if they have none, the newest of those before."""
     context, kept = model.llm.config.context, turns
     room = context - min(max_new_tokens, context // 4)
-    while len(kept) > 1 and places(model, ask(kept, model.template, model.words), sizes) > room:
-        kept = kept[2:]
+    while len(kept) > 1 and places(model, ask(kept, model.template, model.words, shown),
+                                   together(shown)[1]) > room:
+        kept, old = kept[2:], shown
+        shown = {i - 2: picture for i, picture in old.items() if i >= 2}
+        shown = shown or {0: old[max(old)]}
     if kept is not turns:
         note(f"note: the context of {context} places is full: the oldest "
              f"{(len(turns) - len(kept)) // 2} question(s) and answer(s) are forgotten")
-    return kept
+    return kept, shown
 
 
 def chat(model, picture, args):
     """Questions from stdin until it ends. What goes wrong in a turn ends that turn only."""
-    turns, name = [], args.image
-    note("chat: /image PATH (another picture, from the start)  /reset  /save FILE  /quit")
+    turns, shown, names = [], {0: picture}, {id(picture): args.image}
+    note("chat: /image PATH (another picture, beside the first)  /reset  /save FILE  /quit")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -442,25 +645,46 @@ def chat(model, picture, args):
             if command == "/quit":
                 return 0
             if command == "/reset":
-                turns = []
+                turns, shown = [], {0: shown[max(shown)]}
             elif command == "/image":
-                picture, name, turns = see(path, model), path, []
+                new = see(path, model)
+                names[id(new)] = path
+                after = {**shown, len(turns): new}
+                if ask(turns + [""], model.template, model.words, after).count(
+                        data.IMAGE) < len(after):
+                    note("note: this model takes one picture: the talk begins anew")
+                    turns, after = [], {0: new}
+                shown = after
             elif command == "/save" and path and turns:
-                write(path, [sample_of(os.path.basename(name), turns)])
+                asked = [i for i in shown if i < len(turns)]
+                if asked != [0]:
+                    raise data.Usage("LLaVA's files hold one picture a talk, before its first "
+                                     "question, and here are others: /reset, and save then")
+                write(path, [sample_of(os.path.basename(names[id(shown[0])]), turns)])
                 note(f"saved: {path}")
             elif command.startswith("/"):
                 raise data.Usage("the commands are /image PATH, /reset, /save FILE (once something "
                                  "has been said), /quit")
             else:
-                kept = remembered(model, turns + [line], picture[1], args.max_new_tokens)
-                turns = kept + [answer(model, kept, picture, args)]
+                kept, after = remembered(model, turns + [line], shown, args.max_new_tokens)
+                turns, shown = kept + [answer(model, kept, after, args)], after
         except data.Failure as error:
             note(f"error: {error}")
+
+
+def tokens_of(path, model):
+    """Places that a picture's file will take; 0 if it cannot be read."""
+    try:
+        return model.places(data.load_image(path).size)
+    except data.BadImage:
+        return 0
 
 
 def captions(model, files, args):
     """Ask the same about every picture and write LLaVA JSON; bad pictures are passed over."""
     ids, samples, told = ask([args.prompt], model.template, model.words), [], time.time()
+    if model.aspect == "anyres":            # elsewhere all pictures take the same places
+        files = sorted(files, key=lambda path: (tokens_of(path, model), path))
     for start in tqdm(range(0, len(files), args.batch_size), disable=None):
         good = []
         for path in files[start:start + args.batch_size]:
@@ -477,6 +701,7 @@ def captions(model, files, args):
         if not sys.stderr.isatty() and time.time() - told > 5:
             told = time.time()
             note(f"{min(start + args.batch_size, len(files))}/{len(files)} pictures")
+    samples.sort(key=lambda sample: sample["image"])
     if not samples:
         raise data.BadImage(f"{args.image}: none of its {len(files)} pictures can be used; "
                             "see the lines above")
@@ -493,13 +718,13 @@ def main(args):
         files = sorted(p for p in Path(args.image).iterdir() if p.suffix.lower() in kinds)
         if not files:
             raise data.BadImage(f"{args.image}: holds no picture ({' '.join(kinds)})")
-        return captions(load(args), files, args)
+        return captions(load(args, args.quantize), files, args)
     data.load_image(args.image)
-    model = load(args)
+    model = load(args, args.quantize)
     picture = see(args.image, model)
     if args.prompt is None:
         return chat(model, picture, args)
-    answer(model, [args.prompt], picture, args)
+    answer(model, [args.prompt], {0: picture}, args)
 
 
 if __name__ == "__main__":

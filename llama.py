@@ -26,8 +26,7 @@ import torch
 from torch import nn
 
 import data
-from kernels import (attention, causal, decode, fused, rms_norm, rope, rope_table, run,
-                     swiglu)
+from kernels import attention, causal, decode, rms_norm, rope, rope_table, run, swiglu
 
 
 @dataclass(frozen=True)
@@ -139,18 +138,28 @@ class Config:
 
 
 class Cache:
-    """Keys and values of the positions already seen, (B, capacity, G, D) a layer.
+    """Keys and values of the positions already seen, (B, capacity, G, D) a layer: the memory is
+    taken once, and a token writes its own place only.
 
-    `keep` (B, capacity) is False where a row's prompt was padded on the left."""
+    `keep` (B, capacity) is False where a row's prompt was padded on the left; None: nowhere."""
 
     def __init__(self, config, batch, capacity, like, keep=None):
         shape = (config.depth, batch, capacity, config.kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.v = torch.empty_like(self.k)
         self.length = 0
-        self.keep = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
-        if keep is not None:
+        self.keep = None
+        if keep is not None and not keep.all():         # asked once a prompt, not once a token
+            self.keep = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
             self.keep[:, :keep.shape[1]] = keep
+
+    def pick(self, rows):
+        """Row i becomes what row rows[i] was: beams go on from their parents."""
+        if len(rows) != self.k.shape[1]:
+            self.k, self.v = self.k[:, rows], self.v[:, rows]
+        elif rows.tolist() != list(range(len(rows))):       # most steps: all stay where they are
+            self.k[:, :, :self.length] = self.k[:, rows, :self.length]
+            self.v[:, :, :self.length] = self.v[:, rows, :self.length]
 
     def update(self, layer, k, v):
         """Store (B, T, G, D) behind what is there; returns all (B, S, G, D)."""
@@ -196,8 +205,8 @@ class Block(nn.Module):
         if cache is not None:
             start = cache.length
             k, v = cache.update(self.layer, k, v)                  # (B, S, G, D)
-            keep = cache.keep[:, :k.shape[1]]
-        if cache is not None and T == 1 and fused(q) and not torch.is_grad_enabled():
+            keep = None if cache.keep is None else cache.keep[:, :k.shape[1]]
+        if cache is not None and T == 1 and not torch.is_grad_enabled():
             y = decode(q, k, v, keep)           # one query against a cache has a kernel of its own
         else:
             y = attention(q, k, v, causal, start=start, keep=keep, documents=documents)

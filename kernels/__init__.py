@@ -7,6 +7,7 @@ a file says so (launch.py).
   launch         when a kernel runs
   attention      softmax(q kᵀ / √D) v for any mask predicate, forward and backward
   decode         one query against a cache of keys and values
+  quantize       one row times a matrix: weights laid out for reading, or in int8 or int4
   norm           RMSNorm and LayerNorm
   rope           rotary positions, half-split
   swiglu         SwiGLU, QuickGELU, GELU

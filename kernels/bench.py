@@ -2,6 +2,8 @@
 
     python -m kernels.bench                     all tables, on the GPU that is here
     python -m kernels.bench attention decode    some of them
+    python -m kernels.bench --cpu               tokens and training steps a second on one core,
+                                                beside transformers, in turns
     python -m kernels.bench --rehearse          every table in toy sizes, on a CPU too: no figure
                                                 of it means anything, but the code has run
 
@@ -17,9 +19,14 @@ above is not needed for the others.
 
 import argparse
 import copy
+import gc
 import importlib
+import math
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -396,23 +403,192 @@ def curves():
         yield {"what": what, "first": losses[0], "last": losses[-1], "losses": losses}
 
 
+# ---- on a CPU ----
+
+# Seconds are those that the one thread was running (time.thread_time): what else the machine does
+# takes none of them, though it takes memory bandwidth, and of that from both alike.
+
+def pair_of(model):
+    """Ours, and transformers' LLaVA with the same weights."""
+    from transformers import LlavaForConditionalGeneration
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return model, LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+def small_llava(deep):
+    """160M random weights, 256 patches: the language model of LLaMA-160M's proportions, or (deep)
+    SmolLM2-135M's: 30 narrow layers, 9 heads for 3 key heads."""
+    import clip
+    import data
+    import llama
+    import projector
+    size = (dict(vocab=49152, width=576, depth=30, heads=9, kv_heads=3, mlp=1536, tied=True) if deep
+            else dict(vocab=32000, width=768, depth=12, heads=12, kv_heads=12, mlp=2048))
+    eye = clip.ViT(clip.Config(width=512, depth=8, heads=8, mlp=2048, image=224, patch=14))
+    model = projector.VLM(eye, "mlp", llama.Llama(llama.Config(**size)),
+                          data.Tokenizer(ROOT / "weights/toy/llama"))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:             # loud enough that rounding decides no token
+                p.normal_(0, p.shape[-1] ** -.5)
+        model.llm.embed.weight.normal_()
+    return model.eval()
+
+
+def written(generate, model, ids, pixels, new):
+    """Tokens (B, new) of ours, and the second at which each column was there."""
+    times, rows = [], [[] for _ in pixels]
+    for step in generate.decode(model, [ids] * len(rows), list(pixels[:, None]), new, eos=-1):
+        if any(step):                   # the last has nothing left to say
+            times.append(time.thread_time())
+        for row, some in zip(rows, step):
+            row += some
+    return rows, times
+
+
+def cpu_generate():
+    """Greedy tokens a second of a random 160M LLaVA in fp32, one thread: `written` from the first
+    token on, `whole` with picture and prompt. The tokens must be the same."""
+    import data
+    import generate
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Clock(LogitsProcessor):
+        def __init__(self):
+            self.times = []
+
+        def __call__(self, ids, scores):
+            self.times.append(time.thread_time())
+            return scores
+
+    for deep in (False, True):
+        ours, theirs = pair_of(small_llava(deep))
+        generate.ready(ours)
+        words, new = [1, *range(300, 310)], 64
+        for B, turns in ((1, 5), (8, 2)):
+            pixels, found = torch.randn(B, 3, 224, 224), {"ours": [], "transformers": []}
+            spread = words + [ours.image_token] * ours.patches + words[1:]
+            rows, said = torch.tensor([spread] * B), {}
+            for _ in range(turns):
+                start = time.thread_time()
+                said["ours"], times = written(generate, ours, words + [data.IMAGE] + words[1:],
+                                              pixels, new)
+                found["ours"].append((time.thread_time() - start, times))
+                clock, start = Clock(), time.thread_time()
+                out = theirs.generate(
+                    input_ids=rows, attention_mask=torch.ones_like(rows), pixel_values=pixels,
+                    max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+                    eos_token_id=None, logits_processor=LogitsProcessorList([clock]))
+                said["transformers"] = out[:, len(spread):].tolist()
+                found["transformers"].append((time.thread_time() - start, clock.times))
+            row = {"what": "30 layers of 576" if deep else "12 layers of 768", "batch": B}
+            speed = {}
+            for name, runs in found.items():
+                speed[name] = (B * (new - 1) / statistics.median(t[-1] - t[0] for _, t in runs),
+                               B * new / statistics.median(took for took, _ in runs))
+                row |= {f"{name} written": speed[name][0], f"{name} whole": speed[name][1]}
+            yield row | {f"times, {what}": a / b for what, a, b in zip(
+                ("written", "whole"), *speed.values())} | {
+                    "ok": said["ours"] == said["transformers"]}
+        del ours, theirs
+        gc.collect()
+
+
+def cpu_step():
+    """Training steps of the toy (all but the eye trains, 32 rows, fp32, fused AdamW) beside the
+    same model under transformers with the same batch. The losses must be the same."""
+    import data
+    import projector
+    toy, B = ROOT / "weights/toy", 32
+    ours, theirs = pair_of(projector.VLM.from_parts(toy / "clip", toy / "llama"))
+    text = torch.randint(260, len(ours.words), (B, 60))
+    ids = torch.cat((text[:, :20], torch.full((B, 1), data.IMAGE), text[:, 20:]), 1)
+    labels = ids.clone()
+    labels[:, :45] = data.IGNORE
+    pixels = torch.randn(B, 3, ours.image_size, ours.image_size)
+    wide = torch.cat((text[:, :20], torch.full((B, ours.patches), ours.image_token),
+                      text[:, 20:]), 1)
+    aim = torch.cat((torch.full((B, 44 + ours.patches), data.IGNORE), labels[:, 45:]), 1)
+    losses, steps = {}, {}
+    for name, model, pull in (
+            ("ours", ours, lambda: ours.loss(ids, labels, pixels)),
+            ("transformers", theirs.train(), lambda: theirs(
+                input_ids=wide, attention_mask=torch.ones_like(wide), pixel_values=pixels,
+                labels=aim).loss)):
+        for key, p in model.named_parameters():
+            p.requires_grad_("vision" not in key)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4,
+                                      fused=True)
+
+        def step(name=name, pull=pull, optimizer=optimizer):
+            loss = pull()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.setdefault(name, []).append(float(loss.detach()))
+        steps[name] = step
+    took = {name: [] for name in steps}
+    for turn in range(8):
+        for name, step in steps.items():
+            start = time.thread_time()
+            step()
+            took[name] += [time.thread_time() - start] * (turn > 0)
+    fast = {f"{name} samples/s": B / statistics.median(t) for name, t in took.items()}
+    a, b = fast.values()
+    yield {"what": "toy, stage 2", **fast, "times": a / b, "first loss": losses["ours"][0],
+           "ok": all(abs(x - y) < 1e-3 * y for x, y in zip(*losses.values()))}
+
+
+@torch.no_grad()
+def cpu_quantize():
+    """The toy language model with weights in int8 and int4: perplexity of 200 descriptions of
+    scenes it was not trained on, and at how many places the likeliest token is still the same."""
+    import data
+    import llama
+    import world
+    from kernels.quantize import quantize
+    toy, first = ROOT / "weights/toy/llama", None
+    words = data.Tokenizer(toy)
+    rows = [torch.tensor([words.encode(world.description(world.scene(i, "test")))])
+            for i in range(200)]
+    for what in ("fp32", "int8", "int4"):
+        model = llama.Llama.from_pretrained(toy, torch.float32)
+        if what != "fp32":
+            quantize(model, int(what[3:]))
+        logits = [model(row)[0, :-1] for row in rows]
+        loss = statistics.fmean(float(F.cross_entropy(x, row[0, 1:]))
+                                for x, row in zip(logits, rows))
+        best = torch.cat([x.argmax(-1) for x in logits])
+        first = best if first is None else first
+        yield {"what": what, "perplexity": math.exp(loss), "same token": float(
+            (best == first).float().mean()), "places": len(best)}
+
+
 # seconds of each; what compiles longest comes last
 TABLES = {ceilings: 15, correctness: 60, attention: 100, elementwise: 60, head: 25, decode: 25,
           optimizer: 30, curves: 25, generate: 80, step: 120}
 
+ON_CPU = {cpu_step: 600, cpu_quantize: 60, cpu_generate: 3000}
+
 if __name__ == "__main__":
     ask = argparse.ArgumentParser(description="the kernels against what people use")
     ask.add_argument("tables", nargs="*", help=", ".join(t.__name__ for t in TABLES))
+    ask.add_argument("--cpu", action="store_true", help="on one core, beside transformers")
     ask.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU too")
     ask.add_argument("--out", type=Path, default=ROOT / "kernels/results")
     asked = ask.parse_args()
+    TABLES = ON_CPU if asked.cpu else TABLES
     if unknown := set(asked.tables) - {t.__name__ for t in TABLES}:
         ask.error(f"no table {', '.join(sorted(unknown))}")
-    if not GPU and not asked.rehearse:
+    if asked.cpu:
+        torch.set_num_threads(1)
+    elif not GPU and not asked.rehearse:
         print("No GPU here: nothing is timed. What the compiler makes of the kernels:", flush=True)
         sys.exit(subprocess.run([sys.executable, ROOT / "tests/compiled.py"]).returncode)
     sys.path.insert(0, str(ROOT))               # llama.py lies there
-    machine = {"device": torch.cuda.get_device_name() if GPU else "a CPU, rehearsal",
+    machine = {"device": "one core of a CPU" if asked.cpu else
+               torch.cuda.get_device_name() if GPU else "a CPU, rehearsal",
                "torch": torch.__version__}
     print(*machine.values())
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))                  # a spawned worker runs this line too
 
-MODULES = ("attention", "decode", "norm", "rope", "swiglu", "cross_entropy", "adamw")
+MODULES = ("attention", "decode", "quantize", "norm", "rope", "swiglu", "cross_entropy", "adamw")
 SHARED = {80: 163 * 1024, 90: 227 * 1024}      # bytes a block may have
 WIDE_SHARE = 0.75
 COUNTS = ("registers", "stack", "spills", "shared", "HMMA", "HGMMA", "wide", "loads")

@@ -429,8 +429,9 @@ def test_chat_forgets_before_it_overflows(folder, inside, model):
     code, out, err = inside(args_for(folder, folder / "photos/0.png"), *["why " * 40] * 4)
     assert code == 0 and out.count("\n") >= 4 and "forgotten" in err and "error" not in err
     turns = ["a" * 300, "b", "c" * 300, "d", "e"]
-    kept = g.remembered(model, turns, None, 8)
-    assert kept == turns[2:] and g.remembered(model, kept, None, 8) == kept
+    shown = {0: (torch.zeros(1, 3, 24, 24), None)}
+    kept, left = g.remembered(model, turns, shown, 8)
+    assert kept == turns[2:] and g.remembered(model, kept, left, 8) == (kept, left) == (kept, shown)
     code, out, err = inside(args_for(folder, folder / "photos/0.png"), "x" * 800, "short")
     assert code == 0 and "700" in err and len(out.splitlines()) >= 1     # the turn, not the chat
 

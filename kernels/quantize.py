@@ -1,0 +1,238 @@
+"""kernels/quantize.py: one row times a matrix, at the speed at which the matrix is read.
+
+While a text is written, every weight is read once a token and used once a row:
+
+    y = W x        W (N, C), x (C):  2 N C operations, N C numbers read
+
+so the time is that of reading, and there are two ways to less of it: a layout that the processor
+reads at its full speed, and fewer bytes a weight.
+
+    Laid    fp32 on a CPU. W by columns for one row; oneDNN's blocks for several, and for prompts
+    int8    W ≈ s c        c a byte, s a number a row                            1 byte
+    int4    W ≈ s c        c in -8 .. 7, s a number for 128 weights of a row     0.52 bytes
+
+Weights only: x stays what it is, sums are fp32. s is the largest |w| / 127 (/ 7), so 0 is exact.
+A prompt has many rows and its time is that of the products: there W is written out again, once.
+
+How int4 lies in memory: a group of 128 is 64 bytes, and byte j of it holds weight j in its low and
+weight j + 64 in its high half. So a thread reads 16 bytes in a row and its two halves meet two
+stretches of x, no bit is moved between threads; scales lie (C / 128, N), a group's side by side.
+
+Left out: activations in int8, calibration (GPTQ, AWQ): what is rounded is rounded to nearest.
+Anchor: gpt-fast, 62 % of an A100's practical bandwidth in int8 and 51 % in int4.
+Letters: N rows of W, C columns, B rows of x.
+Alone: `python -m kernels.quantize` prints errors and bytes of a layer, and times on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.launch import fused, jit, tl, triton
+
+GROUP = 128             # weights that share a scale in int4
+FEW = 8                 # rows of x up to which the weights are read coded, once a row
+
+
+# ---- codes ----
+
+def encode(w, bits):
+    """w (N, C) -> codes, scales in fp32: int8 (N, C), (N); or uint8 (N, 64 g), (g, N) for the
+    g = C / 128 groups of a row, the last filled up with zeros."""
+    if not w.isfinite().all():
+        raise ValueError("quantize: a weight is not a number; take another checkpoint")
+    w = F.pad(w.float(), (0, -w.shape[1] % GROUP if bits == 4 else 0))
+    N, C = w.shape
+    w = w.view(N, -1, GROUP if bits == 4 else C)
+    s = w.abs().amax(-1, keepdim=True) / (127 if bits == 8 else 7)
+    c = (w / s.masked_fill(s == 0, 1)).round().clamp(-(1 << bits - 1), (1 << bits - 1) - 1)
+    if bits == 8:
+        return c.to(torch.int8).view(N, C), s.view(N)
+    low, high = (c + 8).to(torch.uint8).split(GROUP // 2, -1)
+    return (low | high << 4).view(N, C // 2), s[..., 0].T.contiguous()
+
+
+def written_out(codes, scales):
+    """The weights (N, C) that codes and scales stand for, in fp32; int4's filled up."""
+    if codes.dtype == torch.int8:
+        return codes.float() * scales[:, None]
+    c = codes.view(len(codes), -1, GROUP // 2)
+    c = torch.cat((c & 15, c >> 4), -1).float() - 8
+    return (c * scales.T[..., None]).view(len(codes), -1)
+
+
+# ---- the specification ----
+
+def gemv_spec(x, codes, scales):
+    """x (B, C) -> (B, N) in x's dtype; products and sums in fp32."""
+    return (x.float() @ written_out(codes, scales)[:, :x.shape[-1]].T).to(x.dtype)
+
+
+# ---- the kernels: one program, BLOCK_N rows of W for one row of x ----
+
+# Rows of x are the grid's quickest axis: the programs that follow each other read the same codes,
+# which the second finds in the GPU's own cache.
+
+@jit
+def gemv_int8(x_ptr, codes_ptr, scales_ptr, y_ptr, N,
+              C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    row, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c, real = tl.arange(0, BLOCK_C), offs_n < N
+    at = offs_n.to(tl.int64)[:, None] * C                  # in 64 bits: a head may pass 2³¹
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        inside = c + offs_c < C
+        w = tl.load(codes_ptr + at + (c + offs_c)[None, :], mask=real[:, None] & inside[None, :],
+                    other=0)
+        x = tl.load(x_ptr + row * C + c + offs_c, mask=inside, other=0.)
+        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(acc, 1) * tl.load(scales_ptr + offs_n, mask=real, other=0.)
+    tl.store(y_ptr + row * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=real)
+
+
+@jit
+def gemv_int4(x_ptr, codes_ptr, scales_ptr, y_ptr, N,
+              C: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
+    """HALF: bytes of a group."""
+    row, offs_n = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c, real = tl.arange(0, HALF), offs_n < N
+    GROUPS: tl.constexpr = (C + 2 * HALF - 1) // (2 * HALF)
+    at = offs_n.to(tl.int64)[:, None] * (GROUPS * HALF)
+    y = tl.zeros((BLOCK_N,), tl.float32)
+    for group in range(0, GROUPS):
+        w = tl.load(codes_ptr + at + (group * HALF + offs_c)[None, :], mask=real[:, None], other=0)
+        c = group * 2 * HALF + offs_c
+        low = tl.load(x_ptr + row * C + c, mask=c < C, other=0.)
+        high = tl.load(x_ptr + row * C + c + HALF, mask=c + HALF < C, other=0.)
+        part = ((w & 15).to(tl.float32) - 8.) * low.to(tl.float32)[None, :]
+        part += ((w >> 4).to(tl.float32) - 8.) * high.to(tl.float32)[None, :]
+        y += tl.sum(part, 1) * tl.load(scales_ptr + group * N + offs_n, mask=real, other=0.)
+    tl.store(y_ptr + row * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=real)
+
+
+def tiles(bits):
+    """A thread holds 16 bytes of codes in a row: 16 rows of 64 bytes are two warps' share."""
+    return {"BLOCK_N": 16, "HALF": GROUP // 2} if bits == 4 else {"BLOCK_N": 4, "BLOCK_C": 512}
+
+
+WARPS = {4: 2, 8: 4}
+
+
+# ---- the public function ----
+
+def gemv(x, codes, scales):
+    """x (..., C) times what codes (N, C) and scales stand for, transposed: (..., N)."""
+    C, four = x.shape[-1], codes.dtype == torch.uint8
+    width = -(-C // GROUP) * GROUP // 2 if four else C
+    if codes.shape[1] != width or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"gemv: x {x.dtype} {tuple(x.shape)}; it takes float32, float16 or "
+                         f"bfloat16, as wide as the codes {tuple(codes.shape)} say")
+    kernel, N = fused(x, codes, scales), len(codes)
+    rows = x.reshape(-1, C)
+    if not kernel:
+        return gemv_spec(rows, codes, scales).view(*x.shape[:-1], N)
+    if len(rows) > FEW:
+        return F.linear(x, written_out(codes, scales)[:, :C].to(x.dtype))
+    rows, y = rows.contiguous(), torch.empty(len(rows), N, dtype=x.dtype, device=x.device)
+    bits = 4 if four else 8
+    size = tiles(bits)
+    (gemv_int4 if bits == 4 else gemv_int8)[(len(rows), triton.cdiv(N, size["BLOCK_N"]))](
+        rows, codes, scales, y, N, C=C, **size, num_warps=WARPS[bits], enable_fp_fusion=True)
+    return y.view(*x.shape[:-1], N)
+
+
+# ---- layers ----
+
+class Coded(nn.Module):
+    """A linear layer of a language model, its weights in int8 or int4."""
+
+    def __init__(self, linear, bits):
+        super().__init__()
+        codes, scales = encode(linear.weight.detach(), bits)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def forward(self, x):
+        return gemv(x, self.codes, self.scales)
+
+
+class Laid(nn.Module):
+    """A linear layer of fp32 on a CPU, its weights twice: by columns, which MKL's one-row product
+    reads up to half as fast again as by rows, and in oneDNN's blocks, whose product with 8 rows
+    takes half of MKL's time, and with a prompt's two thirds. Twice the memory, too. Measured on
+    one core of an EPYC; what it is worth in all: python -m kernels.bench --cpu."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.weight, self.bias = weight.T.contiguous().T, linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW)
+
+    def forward(self, x):
+        if x.numel() == x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def rebuild(model, make):
+    """Every nn.Linear inside model becomes make(it); returns model. Not to be trained after."""
+    for part in list(model.modules()):
+        for name, layer in part.named_children():
+            if type(layer) is nn.Linear:
+                setattr(part, name, make(layer))
+    return model
+
+
+def lay(model):
+    """`Laid` throughout, where that exists: fp32 on a CPU, with oneDNN."""
+    weight = next(model.parameters())
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not (
+            torch.backends.mkldnn.is_available()):
+        return model
+    return rebuild(model, Laid)
+
+
+def quantize(model, bits):
+    """`Coded` throughout a language model. The embedding table stays: a token reads one row."""
+    return rebuild(model, lambda layer: Coded(layer, bits))
+
+
+# ---- what tests/test_compile.py compiles ----
+
+def compile_cases():
+    """The layers of LLaVA-1.5 7B and the toy's widths; no launch."""
+    cases = []
+    for bits, dtype, C in ((8, "bf16", 4096), (8, "bf16", 11008), (8, "fp16", 256),
+                           (4, "bf16", 4096), (4, "bf16", 11008), (4, "fp16", 256)):
+        cases.append({
+            "name": f"gemv_int{bits} C{C} {dtype}", "kernel": gemv_int4 if bits == 4 else gemv_int8,
+            "signature": {"x_ptr": f"*{dtype}", "codes_ptr": "*u8" if bits == 4 else "*i8",
+                          "scales_ptr": "*fp32", "y_ptr": f"*{dtype}", "N": "i32"},
+            "constexprs": {"C": C, **tiles(bits)},
+            "divisible": {"x_ptr", "codes_ptr", "scales_ptr", "y_ptr", "N"},
+            "num_warps": WARPS[bits], "num_stages": 3, "dot": False,
+            # of x and scales a group has one number a thread; the codes come 16 bytes at a time
+            **({"wide": .6} if bits == 4 else {})})
+    return cases
+
+
+if __name__ == "__main__":
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    print(f"quantize on {torch.cuda.get_device_name() if gpu else 'a CPU: no GPU here'}, {dtype}")
+    for rows, columns in ((4096, 4096), (4096, 11008)):
+        table = torch.randn(rows, columns, device=device) * columns ** -.5
+        one = torch.randn(1, columns, device=device, dtype=dtype)
+        for bits in (8, 4):
+            c, s = encode(table, bits)
+            exact = one.double() @ table.double().T
+            far = float((gemv(one, c, s) - exact).norm() / exact.norm())
+            size = c.nbytes + s.nbytes
+            line = f"int{bits} {rows} x {columns}: {size / 1e6:6.1f} MB, error {far:.4f}"
+            if gpu:
+                ms = triton.testing.do_bench(lambda: gemv(one, c, s), return_mode="median")
+                line += f", {ms:.4f} ms, {size / ms / 1e6:.0f} GB/s"
+            print(line)

@@ -1,0 +1,65 @@
+"""kernels/quantize.py in Triton's interpreter, against the written-out weights in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+ours = importlib.import_module("kernels.quantize")
+
+
+def layer(N, C, B, dtype=torch.float32, seed=0):
+    dice = torch.Generator().manual_seed(seed)
+    return (torch.randn(N, C, generator=dice) * C ** -.5,
+            torch.randn(B, C, generator=dice).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("N, C, B", [(40, 256, 1), (37, 128, 3), (16, 640, 8), (9, 1152, 2)])
+def test_equals_the_specification(N, C, B, bits, dtype):
+    w, x = layer(N, C, B, dtype)
+    codes, scales = ours.encode(w, bits)
+    exact = x.double() @ ours.written_out(codes, scales).double().T         # C is whole groups
+    error = lambda y: float((y - exact).abs().max())
+    found = ours.gemv(x, codes, scales)
+    assert found.dtype == dtype and found.shape == (B, N)
+    assert error(found) <= 2 * max(error(ours.gemv_spec(x, codes, scales)), 1e-6)
+    wrong = ours.gemv(x, codes, scales.roll(1, -1))
+    assert error(wrong) > 100 * error(found)                        # control: another row's scale
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("C", [8, 72, 200, 352])
+def test_widths_that_fill_no_group(bits, C):
+    w, x = layer(11, C, 2)
+    codes, scales = ours.encode(w, bits)
+    torch.testing.assert_close(ours.gemv(x, codes, scales), ours.gemv_spec(x, codes, scales))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes(bits):
+    """At most half a step from the weight; zeros stay; halves of a byte are 64 apart."""
+    w, _ = layer(6, 256, 1)
+    w[0], w[1, 5] = 0, 0
+    codes, scales = ours.encode(w, bits)
+    near = ours.written_out(codes, scales)
+    step = scales[:, None] if bits == 8 else scales.T.repeat_interleave(128, 1)
+    assert ((near - w).abs() <= step * .5001).all() and not near[0].any() and near[1, 5] == 0
+    assert codes.nbytes * 8 == bits * w.numel()
+    if bits == 4:
+        c = codes.view(6, -1, 64)
+        torch.testing.assert_close(((c[2, 1, 3] >> 4).float() - 8) * scales[1, 2],
+                                   near[2, 128 + 64 + 3])
+    with pytest.raises(ValueError, match="not a number"):
+        ours.encode(w.index_fill(0, torch.tensor([2]), torch.nan), bits)
+
+
+def test_many_rows_are_a_plain_product(grounded):
+    w, x = layer(8, 128, 9)
+    codes, scales = ours.encode(w, 4)
+    torch.testing.assert_close(ours.gemv(x, codes, scales), ours.gemv_spec(x, codes, scales))
+    with pytest.raises(AssertionError, match="launched"):           # control
+        ours.gemv(x[:1], codes, scales)
+    with pytest.raises(ValueError, match="wide"):
+        ours.gemv(torch.ones(1, 129), codes, scales)
