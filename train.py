@@ -23,7 +23,8 @@ is a flag too. `--base toy` (shipped) runs on two CPU cores; its sizes have thei
 One step is five movements, always in this order: schedule, data, accumulate, step, log.
 Every batch is a function of (seed, stage, step) alone, so a run that is killed and resumed ends
 with the same bits as one that was not, on the same machine with the same number of threads.
-Weights are fp32; the forward runs in bf16 where the processor multiplies bf16 faster.
+The toy's weights are fp32, and the forward runs in bf16 where the processor multiplies that faster;
+at 7B weights are bf16, and the optimizer holds the rest of an fp32 master.
 """
 
 import argparse

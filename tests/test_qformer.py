@@ -20,7 +20,7 @@ import qformer
 import world
 from kernels.attention import visible
 from qformer import QFormer, Retriever, Words, itc, itg, itm
-from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken
+from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, span_errors
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["a red circle", "a blue square and a red star", "two green stars"]
@@ -84,21 +84,6 @@ def test_masks_are_as_the_docstring_draws_them():
         assert [row[i] for row in rows] == seen
         assert seen != [" ".join(".#"[v] for v in row) for row in visible(rule, 6, 6, n=3).tolist()
                         ] or rule is itm                            # control: n matters
-
-
-def span_errors(rule, sides, size=9):
-    """Every block of positions: what is True outside first .. last, or False in inner .. outer."""
-    wrong = 0
-    for n in range(size + 1):
-        seen = visible(rule, size, size, n)
-        for matrix, span in zip((seen, seen.T), sides):
-            for lo in range(size):
-                for hi in range(lo + 1, size + 1):
-                    first, last, inner, outer = span(lo, hi, n, size)
-                    block = matrix[lo:hi]
-                    wrong += int(block[:, :max(first, 0)].sum() + block[:, max(last, 0):].sum())
-                    wrong += int((~block[:, max(inner, 0):max(outer, 0)]).sum())
-    return wrong
 
 
 def test_no_mask_is_true_outside_its_span():

@@ -3,6 +3,8 @@ import json
 
 import torch
 
+from kernels.attention import visible
+
 LIMIT = 1e-5            # of the largest value, in fp32
 
 
@@ -34,6 +36,21 @@ def loaded(kind, folder):
 def same_tensors(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def span_errors(rule, sides, size=9):
+    """Every block of positions: what is True outside first .. last or False in inner .. outer."""
+    wrong = 0
+    for n in range(size + 1):
+        seen = visible(rule, size, size, n)
+        for matrix, span in zip((seen, seen.T), sides):
+            for lo in range(size):
+                for hi in range(lo + 1, size + 1):
+                    first, last, inner, outer = span(lo, hi, n, size)
+                    block = matrix[lo:hi]
+                    wrong += int(block[:, :max(first, 0)].sum() + block[:, max(last, 0):].sum())
+                    wrong += int((~block[:, max(inner, 0):max(outer, 0)]).sum())
+    return wrong
 
 
 def edit(folder, *path, **values):

@@ -10,44 +10,10 @@ import torch
 
 from kernels.attention import (anywhere, attention, causal, compile_cases, full, packed, reference,
                                seen_matrix, visible)
+from qformer import itc, itg, itm
+from tiny import span_errors
 
 MODULE = sys.modules["kernels.attention"]           # `kernels.attention` itself is the function
-
-
-# --------------------------------------------------------- the Q-Former's rules, queries first
-
-def itc(q, k, n):
-    return (q < n) == (k < n)
-
-
-def itc_span(lo, hi, n, end):
-    first, last = n if lo >= n else 0, n if hi <= n else end
-    return first, last, first, (last if (lo >= n) | (hi <= n) else 0)
-
-
-def itm(q, k, n):
-    return (q >= 0) & (k >= 0)
-
-
-def itm_span(lo, hi, n, end):
-    return 0, end, 0, end
-
-
-def itg(q, k, n):
-    return (k < n) | ((q >= n) & (k <= q))
-
-
-def itg_keys(lo, hi, n, end):
-    return 0, (hi if hi > n else n), 0, (lo + 1 if lo >= n else n)
-
-
-def itg_queries(lo, hi, n, end):
-    return (0 if lo < n else lo), end, (0 if hi <= n else hi - 1), end
-
-
-itc.keys = itc.queries = itc_span
-itm.keys = itm.queries = itm_span
-itg.keys, itg.queries = itg_keys, itg_queries
 
 
 def spanless(q, k, n):                              # its span is unknown: scanned in full
@@ -78,21 +44,6 @@ def test_packed_documents_as_drawn():
         "#....\n.#...\n..#..\n...##\n...##")
     with pytest.raises(ValueError, match="equally long"):
         packed([[2, 3], [4]])
-
-
-def span_errors(rule, sides, size=9):
-    """Every block of positions: what is True outside first .. last or False in inner .. outer."""
-    wrong = 0
-    for n in range(size + 1):
-        seen = visible(rule, size, size, n)
-        for matrix, span in zip((seen, seen.T), sides):
-            for lo in range(size):
-                for hi in range(lo + 1, size + 1):
-                    first, last, inner, outer = span(lo, hi, n, size)
-                    block = matrix[lo:hi]
-                    wrong += int(block[:, :max(first, 0)].sum() + block[:, max(last, 0):].sum())
-                    wrong += int((~block[:, max(inner, 0):max(outer, 0)]).sum())
-    return wrong
 
 
 @pytest.mark.parametrize("rule", [causal, full, itc, itm, itg])
