@@ -3,7 +3,7 @@
     python evaluate.py parts                        the gates of the shipped CLIP and LLaMA
     python evaluate.py toy --model FOLDER [...]     questions and descriptions of unseen scenes
     python evaluate.py retrieval --model FOLDER     pictures for texts and texts for pictures
-    python evaluate.py claims --only blip2,minigpt4 what the papers claim, in the toy world
+    python evaluate.py claims --only llava,blip2    what the papers claim, in the toy world
     python evaluate.py scienceqa | pope | llava-bench --model FOLDER --images DIR --out OUT ...
 
 In the toy world truth is known exactly, so no judge is needed. Three columns stand beside every
@@ -35,7 +35,7 @@ Next: README.md, the tables.
 import argparse
 import os
 
-CLAIMS = "blip2", "minigpt4"
+CLAIMS = "llava", "blip2", "minigpt4", "sharegpt4v"
 BENCHMARKS = {"scienceqa": "multiple choice, with and without pictures",
               "pope": "is such a thing in the picture? yes or no",
               "llava-bench": "open questions; a judge grades the answers"}
@@ -155,6 +155,7 @@ from generate import generate_batch
 from llama import Llama
 from projector import VLM
 from qformer import Retriever, best_query
+from train import TOY, toy_sample
 
 HERE = Path(__file__).parent
 PER_SCENE = 3                       # questions asked about each scene, kinds in turn
@@ -254,11 +255,11 @@ def questions(split, count):
     return asked
 
 
-def answers(model, texts, pixels, max_new_tokens, batch=200):
+def answers(model, texts, pixels, max_new_tokens, batch=200, template=None):
     """The model's words for each text about each picture (n, 3, S, S), greedy."""
     said = []
-    # a model of stage 1 is asked in the words of stage 2
-    template = "v1" if model.template == "plain" else model.template
+    # a model of stage 1 is asked in the words of stage 2, where nothing else is said
+    template = template or ("v1" if model.template == "plain" else model.template)
     for start in range(0, len(texts), batch):
         rows = [data.chat_ids([{"from": "human", "value": f"<image>\n{t}"}], template, model.words)
                 for t in texts[start:start + batch]]
@@ -268,9 +269,9 @@ def answers(model, texts, pixels, max_new_tokens, batch=200):
     return said
 
 
-def describe(model, scenes, pixels):
+def describe(model, scenes, pixels, template=None):
     """Object scores of the descriptions of scenes; see the docstring on top."""
-    said = answers(model, ["Describe this image"] * len(scenes), pixels, 90)
+    said = answers(model, ["Describe this image"] * len(scenes), pixels, 90, template=template)
     named = right = there = found = invented = twice = 0
     for scene, text in zip(scenes, said):
         truth = {(t.colour, t.shape) for t in scene.things}
@@ -482,8 +483,10 @@ def trained(args, name, seed, *flags):
 def claims(args):
     """Print, for each claim of the papers, the arms' figures and in how many seeds it holds."""
     scenes = [world.scene(i, "test", 1 + i % 4) for i in range(args.scenes)]
-    table = {paper: [{"blip2": blip2_claims, "minigpt4": minigpt4_claims}[paper](args, seed, scenes)
-                     for seed in range(args.seeds)] for paper in args.only}
+    tests = {"llava": llava_claims, "blip2": blip2_claims, "minigpt4": minigpt4_claims,
+             "sharegpt4v": sharegpt4v_claims}
+    table = {paper: [tests[paper](args, seed, scenes) for seed in range(args.seeds)]
+             for paper in args.only}
     print(f"{args.scenes} held-out scenes, {args.seeds} seeds, ± half the spread")
     for paper, runs in table.items():
         for claim, one in runs[0].items():
@@ -503,6 +506,112 @@ def claims(args):
 def above(arms, better, worse, *figures):
     """The arms of a claim, and whether the one is above the other in all of these figures."""
     return {"arms": arms, "holds": all(arms[better][f] > arms[worse][f] for f in figures)}
+
+
+def three_kinds(folder, args, picture="right"):
+    """LLaVA's Table 4 has three columns and their mean; here: accuracy of questions of fact,
+    recall of descriptions, accuracy of reasoning."""
+    made = score(VLM.from_pretrained(folder), "test", args.scenes, picture)
+    facts = [made[kind] for kind in world.KINDS if kind != "reasoning"]
+    columns = {"conversation": sum(facts) / len(facts), "detail": made["recall"],
+               "reasoning": made["reasoning"]}
+    return {"overall": sum(columns.values()) / 3, **columns}
+
+
+def llava_claims(args, seed, scenes):
+    """{claim: {"arms": {arm: {figure: value}}, "holds": bool}} of one seed."""
+    llava = lambda stage: ("--recipe", "llava", "--stage", stage)
+    first = trained(args, "llava/stage1", seed, *llava(1))
+    full = trained(args, "llava/stage2", seed, *llava(2), "--from", first)
+    talks = trained(args, "conversation/stage2", seed, *llava(2), "--from", first,
+                    "--told", "conversation")
+    alone = trained(args, "no-stage1/stage2", seed, *llava(2), "--from", "none")
+    arms = {name: three_kinds(folder, args) for name, folder in (
+        ("no instruction tuning", first), ("conversation only", talks), ("all three kinds", full),
+        ("all three, without stage 1", alone))}
+    arms["all three, another's picture"] = three_kinds(full, args, "other")
+    none, some, every, skipped, _ = (row["overall"] for row in arms.values())
+    return {"instruction tuning, and all three kinds of it (Table 4: 21.5, 73.8, 85.1)":
+            {"arms": arms, "holds": none < some < every},
+            "skipping stage 1 hurts (Table 8: -5.1)": {
+                "arms": {k: arms[k] for k in ("all three kinds", "all three, without stage 1")},
+                "holds": skipped < every}}
+
+
+def recaptioned(args, seed, start):
+    """The model that learns from a captioner's captions, and the captioner, [ShareGPT4V].
+
+    The pictures are those that `descriptions/stage1` sees. A captioner learns from the true
+    descriptions of a tenth of them, as many steps, and describes the others."""
+    place, stage = Path(args.runs).resolve() / f"seed{seed}", TOY["sharegpt4v"][0]
+    rows, photos = [], place / "pictures"
+    flags = ["--recipe", "sharegpt4v", "--stage", 1, "--from", start, "--images", photos,
+             "--train", ",".join(stage["train"]),
+             *(x for k in ("lr", "batch", "steps", "clip") for x in (f"--{k}", stage[k]))]
+    photos.mkdir(parents=True, exist_ok=True)
+    for i in range(stage["steps"] * stage["batch"]):
+        picture, talk = toy_sample(seed, 1, i, "descriptions")
+        rows.append({"id": str(i), "image": f"{i:05}.png", "conversations": talk})
+        if not (photos / rows[i]["image"]).exists():
+            picture.save(photos / rows[i]["image"])
+    tenth, rest = rows[:len(rows) // 10], place / "rest"
+    (place / "tenth.json").write_text(json.dumps(tenth))
+    writer = trained(args, "captioner/stage1", seed, *flags, "--data", place / "tenth.json")
+    rest.mkdir(exist_ok=True)
+    for row in rows[len(tenth):]:
+        if not (rest / row["image"]).exists():
+            os.link(photos / row["image"], rest / row["image"])
+    told = place / "told.json"
+    if not told.exists():
+        subprocess.run([sys.executable, str(HERE / "instruct.py"), "caption", str(rest), "--model",
+                        str(writer), "--out", str(told), "--batch-size", "64"], check=True)
+    (place / "all.json").write_text(json.dumps(tenth + json.loads(told.read_text())))
+    return trained(args, "recaptioned/stage1", seed, *flags, "--data", place / "all.json"), writer
+
+
+def sharegpt4v_claims(args, seed, scenes):
+    """The same. All start from one bridge, which has learnt from short captions; they differ in
+    what stage 1 tells of the same scenes, or in whether half of the tower learns."""
+    short = trained(args, "short/stage1", seed, "--recipe", "llava-1.5", "--stage", 1,
+                    "--told", "short")
+    learnt = lambda name, told, *flags: trained(
+        args, f"{name}/stage1", seed, "--recipe", "sharegpt4v", "--stage", 1, "--from", short,
+        "--told", told, *flags)
+    frozen = "--train", "bridge,llm"
+    models = {"detailed": learnt("descriptions", "descriptions"), "short, noisy":
+              learnt("web", "web"), "imagined": learnt("imagined", "imagined"),
+              "detailed, frozen": learnt("descriptions-frozen", "descriptions", *frozen),
+              "short, noisy, frozen": learnt("web-frozen", "web", *frozen)}
+    models["nine tenths by a captioner"], models["the captioner"] = recaptioned(args, seed, short)
+    pixels, arms = pictures(scenes, world.SIDE, "square"), {}
+    for name, folder in models.items():                 # each in the words that it has learnt
+        model = VLM.from_pretrained(folder)
+        arms[name] = describe(model, scenes, pixels, "plain")
+        if "noisy" in name or "detailed" in name:
+            seen = probe(model.vision, 300)
+            arms[name]["tower"] = sum(seen.values()) / len(seen)
+        if name == "detailed":
+            other = describe(model, scenes, pixels.roll(len(scenes) // 2 + 1, 0), "plain")
+    gain = {told: arms[told]["recall"] - arms[f"{told}, frozen"]["recall"]
+            for told in ("detailed", "short, noisy")}
+    some = lambda *names, **more: {**{name: arms[name] for name in names}, **more}
+    return {
+        "detailed captions beat short noisy ones: more found, less invented": {
+            "arms": some("detailed", "short, noisy", **{"detailed, another's picture": other}),
+            "holds": arms["detailed"]["recall"] > arms["short, noisy"]["recall"]
+            and arms["detailed"]["invented"] < arms["short, noisy"]["invented"]},
+        "captions by somebody who has not looked teach to invent": {
+            "arms": some("detailed", "imagined"),
+            "holds": arms["imagined"]["invented"] > arms["detailed"]["invented"]},
+        "half of the tower learning helps, with detailed captions (Table 6)": {
+            "arms": some("detailed", "detailed, frozen"), "holds": gain["detailed"] > 0},
+        "and helps less with noisy ones": {
+            "arms": some("short, noisy", "short, noisy, frozen"),
+            "holds": gain["short, noisy"] < gain["detailed"]},
+        "a captioner's captions come near true ones: 95 % of the recall": {
+            "arms": some("detailed", "nine tenths by a captioner", "the captioner"),
+            "holds": arms["nine tenths by a captioner"]["recall"]
+            >= .95 * arms["detailed"]["recall"]}}
 
 
 def blip2_claims(args, seed, scenes):

@@ -226,7 +226,8 @@ def arguments(argv=None):
         p.error(f"--schedule {r.schedule!r} must be llava, lavis or minigpt4")
     if set(r.losses) - {"itc", "itm", "itg"} or bool(r.losses) == bool(r.template):
         p.error("--losses takes itc, itm and itg with a comma, for stage 1 of blip2 and no other")
-    told = "captions", "dialogue", "short", "web", "details", "descriptions", "imagined"
+    told = ("captions", "dialogue", "conversation", "short", "web", "details", "descriptions",
+            "imagined")
     if r.told not in told:
         p.error(f"--told {r.told!r} must be one of {', '.join(told)}")
     if a.show_batch and (a.stage == 0 or r.losses):
@@ -778,13 +779,14 @@ DETAILS = 300           # MiniGPT-4 curated 3,500 pictures after five million pa
 def toy_sample(seed, stage, index, told):
     """Sample of the toy world, a function of its arguments: (picture, conversation).
 
-    told: captions (short ones and descriptions), dialogue, short (one of five short captions),
-    web (noisy ones), descriptions, details (those of a few pictures, again and again), imagined
-    (descriptions by somebody who has read a short caption and not seen the picture)."""
+    told: captions (short ones and descriptions), dialogue, conversation (neither descriptions nor
+    reasoning in it), short (one of five short captions), web (noisy ones), descriptions, details
+    (those of a few pictures, again and again), imagined (descriptions by somebody who has read a
+    short caption and not seen the picture)."""
     if told == "details":
         index %= DETAILS
     scene, dice = world.scene(f"{seed}-{stage}-{index}"), random.Random(f"{seed}-{stage}-{index}")
-    if told != "dialogue":
+    if told not in ("dialogue", "conversation"):
         text = (world.description(scene) if told in ("details", "descriptions") else
                 world.web_caption(scene, dice) if told == "web" else
                 world.imagined(scene, dice) if told == "imagined" else
@@ -793,7 +795,9 @@ def toy_sample(seed, stage, index, told):
         return world.draw(scene), [{"from": "human", "value": "<image>\n" + world.DESCRIBE[1]},
                                    {"from": "gpt", "value": text}]
     # what the shipped LLaMA is weakest at, oftener: lists of what fits a word, and of everything
-    pairs = world.dialogue(scene, dice, 5, (6, 6, 5, 8, 9, 30, 8, 12, 20, 4), .25)
+    all_three = told == "dialogue"
+    pairs = world.dialogue(scene, dice, 5, (6, 6, 5, 8, 9, 30, 8, 12, 20 * all_three, 4),
+                           .25 * all_three)
     talk = [{"from": who, "value": text} for pair in pairs
             for who, text in zip(("human", "gpt"), pair)]
     talk[0]["value"] = "<image>\n" + talk[0]["value"]
