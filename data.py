@@ -1440,6 +1440,8 @@ def check(args) -> int:
     for bits in range(min(bins, default=0), max(bins, default=-1) + 1):
         bar = "█" * math.ceil(40 * bins[bits] / max(bins.values()))
         print(f"{1 << bits >> 1:7,} to {(1 << bits) - 1:7,} {bins[bits]:9,}  {bar}")
+    if longer := sum(size > 2048 for size in sizes):
+        print(f"{longer:,} are over 2,048, where the official runs cut: train.py --max-length 2048")
     print(f"without opening pictures: {read:.1f} s, {rows / read:,.0f} rows a second")
     if paths:
         print(f"opening {len(paths):,} pictures: {opened:.1f} s more, {len(paths) / opened:,.0f} "

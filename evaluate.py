@@ -110,6 +110,7 @@ def arguments(argv=None):
     claims.add_argument("--only", default=",".join(CLAIMS), help="papers, with commas")
     claims.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     claims.add_argument("--runs", default="runs/claims", help="where they lie, or will lie")
+    claims.add_argument("--picture", metavar="PNG", help="draw the figures too")
     for q in (parts, toy, find, claims):
         q.add_argument("--scenes", type=int, default=1000 if q in (parts, toy) else 500,
                        help="held-out scenes")
@@ -125,7 +126,7 @@ def arguments(argv=None):
     if a.scenes < 20:
         p.error("--scenes must be at least 20")
     if a.what == "claims":
-        a.only = a.only.split(",")
+        a.only = list(dict.fromkeys(a.only.split(",")))
         if set(a.only) - set(CLAIMS) or not 1 <= a.seeds <= 100:
             p.error(f"--only takes {', '.join(CLAIMS)}; --seeds 1 to 100")
     return a
@@ -140,6 +141,7 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -255,8 +257,8 @@ def questions(split, count):
     return asked
 
 
-def answers(model, texts, pixels, max_new_tokens, batch=200, template=None):
-    """The model's words for each text about each picture (n, 3, S, S), greedy."""
+def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temperature=0.0):
+    """The model's words for each text about each picture (n, 3, S, S)."""
     said = []
     # a model of stage 1 is asked in the words of stage 2, where nothing else is said
     template = template or ("v1" if model.template == "plain" else model.template)
@@ -264,14 +266,14 @@ def answers(model, texts, pixels, max_new_tokens, batch=200, template=None):
         rows = [data.chat_ids([{"from": "human", "value": f"<image>\n{t}"}], template, model.words)
                 for t in texts[start:start + batch]]
         out = generate_batch(model, rows, [p[None] for p in pixels[start:start + batch]],
-                             max_new_tokens=max_new_tokens)
+                             max_new_tokens=max_new_tokens, temperature=temperature, seed=start)
         said += [model.words.decode(x).strip() for x in out]
     return said
 
 
-def describe(model, scenes, pixels, template=None):
+def describe(model, scenes, pixels, **how):
     """Object scores of the descriptions of scenes; see the docstring on top."""
-    said = answers(model, ["Describe this image"] * len(scenes), pixels, 90, template=template)
+    said = answers(model, ["Describe this image"] * len(scenes), pixels, 90, **how)
     named = right = there = found = invented = twice = 0
     for scene, text in zip(scenes, said):
         truth = {(t.colour, t.shape) for t in scene.things}
@@ -500,7 +502,42 @@ def claims(args):
                     cells.append(f"{figure} {sum(values) / len(values):.3f} "
                                  f"±{(max(values) - min(values)) / 2:.3f}")
                 print(f"  {arm:<32}" + "   ".join(cells))
+    if args.picture:
+        claims_picture(args.picture, table)
     return {"seeds": args.seeds, "scenes": args.scenes, "claims": table}
+
+
+def claims_picture(path, table):
+    """A panel a claim, a row an arm, a colour a figure, a dot a seed; figures that are no shares of
+    one (words in a text) are left to the table."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = [(f"{paper}: {claim}", [run[claim] for run in runs])
+              for paper, runs in table.items() for claim in runs[0]]
+    tall = [len(seeds[0]["arms"]) for _, seeds in panels]
+    rows = [max(tall[i:i + 2]) for i in range(0, len(tall), 2)]
+    figure, axes = pyplot.subplots(len(rows), 2, figsize=(13, sum(rows) * .42 + len(rows) * .9),
+                                   squeeze=False, layout="constrained", sharex=True,
+                                   gridspec_kw={"height_ratios": [n + 1 for n in rows]})
+    for ax, (title, seeds) in zip(axes.flat, panels):
+        arms = seeds[0]["arms"]
+        names = [name for name in next(iter(arms.values())) if all(
+            run["arms"][arm][name] <= 1 for run in seeds for arm in arms)]
+        for i, name in enumerate(names):
+            dots = [(run["arms"][arm][name], -at - (i + 1) / (len(names) + 1))
+                    for run in seeds for at, arm in enumerate(arms)]
+            ax.scatter(*zip(*dots), s=22, label=name)
+        held = sum(run["holds"] for run in seeds)
+        ax.set_title(f"{textwrap.fill(title, 70)}\nheld in {held} of {len(seeds)} seeds", fontsize=9, loc="left")
+        ax.set(xlim=(-.02, 1.02), ylim=(-len(arms), 0))
+        ax.set_yticks([-.5 - at for at in range(len(arms))], list(arms), fontsize=8)
+        ax.hlines(range(-len(arms) + 1, 0), -.02, 1.02, color="0.85", linewidth=.8)
+        ax.legend(fontsize=7, ncols=2)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
 
 
 def above(arms, better, worse, *figures):
@@ -583,15 +620,18 @@ def sharegpt4v_claims(args, seed, scenes):
               "detailed, frozen": learnt("descriptions-frozen", "descriptions", *frozen),
               "short, noisy, frozen": learnt("web-frozen", "web", *frozen)}
     models["nine tenths by a captioner"], models["the captioner"] = recaptioned(args, seed, short)
-    pixels, arms = pictures(scenes, world.SIDE, "square"), {}
+    pixels, arms, drawn = pictures(scenes, world.SIDE, "square"), {}, {}
     for name, folder in models.items():                 # each in the words that it has learnt
         model = VLM.from_pretrained(folder)
-        arms[name] = describe(model, scenes, pixels, "plain")
+        arms[name] = describe(model, scenes, pixels, template="plain")
         if "noisy" in name or "detailed" in name:
             seen = probe(model.vision, 300)
             arms[name]["tower"] = sum(seen.values()) / len(seen)
+        if name in ("detailed", "imagined"):            # the likeliest word is seldom invented
+            drawn[name] = describe(model, scenes, pixels, template="plain", temperature=1.0)
         if name == "detailed":
-            other = describe(model, scenes, pixels.roll(len(scenes) // 2 + 1, 0), "plain")
+            other = describe(model, scenes, pixels.roll(len(scenes) // 2 + 1, 0),
+                             template="plain")
     gain = {told: arms[told]["recall"] - arms[f"{told}, frozen"]["recall"]
             for told in ("detailed", "short, noisy")}
     some = lambda *names, **more: {**{name: arms[name] for name in names}, **more}
@@ -603,6 +643,8 @@ def sharegpt4v_claims(args, seed, scenes):
         "captions by somebody who has not looked teach to invent": {
             "arms": some("detailed", "imagined"),
             "holds": arms["imagined"]["invented"] > arms["detailed"]["invented"]},
+        "the same, words drawn at temperature 1": {
+            "arms": drawn, "holds": drawn["imagined"]["invented"] > drawn["detailed"]["invented"]},
         "half of the tower learning helps, with detailed captions (Table 6)": {
             "arms": some("detailed", "detailed, frozen"), "holds": gain["detailed"] > 0},
         "and helps less with noisy ones": {

@@ -141,6 +141,8 @@ def arguments(argv=None):
     p.add_argument("--projector", help="start the bridge from this file or folder, where it is new")
     p.add_argument("--official-quirks", action="store_true",
                    help="learn nothing from samples that the official code masks with a warning")
+    p.add_argument("--max-length", type=int, default=0, metavar="N", help="cut samples after N "
+                   "tokens, the picture counted (official: 2048; default: never)")
     p.add_argument("--on-bad-sample", choices=("error", "skip"), default="error",
                    help="skip: go on without it and list it in bad_samples.jsonl")
     p.add_argument("--most-bad", type=int, default=100, metavar="N",
@@ -210,7 +212,7 @@ def arguments(argv=None):
             setattr(a, name, value)
     for name, low in (("accum", 1), ("save_every", 1), ("keep_last", 1), ("threads", 0),
                       ("show_batch", 0), ("seed", 0), ("pack", 0), ("workers", 0), ("lora", 0),
-                      ("gpus", 1), ("most_bad", 0)):
+                      ("gpus", 1), ("most_bad", 0), ("max_length", 0)):
         if getattr(a, name) < low:
             p.error(f"--{name.replace('_', '-')} must be at least {low}")
     r = a.row
@@ -908,7 +910,12 @@ class Batches(torch.utils.data.Dataset):
                                       self.args.official_quirks)
             if (places := ids.count(data.IMAGE)) != (picture is not None):
                 raise data.BadData(f"one picture, but {places} <image> places in the text")
-            size = self.size(ids)
+            size, most = self.size(ids), self.args.max_length
+            if most and size > most:
+                room = most - (size - len(ids))     # quirk: what follows is lost, answers too
+                if data.IMAGE in ids[max(room, 0):]:
+                    raise data.BadData(f"its picture ends behind --max-length {most:,}")
+                ids, labels, size = ids[:room], labels[:room], most
             if self.args.pack and size > self.args.pack:
                 raise data.BadData(f"{size:,} tokens, its picture included, do not fit into a row "
                                    f"of --pack {self.args.pack:,}")

@@ -1,12 +1,15 @@
 """evaluate.py's retrieval and claims: the measures themselves, on answers known exactly."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
+import train
 import world
 
 SCENES = [world.scene(i, "test", 1 + i % 4) for i in range(60)]
@@ -115,3 +118,118 @@ def test_the_table_says_in_how_many_seeds_a_claim_holds(monkeypatch, capsys, tmp
     out = capsys.readouterr().out
     assert "does not hold here: in 2 of 3 seeds" in out and "0.600 ±0.100" in out
     assert json.loads((tmp_path / "claims.json").read_text())["seeds"] == 3
+
+
+def talks(told, n=80):
+    return [train.toy_sample(0, 2, i, told)[1] for i in range(n)]
+
+
+def test_conversation_has_neither_descriptions_nor_reasoning():
+    """The dialogues, which have both, are the control."""
+    def holds(talk):
+        asked = {turn["value"].removeprefix("<image>\n") for turn in talk[::2]}
+        return (any(a["value"].startswith("This picture has") for a in talk[1::2]),
+                any("and" in a["value"] and ", so " in a["value"] for a in talk[1::2]), asked)
+    some, every = [[holds(t) for t in talks(told)] for told in ("conversation", "dialogue")]
+    assert not any(described or asked & set(world.DESCRIBE) for described, _, asked in some)
+    assert sum(described for described, _, _ in every) > 20
+    assert sum(reasons for _, reasons, _ in every) > sum(reasons for _, reasons, _ in some)
+    assert all(len(t) == 10 for t in talks("conversation"))
+
+
+def arms(**recall):
+    """Stands for `describe`: figures by the folder's name."""
+    return lambda model, *_, temperature=0.0, **how: {
+        "precision": 1., "recall": recall[model], "twice": 0.,
+        "invented": (.4 if model == "imagined" else .1 if model == "web" else .01)}
+
+
+def test_sharegpt4v_verdicts_follow_the_figures(monkeypatch):
+    """Each verdict turns with the one figure that it is about."""
+    monkeypatch.setattr(evaluate, "trained", lambda args, name, *_: name.split("/")[0])
+    monkeypatch.setattr(evaluate, "recaptioned", lambda *_: ("again", "writer"))
+    monkeypatch.setattr(evaluate.VLM, "from_pretrained", lambda folder: Named(folder))
+    monkeypatch.setattr(evaluate, "probe", lambda *_: {"colour": .5})
+    good = {"descriptions": .9, "web": .3, "imagined": .7, "descriptions-frozen": .8,
+            "web-frozen": .29, "again": .87, "writer": .6}
+
+    def verdicts(**changed):
+        monkeypatch.setattr(evaluate, "describe", arms(**{**good, **changed}))
+        made = evaluate.sharegpt4v_claims(SimpleNamespace(), 0, SCENES[:4])
+        return [claim["holds"] for claim in made.values()]
+    assert verdicts() == [True] * 6
+    assert verdicts(web=.95)[0] is False
+    assert verdicts(**{"descriptions-frozen": .95})[3:5] == [False, False]
+    assert verdicts(**{"web-frozen": .1})[3:5] == [True, False]
+    assert verdicts(again=.85)[5] is False
+
+
+class Named(str):
+    vision = None
+
+
+def test_llava_verdicts_follow_the_figures(monkeypatch):
+    monkeypatch.setattr(evaluate, "trained", lambda args, name, *_: name)
+    right = {"llava/stage1": .1, "conversation/stage2": .5, "llava/stage2": .9,
+             "no-stage1/stage2": .6}
+
+    def verdicts(**changed):
+        figures = {**right, **{k.replace("_", "/"): v for k, v in changed.items()}}
+        monkeypatch.setattr(evaluate, "three_kinds", lambda folder, *_: {"overall":
+                                                                         figures[folder]})
+        return [c["holds"] for c in evaluate.llava_claims(None, 0, SCENES[:4]).values()]
+    assert verdicts() == [True, True]
+    assert verdicts(conversation_stage2=.95) == [False, True]
+    assert verdicts(llava_stage1=.55) == [False, True]
+    assert verdicts(**{"no-stage1_stage2": .91}) == [True, False]
+
+
+def test_the_three_kinds_are_averaged(monkeypatch):
+    kinds = dict.fromkeys(world.KINDS, .5) | {"reasoning": .2, "recall": .8}
+    monkeypatch.setattr(evaluate.VLM, "from_pretrained", lambda folder: folder)
+    monkeypatch.setattr(evaluate, "score", lambda *_: kinds)
+    assert evaluate.three_kinds("m", SimpleNamespace(scenes=9)) == {
+        "overall": .5, "conversation": .5, "detail": .8, "reasoning": .2}
+
+
+def test_a_captioner_sees_a_tenth_and_writes_the_rest(tmp_path, monkeypatch):
+    """Every picture once: true words for the tenth, the captioner's for the others."""
+    monkeypatch.setitem(evaluate.TOY, "sharegpt4v", (
+        {**evaluate.TOY["sharegpt4v"][0], "steps": 5, "batch": 8}, None))
+    asked, run = {}, []
+
+    def trained(args, name, seed, *flags):
+        asked[name] = dict(zip(map(str, flags[::2]), map(str, flags[1::2])))
+        return tmp_path / name
+
+    def captioned(command, check):
+        run.append(command)
+        folder, out = Path(command[3]), Path(command[command.index("--out") + 1])
+        out.write_text(json.dumps([{"id": p.name, "image": p.name, "conversations": [
+            {"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "written"}]}
+            for p in sorted(folder.iterdir())]))
+    monkeypatch.setattr(evaluate, "trained", trained)
+    monkeypatch.setattr(evaluate.subprocess, "run", captioned)
+    evaluate.recaptioned(SimpleNamespace(runs=str(tmp_path)), 3, "start")
+    place = tmp_path / "seed3"
+    tenth, rows = (json.loads((place / f"{name}.json").read_text()) for name in ("tenth", "all"))
+    assert [r["image"] for r in rows] == [f"{i:05}.png" for i in range(40)] and len(tenth) == 4
+    for i, row in enumerate(rows):
+        true = train.toy_sample(3, 1, i, "descriptions")
+        said = row["conversations"][-1]["value"]
+        assert said == (true[1][-1]["value"] if i < 4 else "written")
+    assert Image.open(place / "pictures/00007.png").tobytes() == train.toy_sample(
+        3, 1, 7, "descriptions")[0].tobytes()
+    assert {k: asked["captioner/stage1"][k] for k in ("--steps", "--train", "--from")} == {
+        "--steps": "5", "--train": "vision.blocks.2+,bridge,llm", "--from": "start"}
+    assert [asked[n]["--data"].rsplit("/")[-1] for n in asked] == ["tenth.json", "all.json"]
+    evaluate.recaptioned(SimpleNamespace(runs=str(tmp_path)), 3, "start")
+    assert len(run) == 1                                    # what is written stays
+
+
+def test_the_picture_shows_every_claim(tmp_path):
+    claim = {"arms": {"one": {"recall": .5, "words": 30.}, "two": {"recall": .7, "words": 20.}},
+             "holds": True}
+    evaluate.claims_picture(tmp_path / "c.png", {"paper": [{"it helps": claim}] * 3,
+                                                 "other": [{"a": claim, "b": claim}] * 3})
+    assert Image.open(tmp_path / "c.png").size[1] > 150

@@ -314,6 +314,25 @@ def test_a_sample_longer_than_a_row_is_named(ground, tmp_path):
         next(train.bridge_job(args, tmp_path, "cpu").batches(0))
 
 
+def test_a_long_sample_is_cut_where_asked(ground, tmp_path):
+    """From the end, the picture counted whole; and not at all unless asked."""
+    def texts(*more):
+        job = train.bridge_job(train.arguments(flags(ground, 2, tmp_path, "--pack", 400, *more)),
+                               tmp_path, "cpu")
+        return [t for micro in job.batches.plan(0) for t in micro], job.batches
+    whole, _ = texts()
+    short, batches = texts("--max-length", 80)
+    before, cut = ({index: (ids, labels) for index, ids, labels, _ in some}
+                   for some in (whole, short))
+    assert max(batches.size(ids) for ids, _ in before.values()) > 80 and cut
+    for index, (ids, labels) in cut.items():
+        n = len(ids)
+        assert (ids, labels) == tuple(x[:n] for x in before[index])
+        assert batches.size(ids) == min(80, batches.size(before[index][0]))
+    with pytest.raises(data.BadData, match="its picture ends behind --max-length 6"):
+        texts("--max-length", 6)
+
+
 @pytest.mark.skipif(not SAMPLER.exists(), reason=f"{SAMPLER} is not here")
 def test_the_official_order_of_samples():
     for case in json.loads(SAMPLER.read_text())["cases"]:
