@@ -31,8 +31,10 @@ Alone: `python clip.py photo.jpg` prints the phrases nearest to a picture.
 Next: llama.py, the decoder.
 """
 
+import argparse
 import json
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -415,11 +417,13 @@ def read_tokenizer(folder):
     return lambda texts: torch.tensor([e.ids for e in words.encode_batch(list(texts))])
 
 
-if __name__ == "__main__":
-    import sys
+def main(argv=None):
+    """What of a few colours and shapes a picture's patches look like."""
+    p = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    p.add_argument("image", nargs="?", default=Path(__file__).parent / "tests/scene.png")
+    shown = p.parse_args(argv).image
     toy = Path(__file__).parent / "weights/toy/clip"
     clip, ids_of = CLIP.from_pretrained(toy), read_tokenizer(toy)
-    shown = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "tests/scene.png"
     picture = data.load_image(shown)
     texts = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple")
              for shape in ("circle", "square", "triangle", "star", "cross")]
@@ -430,3 +434,7 @@ if __name__ == "__main__":
     print(f"pixels {tuple(dots.shape)} -> patches {tuple(clip.vision(dots).shape)}")
     for i in close.topk(6).indices.tolist():
         print(f"{float(close[i]):.3f}  {texts[i]}")
+
+
+if __name__ == "__main__":
+    sys.exit(data.guarded(main))

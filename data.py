@@ -52,6 +52,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -198,10 +199,13 @@ class Tokenizer:
         self.bos, self.eos = find("bos_token", "<s>"), find("eos_token", "</s>")
         self.unk, pad = find("unk_token", "<unk>"), find("pad_token", None)
         self.pad = next(i for i in (pad, self.unk, self.eos, 0) if i is not None)
-        self.add_bos = bool(config.get("add_bos_token", bool(prefix))) and self.bos is not None
         length = config.get("model_max_length", 2048)
         self.max_length = length if isinstance(length, (int, float)) else 2048
         self._load(spec, path)
+        # quirk: LLaMA-3's config does not say it, its post-processor writes it
+        opens = self._lib.encode("").ids[:1] == [self.bos]
+        self.add_bos = self.bos is not None and bool(
+            config.get("add_bos_token", bool(prefix) or opens))
 
     @staticmethod
     def _take_prefix(spec) -> str:
@@ -515,7 +519,8 @@ def _training_pieces(conversation, template, has_image) -> tuple[Template, list]
     t, turns = _turns(conversation, template)
     if t.style not in ("single", "plain"):
         turns = _alternating(turns)
-    if t.style == "plain" and not (has_image and len(turns) == 2 and MARK in turns[0][1]):
+    if t.style == "plain" and not (has_image and [answer for answer, _ in turns] == [False, True]
+                                   and MARK in turns[0][1]):
         raise BadData(f"template {template} needs <image> in one human turn, and one gpt turn: a "
                       "caption")
     if t.style in ("instruct", "minigpt4") and (
@@ -1278,10 +1283,14 @@ def save_tokenizer(words: Tokenizer, folder, extra=()):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def chat_template(template: str) -> str:
-    """chat_template.jinja for transformers' processor; ours is `prompt`, this is for others."""
+def chat_template(template: str) -> str | None:
+    """chat_template.jinja for transformers' processor; ours is `prompt`, this is for others.
+
+    None where it is not written here: transformers then asks for one, and does not ask wrongly."""
     t = TEMPLATES[template]
-    if t.style != "two":                    # pictures and texts in their order, nothing around them
+    if t.style not in ("two", "plain"):
+        return None
+    if t.style == "plain":                  # pictures and texts in their order, nothing around them
         return ("{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == "
                 "'image' else c['text'] }}{% endfor %}{% endfor %}")
     pictures = "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
@@ -1341,7 +1350,8 @@ class _Lengths(dict):
 def _size(sample, args, lengths) -> int:
     """Tokens of a sample, its picture included; without a tokeniser, 4 for 3 words.
 
-    Raises BadData for what training would refuse, or leave out because it teaches nothing."""
+    Raises BadData for what training would refuse or leave out, and for what nobody means: an answer
+    of blanks, <image> at an end of a text that has no picture."""
     talk, seen = sample["conversations"], "image" in sample
     pieces = _training_pieces(talk, args.template, seen)[1]
     text = "".join(piece for piece, _, _ in pieces)
@@ -1356,15 +1366,19 @@ def _size(sample, args, lengths) -> int:
     size = (args.places - 1) * seen + (lengths.of(pieces, -1 if seen else 0) if lengths is not None
                                        else len(text.split()) * 4 // 3)
     if size > args.pack:
-        raise BadData(f"{size:,} tokens are over --pack {args.pack:,}: shorten or split it")
+        about = "" if lengths else "about (4 for 3 words; --llm counts them) "
+        raise BadData(f"{about}{size:,} tokens are over --pack {args.pack:,}: shorten or split it")
     return size
 
 
-def _opened(path):
-    """What is wrong with a picture, or None."""
+def _opened(path, template):
+    """What is wrong with a picture for the stages that have this template, or None."""
     try:
-        side = max(load_image(path).size)
-        _room(side, side)                           # padded to a square
+        short, long = sorted(load_image(path).size)
+        if template == "plain":
+            _room(336, 336 * long // short)         # cropped to a square, its short side first
+        elif not template.startswith(("blip2", "instructblip", "minigpt4")):
+            _room(long, long)                       # padded to a square; those are squashed
     except BadImage as error:
         return str(error).removeprefix(f"{path}: ")
 
@@ -1424,7 +1438,8 @@ def check(args) -> int:
 
     paths = list(pictures) if args.open else []
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # a queue of all would fill the memory
-        looked = (pool.map(_opened, paths[i:i + 256]) for i in range(0, len(paths), 256))
+        look = partial(_opened, template=args.template)
+        looked = (pool.map(look, paths[i:i + 256]) for i in range(0, len(paths), 256))
         for path, why in zip(paths, _ticking(itertools.chain.from_iterable(looked), "pictures")):
             if why:
                 fault(pictures[path][0], f"image {pictures[path][1]!r}: ", why)

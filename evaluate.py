@@ -123,8 +123,14 @@ def arguments(argv=None):
         return p.error(benchmark_fault(a)) if benchmark_fault(a) else a
     if rest:
         p.error(f"unrecognized arguments: {' '.join(rest)}")
-    if a.scenes < 20:
-        p.error("--scenes must be at least 20")
+    if a.scenes < 20 or a.scenes % 2:
+        p.error("--scenes must be even, and at least 20")
+    for flag in ("out", "picture"):
+        path = getattr(a, flag, None)
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+            p.error(f"--{flag} {path}: not a file in a folder that exists: name another")
+    if not (getattr(a, "picture", None) or ".png").endswith(".png"):
+        p.error(f"--picture {a.picture}: must end in .png")
     if a.what == "claims":
         a.only = list(dict.fromkeys(a.only.split(",")))
         if set(a.only) - set(CLAIMS) or not 1 <= a.seeds <= 100:
@@ -259,6 +265,8 @@ def questions(split, count):
 
 def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temperature=0.0):
     """The model's words for each text about each picture (n, 3, S, S)."""
+    if model.aspect == "anyres":
+        raise data.Usage("the toy world's pictures are not cut in tiles: take a LLaVA-1.5")
     said = []
     # a model of stage 1 is asked in the words of stage 2, where nothing else is said
     template = template or ("v1" if model.template == "plain" else model.template)
@@ -293,7 +301,7 @@ def score(model, split, count, picture):
     scenes = [world.scene(i, split, 1 + i % 4) for i in range(count)]
     pixels = pictures(scenes, model.image_size, model.aspect)
     if picture == "other":
-        pixels = pixels.roll(count // 2 + 1, 0)         # an odd step: another number of objects too
+        pixels = pixels.roll(count // 2 | 1, 0)         # an odd step: another number of objects too
     if picture == "grey":
         pixels = torch.zeros_like(pixels)               # zero after normalising is CLIP's mean
     asked = questions(split, count)
@@ -321,6 +329,9 @@ def toy(args):
     runs = []
     for folder in args.model:
         model = VLM.from_pretrained(folder)
+        if model.template != "plain" and data.TEMPLATES[model.template].style == "plain":
+            raise data.Usage(f"{folder}: writes captions and would not read the questions: take "
+                             "MiniGPT-4's second stage, or evaluate.py claims")
         columns = {"right": score(model, "test", args.scenes, "right")}
         if args.controls:
             columns |= {p: score(model, "test", args.scenes, p) for p in ("other", "grey")}
@@ -359,7 +370,7 @@ def recall(model, scenes, k=16, itm=True):
     The first k by ITC's cosine are ordered anew by match logit + cosine, as published (k = 128
     there); itm=False leaves ITC's order. A text that fits two pictures counts for both."""
     texts, seen = where_texts(scenes), features(model, scenes)
-    ids, mask = model.words.encode(texts)
+    ids, mask = model.words.encode(texts, length=35)
     cosine = best_query(model.encode_image(seen), model.encode_text(ids, mask))           # (n, n)
     right = torch.tensor([[a == b for b in texts] for a in texts])
     found = {}
@@ -425,7 +436,7 @@ def told_apart(model, scenes):
     The control: ITM with another scene's picture, which must fall to a half."""
     everything, rates = features(model, scenes), {}
     for kind, rows in near_misses(scenes).items():
-        ids, mask = model.words.encode([text for _, *two in rows for text in two])
+        ids, mask = model.words.encode([text for _, *two in rows for text in two], length=35)
         seen, ids, mask = (everything[[i for i, *_ in rows]], ids.unflatten(0, (-1, 2)),
                            mask.unflatten(0, (-1, 2)))
         wrong = seen.roll(len(rows) // 2, 0)
@@ -473,12 +484,17 @@ def ramblings(model, scenes, limit=90):
             "words": words / n, "recall": found / there}
 
 
+def run(script, *flags):
+    """Run it; what went wrong its own line has said, and its exit code is ours."""
+    if code := subprocess.run([sys.executable, *map(str, (HERE / script, *flags))]).returncode:
+        sys.exit(code if code > 0 else 128 - code)
+
+
 def trained(args, name, seed, *flags):
     """The folder of a finished training, which is run if it is not there yet."""
     out = Path(args.runs) / f"seed{seed}" / name
     if not (out / "model").exists():
-        subprocess.run([sys.executable, str(HERE / "train.py"), "--seed", str(seed), "--output-dir",
-                        str(out), "--resume", "auto", *map(str, flags)], check=True)
+        run("train.py", "--seed", seed, "--output-dir", out, "--resume", "auto", *flags)
     return out / "model"
 
 
@@ -489,7 +505,8 @@ def claims(args):
              "sharegpt4v": sharegpt4v_claims}
     table = {paper: [tests[paper](args, seed, scenes) for seed in range(args.seeds)]
              for paper in args.only}
-    print(f"{args.scenes} held-out scenes, {args.seeds} seeds, ± half the spread")
+    print(f"{args.scenes} held-out scenes (MiniGPT-4's at most 200, tower 300), {args.seeds} seeds, "
+          "± half the spread")
     for paper, runs in table.items():
         for claim, one in runs[0].items():
             held = sum(run[claim]["holds"] for run in runs)
@@ -522,14 +539,15 @@ def claims_picture(path, table):
                                    gridspec_kw={"height_ratios": [n + 1 for n in rows]})
     for ax, (title, seeds) in zip(axes.flat, panels):
         arms = seeds[0]["arms"]
-        names = [name for name in next(iter(arms.values())) if all(
-            run["arms"][arm][name] <= 1 for run in seeds for arm in arms)]
+        names = [name for name in dict.fromkeys(x for arm in arms.values() for x in arm) if all(
+            run["arms"][arm].get(name, 0) <= 1 for run in seeds for arm in arms)]
         for i, name in enumerate(names):
             dots = [(run["arms"][arm][name], -at - (i + 1) / (len(names) + 1))
-                    for run in seeds for at, arm in enumerate(arms)]
+                    for run in seeds for at, arm in enumerate(arms) if name in arms[arm]]
             ax.scatter(*zip(*dots), s=22, label=name)
         held = sum(run["holds"] for run in seeds)
-        ax.set_title(f"{textwrap.fill(title, 70)}\nheld in {held} of {len(seeds)} seeds", fontsize=9, loc="left")
+        ax.set_title(f"{textwrap.fill(title, 70)}\nheld in {held} of {len(seeds)} seeds",
+                     fontsize=9, loc="left")
         ax.set(xlim=(-.02, 1.02), ylim=(-len(arms), 0))
         ax.set_yticks([-.5 - at for at in range(len(arms))], list(arms), fontsize=8)
         ax.hlines(range(-len(arms) + 1, 0), -.02, 1.02, color="0.85", linewidth=.8)
@@ -600,8 +618,7 @@ def recaptioned(args, seed, start):
             os.link(photos / row["image"], rest / row["image"])
     told = place / "told.json"
     if not told.exists():
-        subprocess.run([sys.executable, str(HERE / "instruct.py"), "caption", str(rest), "--model",
-                        str(writer), "--out", str(told), "--batch-size", "64"], check=True)
+        run("instruct.py", "caption", rest, "--model", writer, "--out", told, "--batch-size", 64)
     (place / "all.json").write_text(json.dumps(tenth + json.loads(told.read_text())))
     return trained(args, "recaptioned/stage1", seed, *flags, "--data", place / "all.json"), writer
 
@@ -630,7 +647,7 @@ def sharegpt4v_claims(args, seed, scenes):
         if name in ("detailed", "imagined"):            # the likeliest word is seldom invented
             drawn[name] = describe(model, scenes, pixels, template="plain", temperature=1.0)
         if name == "detailed":
-            other = describe(model, scenes, pixels.roll(len(scenes) // 2 + 1, 0),
+            other = describe(model, scenes, pixels.roll(len(scenes) // 2 | 1, 0),
                              template="plain")
     gain = {told: arms[told]["recall"] - arms[f"{told}, frozen"]["recall"]
             for told in ("detailed", "short, noisy")}
@@ -778,6 +795,10 @@ def replies(args, jobs, journal):
         rows = [generate.ask([job.request], model.template, model.words) if job.image else
                 data.chat_ids([{"from": "human", "value": job.request}], model.template,
                               model.words, pictures=0) for job in some]
+        for job, row, (_, size) in zip(some, rows, seen):
+            if generate.places(model, row, size) >= model.llm.config.context:
+                raise data.BadData(f"question {job.name}: longer than the model's context: take it "
+                                   "out, or take another model")
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               max_new_tokens=args.max_new_tokens)
         yield [(job, "".join(generate.spell(x, model.words)).strip(), "")

@@ -83,7 +83,8 @@ def arguments(argv=None):
                        "conversation does not show")
         q.add_argument("--toy", type=COUNT, help="instead: so many toy scenes, drawn to --images")
         q.add_argument("--split", choices=("train", "test", "novel"), default="train")
-        q.add_argument("--images", required=True, help="folder of the pictures; none is opened")
+        q.add_argument("--images", required=True, help="folder of the pictures; none is opened "
+                       "(--toy draws them there)")
         q.add_argument("--limit", type=COUNT, help="the first pictures only")
         q.add_argument("--llm", help="folder of a LLaMA that answers instead of an endpoint")
         q.add_argument("--shots", type=number(int, 0, 3), default=3, help="examples shown, at "
@@ -131,6 +132,7 @@ def fault(a):
                 a.captions and a.what != "conversation" and not a.instances}
     else:
         wrong |= {
+            f"{a.source}: no such file or folder": a.model and not os.path.exists(a.source),
             f"{a.source}: a folder of pictures needs --model, and --model a folder":
                 folder != bool(a.model) or a.what == "caption" and not folder,
             "--prompt: give it some printable words": not a.prompt.strip()
@@ -167,7 +169,8 @@ from tqdm import tqdm
 
 import data
 import world
-from generate import ask, generate_batch, load, note, sample_of, see, spell, write
+from generate import (ask, generate_batch, load, note, places, sample_of, see, spell,
+                      write)
 from llama import Llama
 
 # ------------------------------------------------------------------------- what is sent, our words
@@ -336,7 +339,7 @@ def key_of(*parts):
 
 def weights_of(model):
     """What tells a model from the one that is trained next into the same folder."""
-    stats = [(p.name, p.stat()) for p in sorted(Path(model).glob("*.safetensors"))]
+    stats = [(p.name, p.stat()) for p in sorted(data.resolve(model).glob("*.safetensors"))]
     return str(model), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
 
@@ -435,8 +438,8 @@ def photos(args):
            args.temperature, args.max_tokens, getattr(args, "short", None))
     for path in files:
         name = path.relative_to(root).as_posix()
-        size = path.lstat().st_size         # another picture under the same name is described anew
-        yield Job(name, name, key_of(*who, name, size))
+        # a picture is told by its name and size: times change when a folder is copied
+        yield Job(name, name, key_of(*who, name, path.lstat().st_size))
 
 
 # ---------------------------------------------------------------------------- answers on the disk
@@ -569,13 +572,20 @@ def local(args, jobs, journal):
 def eyes(args, jobs, journal):
     """A model that sees describes pictures; in curation, one that was brief is asked to go on."""
     model = load(args)
-    more = args.what == "curate" and model.template != "plain"      # that one cannot be asked
+    # a captioner hears no question, an InstructBLIP only the last
+    more = args.what == "curate" and data.TEMPLATES[model.template].style not in (
+        "plain", "instruct")
 
     def say(turns, seen, seed):
-        said = generate_batch(model, [ask(t, model.template, model.words) for t in turns],
-                              [x for x, _ in seen], sizes=[size for _, size in seen], seed=seed,
-                              max_new_tokens=args.max_tokens, temperature=args.temperature or 0.0)
-        return [(len(x), "".join(spell(x, model.words)).strip()) for x in said]
+        """[(tokens, is it whole?, text)]"""
+        rows = [ask(t, model.template, model.words) for t in turns]
+        said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
+                              seed=seed, max_new_tokens=args.max_tokens,
+                              temperature=args.temperature or 0.0)
+        room = [model.llm.config.context - places(model, row, size)
+                for row, (_, size) in zip(rows, seen)]
+        return [(len(x), len(x) < min(args.max_tokens, n), "".join(spell(x, model.words)).strip())
+                for x, n in zip(said, room)]
 
     for start, some in chunks(jobs, journal, args.batch_size):
         good, bad = [], []
@@ -587,14 +597,14 @@ def eyes(args, jobs, journal):
                 note(f"skipped: {error}")
                 bad.append((job, "", "not a usable picture"))
         said = say([[args.prompt]] * len(good), [x for _, x in good], args.seed + start)
-        texts = [text for _, text in said]
-        if brief := [i for i, (n, _) in enumerate(said) if more and n <= args.short]:
+        texts = [text for *_, text in said]
+        if brief := [i for i, (n, *_) in enumerate(said) if more and n <= args.short]:
             added = say([[args.prompt, texts[i], MORE] for i in brief],
                         [good[i][1] for i in brief], args.seed + start)
-            for i, (_, text) in zip(brief, added):
+            for i, (*_, text) in zip(brief, added):
                 texts[i] = f"{texts[i]} {text}".strip()
         # a description that breaks off is repaired in curation, and else no caption
-        ends = [n < args.max_tokens or args.what == "curate" for n, _ in said]
+        ends = [whole or args.what == "curate" for _, whole, _ in said]
         yield [(job, text, "" if text and end else "cut off" if text else "empty")
                for (job, _), text, end in zip(good, texts, ends)] + bad
 
@@ -789,7 +799,7 @@ SORRY = re.compile(r"\bi( a|')m (\w+ )?sorry\b|\bi apologi[sz]e|\bmy apologies\b
 def repair(text):
     """(text, Counter of what was taken out): MiniGPT-4's clean-up by rules instead of ChatGPT.
 
-    Crude where English is: "Mr. Smith" is two pieces, which come together again."""
+    Crude where English is: "Mr." at the head of a sentence is a fragment, and goes."""
     out, kept, seen = Counter(), [], set()
     clean = re.sub(r"[^\w\s]{4,}|##+|[\x00-\x08\x0b-\x1f\x7f\ufffd]+", " ", text)
     out["runs of signs"] = clean != text
@@ -841,11 +851,11 @@ def curate(args, journal):
             if len(turns) != 2 or turns[1]["from"] not in ("gpt", "assistant"):
                 raise data.BadData(f"{where}: conversations: must be a question and a description: "
                                    "remove the row")
-            name, image = field(where, row, "id"), field(where, row, "image")
+            name, image = str(row["id"]), field(where, row, "image")
             said.append((Job(name, image, key_of(path, i)), turns[1]["value"], ""))
     if not args.endpoint:
         return said
-    who = "mend", args.endpoint_model, args.temperature, args.max_tokens, args.seed
+    who = "mend", args.endpoint, args.endpoint_model, args.temperature, args.max_tokens, args.seed
     jobs = [Job(job.name, job.image, key_of(*who, job.key, text),
                 [("system", MEND), ("user", text)]) for job, text, lost in said if not lost]
     if not over_http(args, jobs, journal):
@@ -865,12 +875,12 @@ def described(args, journal):
 
 def written(args, journal):
     """LLaVA's three kinds: [(job, text, reason of a rejection)], or None."""
+    known, jobs = list(toy(args) if args.toy else coco(args)), []
     who = args.endpoint_model or args.llm and weights_of(args.llm) or "the world"
-    how = args.what, who, args.seed, args.temperature, args.max_tokens, args.template
-    jobs = []
-    for name, image, captions, boxes, *scene in toy(args) if args.toy else coco(args):
-        known = context(args.what, captions, boxes)
-        sent = (*opening(args.what, args.shots), ("user", known))
+    how = (args.what, args.endpoint, who, args.seed, args.temperature, args.max_tokens,
+           args.template, args.dtype)
+    for name, image, captions, boxes, *scene in known:
+        sent = (*opening(args.what, args.shots), ("user", context(args.what, captions, boxes)))
         jobs.append(Job(name, image, key_of(*how, name, image, sent), sent, *scene))
     if args.endpoint:
         return answered(jobs, journal) if over_http(args, jobs, journal) else None
@@ -881,6 +891,8 @@ def written(args, journal):
 def turns_of(args, name, text, taken):
     """What a sample says: question, answer, ... Raises data.BadData with why it is rejected."""
     if args.what == "caption":
+        if CONTROL.search(text):
+            raise data.BadData("holds a control token")
         return [args.prompt, text]
     if args.what in ("conversation", "reasoning"):
         return parse(args.what, text)

@@ -220,12 +220,15 @@ def settings(folder, c):
     processor = processor if type(processor) is dict else {}
     known_values(folder, processor, image_mean=(list(data.MEAN),), image_std=(list(data.STD),),
                  resample=(3,))
+    if asks and not text and "image_text_hidden_size" in c:
+        raise data.BadModel(f"{folder}: a Q-Former without a language model, BLIP-2's first stage: "
+                            "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
     if asks:
         kind = text.get("model_type", "opt") if type(text) is dict else text
         if kind != "llama":
             raise data.BadModel(
                 f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
-                "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --qformer FOLDER), "
+                "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from FOLDER), "
                 "or Salesforce/instructblip-vicuna-7b, which has one")
         return (ViTConfig.eye(c), LlamaConfig.from_hf(text), "qformer", "squash", data.OFFICIAL,
                 "instructblip" if c["model_type"] == "instructblip" else "blip2")
@@ -436,7 +439,7 @@ class VLM(nn.Module):
             features = self.see(pixels, sizes, questions)
         elif self.always_look:
             blank = torch.zeros(1, 3, self.image_size, self.image_size, device=ids.device)
-            words = words + 0 * self.see(blank)[0].sum()
+            words = words + 0 * self.see(blank, questions=["?"])[0].sum()
         return splice(ids, words, features, labels, keep, left, lengths)
 
     def forward(self, ids, pixels=None, sizes=None, questions=None):
@@ -678,7 +681,8 @@ class VLM(nn.Module):
             shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch,
                       "vision_feature_select_strategy": "default", "image_token": "<image>",
                       "num_additional_image_tokens": 1}
-            (folder / "chat_template.jinja").write_text(data.chat_template(self.template))
+            if told := data.chat_template(self.template):
+                (folder / "chat_template.jinja").write_text(told)
         if self.reader:
             self.reader.save(folder / "qformer_tokenizer")
         files = {"config.json": self.config(), "preprocessor_config.json": picture,

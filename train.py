@@ -84,25 +84,25 @@ RECIPES = {
               losses=("itc", "itm", "itg"), told="short"),
         Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("bridge",), "blip2",
               "squash", 1e-4, 1024, 10, warmup=2000, decay=.05, schedule="lavis", warm_lr=1e-6,
-              min_lr=1e-5, told="captions")),
+              min_lr=1e-5, groups=16, told="captions")),
     # [MiniGPT4] 2304.10592, minigpt4_stage{1,2}_*.yaml. Paper: 400 steps in stage 2. Both stages
     # train one linear layer. It was made with Vicuna v0, of which only differences to LLaMA are
     # public: give yours by --llm. Not run by us at full size.
     "minigpt4": (
         Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4_caption", "squash",
               1e-4, 256, 4, 20000, 5000, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=8e-5,
-              told="web"),
+              groups=4, told="web"),
         Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4", "squash",
               3e-5, 12, 5, 1000, 200, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=1e-5,
-              told="details")),
+              groups=1, told="details")),
     # [ShareGPT4V] 2311.12793, its pretrain.sh and finetune.sh. Stage 1 goes on from LLaVA-1.5's
     # stage 1. The tuned tower is saved inside the model; officially in a folder apart.
     # quirk: block 23 is unlocked, but LLaVA reads the block before it, so that nothing moves it.
     "sharegpt4v": (
         Stage("ShareGPT4V, November 2023", "mlp", ("vision.blocks.12+", "bridge", "llm"), "plain",
-              "square", 2e-5, 256, told="descriptions"),
+              "square", 2e-5, 256, groups=16, told="descriptions"),
         Stage("ShareGPT4V, November 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128,
-              order="modality", told="dialogue")),
+              groups=16, order="modality", told="dialogue")),
 }
 # What two CPU cores need instead: a model 5,000 times smaller wants larger steps and fewer.
 LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
@@ -189,8 +189,9 @@ def arguments(argv=None):
                            help="field of the recipe's stage")
     a = p.parse_args(argv)
     row = RECIPES[a.recipe][max(a.stage, 1) - 1]
-    if a.base == "toy" and not a.data:
+    if a.base == "toy":
         row = replace(row, **TOY[a.recipe][max(a.stage, 1) - 1])
+        row = replace(row, steps=0) if a.data else row
     given = {f.name: getattr(a, f.name) for f in fields(Stage)
              if f.name != "source" and getattr(a, f.name) is not None}
     for name in {"train", "losses"} & set(given):
@@ -218,7 +219,8 @@ def arguments(argv=None):
     r = a.row
     if not (0 <= r.lr < 10 and r.batch >= 1 and 0 < r.epochs < 1e6 and 0 <= r.warmup < 10 ** 6
             and 0 <= r.steps < 10 ** 6 and 0 <= r.clip < math.inf and 0 <= r.decay < math.inf
-            and all(0 <= x < 10 for x in (r.warm_lr, r.min_lr, r.bridge_lr)) and a.seed < 2 ** 32):
+            and all(0 <= x < 10 for x in (r.warm_lr, r.min_lr, r.bridge_lr)) and a.seed < 2 ** 32
+            and (r.lr or r.schedule == "llava")):
         p.error("lr, batch, epochs, steps, warmup, decay, clip, warm-lr, min-lr, bridge-lr or seed "
                 "is out of range")
     kinds = ("qformer",) if a.recipe in ("blip2", "minigpt4") else ("linear", "mlp")
@@ -235,10 +237,24 @@ def arguments(argv=None):
     if a.show_batch and (a.stage == 0 or r.losses):
         p.error("--show-batch is for stages 1 and 2, and not for BLIP-2's first, which has no "
                 "labels")
-    if a.projector and (a.start != "none" if a.stage == 2 else a.stage == 0):
+    # what is given and would be passed over is refused
+    begins = a.start or ("none" if a.stage == 1 and a.recipe != "sharegpt4v" else "stage 1")
+    if a.stage and begins != "none" and a.recipe != "blip2" and not a.plan:
+        for name in ("vision", "llm", "qformer", "projector"):
+            if getattr(a, name):
+                p.error(f"--{name} is a part of a new model, and this one begins with {begins}: "
+                        "leave it out, or give --from none")
+    if a.projector and (r.losses or begins != "none"):
         p.error("--projector is for a new bridge: stage 1, or stage 2 with --from none")
-    if r.aspect not in ("square", "pad", "squash"):
-        p.error(f"--aspect {r.aspect!r} must be square, pad or squash")
+    if r.losses and (a.start or a.max_length or a.on_bad_sample == "skip"):
+        p.error("--from, --max-length and --on-bad-sample skip are for stages with a LLaMA")
+    if a.stage == 0 and (given or a.seed or a.data or a.start or a.projector or a.vision or a.llm):
+        p.error("--stage 0 makes weights/toy with steps, rates and seed of its own: it takes "
+                "--part, --output-dir, --resume, --overwrite and --threads")
+    if a.overwrite and a.resume:
+        p.error("--overwrite begins anew, --resume auto goes on: give one of them")
+    if r.aspect not in (("squash",) if r.bridge == "qformer" else ("square", "pad")):
+        p.error(f"--aspect {r.aspect!r}: must be squash before a Q-Former, else square or pad")
     if r.batch % a.accum:
         p.error(f"--batch {r.batch} does not divide into --accum {a.accum} micro-batches")
     if not r.losses and (r.groups < 1 or r.batch % r.groups):
@@ -474,7 +490,8 @@ def save(job, out, step, keep):
         shutil.rmtree(aside, ignore_errors=True)
         raise data.TrainingFailed(f"{aside}: {error}; the checkpoint before is whole: free space "
                                   "and go on with --resume auto") from None
-    for old in sorted(out.glob("step-??????"))[:-keep]:
+    # a later one is damaged, or this run would have begun there: it is none of those to keep
+    for old in sorted(f for f in out.glob("step-??????") if f.name <= final.name)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -723,7 +740,8 @@ def fit(job, out, args):
         line = {"step": step, "loss": round(loss, 5), "grad_norm": round(norm, 4),
                 **{name: round(value, 5) for name, value in told_apart.items()},
                 "lr": job.optimizers[-1].param_groups[-1]["lr"],
-                **speed.step(job.batch, *work, waited)}
+                # tokens of all ranks; the FLOPs are this GPU's, as its MFU is
+                **speed.step(job.batch, *summed(work[0]), work[1], waited)}
         if first:
             with open(out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
@@ -820,7 +838,14 @@ class Samples:
             return row.steps
         if not self.rows:
             raise data.Usage("the toy world has no end: give --steps")
-        return math.ceil(len(self.rows) * row.epochs / row.batch)
+        steps = math.ceil(len(self.rows) * row.epochs / row.batch)
+        if steps >= 10 ** 6:
+            raise data.Usage(f"{steps:,} steps, a million or more: give a larger --batch, or fewer "
+                             "--epochs")
+        if steps == 1 and row.schedule == "llava" and row.warmup:
+            raise data.Usage(f"{len(self.rows)} samples are one step, and the rate of the first "
+                             "step is 0: give more --epochs or a smaller --batch")
+        return steps
 
     def row(self, index):
         """The file's sample number `index` of the run; every epoch has an order of its own."""
@@ -828,7 +853,8 @@ class Samples:
         if epoch != self.epoch:
             dice, row = torch.Generator().manual_seed(self.args.seed * 1000 + epoch), self.args.row
             if row.order == "modality":
-                words = [sum(len(turn["value"].split()) for turn in r["conversations"])
+                # an empty row counts as one word here, and is named when its turn comes
+                words = [max(1, sum(len(turn["value"].split()) for turn in r["conversations"]))
                          * (1 if r.get("image") is not None else -1) for r in self.rows]
                 order = data.modality_order(words, row.batch // row.groups, row.groups, dice)
             else:
@@ -853,6 +879,9 @@ class Samples:
         else:
             chosen = self.row(index)
             picture, talk = chosen.get("image"), chosen["conversations"]
+            if row.template in ("blip2", "minigpt4_caption", "minigpt4") and len(talk) != 2:
+                raise data.BadData(f"template {row.template} is learned from one question and one "
+                                   f"answer, not from {len(talk)} turns: split the sample")
             if row.template in ("blip2", "minigpt4_caption"):
                 talk = [talk[0], {**talk[-1], "value": data.caption_text(talk[-1]["value"])}]
         if row.template == "minigpt4":          # quirk: one instruction a batch, not a sample
@@ -996,8 +1025,9 @@ class Batches(torch.utils.data.Dataset):
             weights = weights[:, None].expand(ids.shape)
             if len(planned) == self.args.row.groups == self.ranks == 1:
                 weights = None              # one group in one micro-batch: the plain mean
-        counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
-                   ids.count(data.IMAGE)) for ids, labels in texts]
+        counts = [] if spare else [
+            (sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
+             ids.count(data.IMAGE)) for ids, labels in texts]
         return Micro(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
                      lengths if self.args.pack else None, counts, bad)
 
@@ -1060,9 +1090,9 @@ def make_batches(samples, model, args, out):
 
 
 def cosine(step, steps, warmup):
-    """Linear warm-up over ceil(warmup · steps), then half a cosine to 0. The first update is 0,
-    as in the official runs."""
-    warm = math.ceil(warmup * steps)
+    """Linear warm-up over ceil(warmup · steps), or `warmup` from 1 on, then half a cosine to 0. The
+    first update is 0, as in the official runs."""
+    warm = warmup if warmup >= 1 else math.ceil(warmup * steps)
     if step < warm:
         return step / warm
     return (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
@@ -1099,7 +1129,8 @@ def set_trained(model, parts, lora=0):
     for part in parts:
         top, first = re.fullmatch(r"(.*?)(?:\.(\d+)\+)?", part).groups()
         found = [p for n, p in model.named_parameters() if f"{n}.".startswith(f"{top}.") and (
-            first is None or int(n[len(top) + 1:].split(".")[0]) >= int(first))]
+            first is None or (at := n[len(top) + 1:].split(".")[0]).isdigit()
+            and int(at) >= int(first))]
         if not found:
             tops = ", ".join(dict.fromkeys(n.split(".")[0] for n, _ in model.named_parameters()))
             raise data.Usage(f"--train {part}: the model has no such part; it has {tops}, and "
@@ -1162,6 +1193,8 @@ def watcher(model, row):
 def parts(args):
     """(picture tower, LLaMA): folders or hub ids. The toy's are beside this file."""
     base = [HERE / p if args.base == "toy" else p for p in BASES[args.base]]
+    if args.base != "toy" and args.recipe == "llava":
+        base[0] = "openai/clip-vit-large-patch14"       # 224 pixels, 256 places
     if args.base != "toy" and args.row.bridge == "qformer":
         base[0] = EVA
     return args.vision or base[0], args.llm or base[1]
@@ -1190,8 +1223,8 @@ def new_model(args, start, out):
     if args.recipe == "blip2":
         qformer = new_retriever(args) if start == "none" else start
     else:
-        qformer = args.qformer or (out.parents[1] / "blip2/stage2/model" if args.base == "toy"
-                                   else FLAN)
+        qformer = args.qformer or (FLAN if args.base != "toy" else
+                                   out.absolute().parents[1] / "blip2/stage2/model")
         if args.base == "toy" and not args.qformer and not qformer.exists():
             raise data.BadModel(f"{qformer}: MiniGPT-4 starts from BLIP-2's Q-Former and there is "
                                 "none; run --recipe blip2, stages 1 and 2, or give --qformer")
@@ -1205,10 +1238,11 @@ def bridge_job(args, out, device):
     steps = samples.steps()
     before = ("none" if args.stage == 1 else out.parent / "stage1/model")
     if args.stage == 1 and args.recipe == "sharegpt4v":
-        before = out.parents[1] / "llava-1.5/stage1/model"
+        before = out.absolute().parents[1] / "llava-1.5/stage1/model"
     start = str(args.start or before)
     if args.start is None and start != "none" and not Path(start).exists():
-        raise data.BadModel(f"{start}: this stage starts from that model and there is none; run "
+        raise data.BadModel(f"{start}: this stage starts from that model, beside its own folder, "
+                            "and there is none; run "
                             f"{'--recipe llava-1.5 ' * (args.stage == 1)}--stage 1 first, or give "
                             "--from FOLDER or --from none")
     if start == "none" or args.recipe == "blip2":
@@ -1338,10 +1372,12 @@ def kinds_of(args):
     if args.data:
         rows = data.read_conversations(args.data)
         some = rows[::-(-len(rows) // 200)]
-        talks = [(r.get("image") is not None, r["conversations"]) for r in some]
+        talks = [(f"{args.data}: sample {r['id']}", r.get("image") is not None, r["conversations"])
+                 for r in some]
         total, source = len(rows), f"{len(talks)} samples of {args.data}"
     elif args.base == "toy":
-        talks = [(True, toy_sample(args.seed, args.stage, i, row.told)[1]) for i in range(64)]
+        talks = [("toy sample", True, toy_sample(args.seed, args.stage, i, row.told)[1])
+                 for i in range(64)]
         total, source = row.steps * row.batch, "64 samples of the toy world"
     else:
         kinds = (DESCRIPTIONS if row.told == "descriptions" else
@@ -1352,9 +1388,12 @@ def kinds_of(args):
             raise data.Usage("--plan: how many samples? give --data or --steps")
         return total, kinds, "estimates of the official data's lengths, no --data"
     words, kinds = data.Tokenizer(llm) if Path(llm).is_dir() else None, []
-    for picture, talk in talks:
+    for name, picture, talk in talks:
         if words:
-            ids, labels = data.encode(talk, row.template, words, picture)
+            try:
+                ids, labels = data.encode(talk, row.template, words, picture)
+            except data.BadData as error:
+                raise data.BadData(f"{name}: {error}") from None
             text, learned = len(ids) - picture, sum(x != data.IGNORE for x in labels)
         else:                           # three words of English are about four tokens
             counts = [len(t["value"].split()) * 4 / 3 for t in talk]
@@ -1833,7 +1872,7 @@ def resolved(args):
     """What decides the finished bits: the content of config.json."""
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-            "checkpoint", "offload", "most_bad", *(f.name for f in fields(Stage))}
+            "checkpoint", "offload", "on_bad_sample", "most_bad", *(f.name for f in fields(Stage))}
     return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
                                   "stage_row": vars(args.row)}))
 
@@ -1867,7 +1906,8 @@ def check(out, args):
         raise data.BadData(f"{out} holds a run already; --resume auto goes on with it, --overwrite "
                            "deletes it, --output-dir goes elsewhere")
     old, new = ({**c, **c["stage_row"], "from": c.get("start")} for c in (old, new))
-    changed = [f"--{k}" for k in new if k not in ("stage_row", "start") and old.get(k) != new[k]]
+    changed = [f"--{k.replace('_', '-')}" for k in new
+               if k not in ("stage_row", "start") and old.get(k) != new[k]]
     if changed:
         raise data.BadData(f"{out}: --resume with other flags ({', '.join(changed)}); give the "
                            "flags of its config.json, or --overwrite to start anew")
@@ -1902,7 +1942,8 @@ def show(samples, words, args):
         picture, talk = samples[index]
         ids, labels = data.encode(talk, args.row.template, words, picture is not None,
                                   args.official_quirks)
-        print(f"sample {index}: {len(ids)} tokens")
+        print(f"sample {index}: {len(ids) - ids.count(data.IMAGE)} tokens and a picture" if picture
+              else f"sample {index}: {len(ids)} tokens")
         print(data.marked(ids, labels, words))
 
 
@@ -1917,6 +1958,9 @@ def train(args):
     if args.plan:
         plan(args)
         return 0
+    if args.base != "toy" and not args.data and args.stage:
+        raise data.Usage(f"--base {args.base} learns from your data: give --data FILE and --images "
+                         "FOLDER")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = best if args.device == "auto" else args.device
     try:

@@ -160,6 +160,8 @@ def thing(rng, shape, colour, size, place, zoom=False):
 
 def scene(seed, split="train", count=None):
     """The scene of this seed in this split; `count` fixes the number of objects (1 to 4)."""
+    if split not in ("train", "test", "novel"):
+        raise ValueError(f"split {split!r} is none of train, test and novel")
     rng = random.Random(f"{split}:{seed}")
     while True:
         number = count or rng.choices((1, 2, 3, 4), (20, 25, 25, 30))[0]

@@ -4,9 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import data
 import evaluate
 import generate
 import instruct
+import standin
 from projector import VLM
 
 ROOT = Path(__file__).parents[1]
@@ -215,35 +214,21 @@ def test_what_counts_as_a_no(text, no):
 
 # ------------------------------------------------------------------------------------ LLaVA-Bench
 
-class Judge(ThreadingHTTPServer):
+class Judge(standin.Server):
     """Grades by what Assistant 2 says: the review's first line is grades[answer]."""
-    daemon_threads = True
 
     def __init__(self, grades):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.grades, self.seen = grades, []
-        threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        super().__init__(Grader)
+        self.grades = grades
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
+class Grader(standin.Handler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         self.server.seen.append(body)
         answer = body["messages"][1]["content"].split("[Assistant 2]\n")[1].split("\n\n[End")[0]
         grade = self.server.grades[answer]
-        made = json.dumps({"choices": [{"message": {"content": f"{grade}\nBecause."},
-                                        "finish_reason": "stop"}]}).encode()
-        self.send_response(400 if grade == "refuse" else 200)
-        self.send_header("Content-Length", str(len(made)))
-        self.end_headers()
-        self.wfile.write(made)
+        self.say(f"{grade}\nBecause.", code=400 if grade == "refuse" else 200)
 
 
 def bench(folder, wild=False, **change):

@@ -23,7 +23,8 @@ class Oracle:
         self.texts, self.ln_vision = [], lambda x: x
         self.words = SimpleNamespace(encode=self.encode)
 
-    def encode(self, texts):
+    def encode(self, texts, length):
+        assert length == 35                         # the official one in retrieval
         self.texts = list(texts)
         return torch.arange(len(texts))[:, None], torch.ones(len(texts), 1, dtype=torch.bool)
 
@@ -202,14 +203,14 @@ def test_a_captioner_sees_a_tenth_and_writes_the_rest(tmp_path, monkeypatch):
         asked[name] = dict(zip(map(str, flags[::2]), map(str, flags[1::2])))
         return tmp_path / name
 
-    def captioned(command, check):
-        run.append(command)
-        folder, out = Path(command[3]), Path(command[command.index("--out") + 1])
+    def captioned(script, *flags):
+        run.append(script)
+        folder, out = flags[1], flags[flags.index("--out") + 1]
         out.write_text(json.dumps([{"id": p.name, "image": p.name, "conversations": [
             {"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "written"}]}
             for p in sorted(folder.iterdir())]))
     monkeypatch.setattr(evaluate, "trained", trained)
-    monkeypatch.setattr(evaluate.subprocess, "run", captioned)
+    monkeypatch.setattr(evaluate, "run", captioned)
     evaluate.recaptioned(SimpleNamespace(runs=str(tmp_path)), 3, "start")
     place = tmp_path / "seed3"
     tenth, rows = (json.loads((place / f"{name}.json").read_text()) for name in ("tenth", "all"))
@@ -228,8 +229,42 @@ def test_a_captioner_sees_a_tenth_and_writes_the_rest(tmp_path, monkeypatch):
 
 
 def test_the_picture_shows_every_claim(tmp_path):
-    claim = {"arms": {"one": {"recall": .5, "words": 30.}, "two": {"recall": .7, "words": 20.}},
-             "holds": True}
+    claim = {"arms": {"one": {"recall": .5, "words": 30., "tower": .9},
+                      "two": {"recall": .7, "words": 20.}}, "holds": True}
     evaluate.claims_picture(tmp_path / "c.png", {"paper": [{"it helps": claim}] * 3,
                                                  "other": [{"a": claim, "b": claim}] * 3})
     assert Image.open(tmp_path / "c.png").size[1] > 150
+
+
+def test_a_child_that_fails_ends_the_claims_with_its_code():
+    with pytest.raises(SystemExit) as left:
+        evaluate.run("train.py", "--stage", 9)
+    assert left.value.code == 2
+    evaluate.run("train.py", "--help")                  # the control
+
+
+def test_captioners_are_not_asked_questions(monkeypatch):
+    """Their template throws questions away: accuracies would be of nothing."""
+    made = SimpleNamespace(template="blip2", aspect="squash")
+    monkeypatch.setattr(evaluate.VLM, "from_pretrained", lambda folder: made)
+    args = SimpleNamespace(model=["m"], scenes=20, controls=False)
+    with pytest.raises(evaluate.data.Usage, match="would not read the questions"):
+        evaluate.toy(args)
+    made.template, made.aspect, made.image_size = "v1", "anyres", 64
+    with pytest.raises(evaluate.data.Usage, match="not cut in tiles"):
+        evaluate.answers(made, ["x"], torch.zeros(1), 5)
+
+
+def test_places_to_write_are_looked_at_before_the_training(tmp_path, capsys):
+    for wrong in (["--out", "/no/such/x.json"], ["--picture", str(tmp_path / "a.foo")],
+                  ["--out", str(tmp_path)], ["--scenes", "21"]):
+        with pytest.raises(SystemExit):
+            evaluate.arguments(["claims", *wrong])
+    evaluate.arguments(["claims", "--picture", str(tmp_path / "a.png")])
+
+
+@pytest.mark.parametrize("count", [20, 22, 30, 500, 502])
+def test_another_scenes_picture_has_another_number_of_objects(count):
+    things = torch.tensor([1 + i % 4 for i in range(count)])
+    assert not (things == things.roll(count // 2 | 1)).any()
+    assert count % 4 == 0 or (things == things.roll(count // 2 + 1)).any()      # the control

@@ -714,3 +714,42 @@ def test_the_chat_template_for_others_writes_what_prompt_writes():
         said = made.render(messages=talk, add_generation_prompt=True)
         assert said == data.prompt(ours, name)
     assert jinja2.Template(data.chat_template("plain")).render(messages=talk[:1]) == "<image>One?"
+
+
+# ---------------------------------------------------------------- what files do not say
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_bos_that_only_the_post_processor_writes(tmp_path, opens):
+    """LLaMA-3's config has no add_bos_token; control: a file that opens with nothing."""
+    import tokenizers
+    lib = tokenizers.Tokenizer(tokenizers.models.BPE())
+    lib.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lib.decoder = tokenizers.decoders.ByteLevel()
+    lib.train_from_iterator(["What is it? A cat. "] * 3, tokenizers.trainers.BpeTrainer(
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"]))
+    if opens:
+        lib.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    lib.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}))
+    words = data.Tokenizer(tmp_path)
+    theirs = lib.encode("What is it?").ids
+    assert words.encode("What is it?") == theirs and (theirs[0] == 0) == opens
+
+
+def test_no_chat_template_rather_than_a_wrong_one():
+    assert data.chat_template("v1") and data.chat_template("plain") == (
+        data.chat_template("minigpt4_caption"))
+    for name in ("mpt", "minigpt4", "instructblip"):
+        assert data.TEMPLATES[name].style not in ("two", "plain")
+        assert data.chat_template(name) is None
+
+
+def test_a_caption_is_a_question_and_an_answer():
+    words = data.Tokenizer(Path(data.__file__).parent / "weights/toy/llama")
+    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A star."}]
+    assert data.encode(talk, "plain", words)
+    with pytest.raises(data.BadData, match="one gpt turn"):
+        data.encode([talk[0], {**talk[1], "from": "human"}], "plain", words)

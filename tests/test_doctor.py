@@ -394,6 +394,29 @@ def test_pictures_are_opened_once_or_not_at_all(folder, capsys):
     assert doctor(folder, rows, capsys)[0] == 3
 
 
+@pytest.mark.parametrize("template, size, good", [
+    ("plain", (2500, 1), False), ("v1", (2500, 1), True), ("v1", (20000, 1), False),
+    ("plain", (20000, 1000), True), ("minigpt4_caption", (20000, 1), True)])
+def test_shapes_are_judged_as_training_would_show_them(tmp_path, template, size, good):
+    """Cropped to a square, padded to one, squashed: each has shapes that it cannot take."""
+    Image.new("L", size).save(tmp_path / "x.png")
+    why = data._opened(tmp_path / "x.png", template)
+    aspect = {"plain": "square", "v1": "pad"}.get(template, "squash")
+    if good:
+        assert why is None
+        data.preprocess(data.load_image(tmp_path / "x.png"), 336, aspect)
+    else:
+        assert "too large" in why
+        with pytest.raises(data.BadImage, match="too large"):
+            data.preprocess(data.load_image(tmp_path / "x.png"), 336, aspect)
+
+
+def test_an_estimate_is_called_one(folder, capsys):
+    rows = good()
+    rows[0]["conversations"][1]["value"] = "x " * 9000
+    assert "about (4 for 3 words; --llm counts them) " in "".join(doctor(folder, rows, capsys)[1])
+
+
 def test_five_thousand_rows_take_their_share_of_a_minute(folder, capsys):
     """100,000 rows have 60 seconds; one core's time is counted, so that busy machines do not."""
     llm = SHARED / "llama"

@@ -1,22 +1,23 @@
 """instruct.py: a stand-in endpoint that misbehaves, runs that are killed, rules with controls."""
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import data
 import generate
 import instruct
+import standin
 import world
 from projector import VLM
 
@@ -42,47 +43,26 @@ def lines(out):
 
 # ------------------------------------------------------------------------------ stand-in endpoint
 
-class Server(ThreadingHTTPServer):
+class Server(standin.Server):
     """Answers in GOOD about the first caption; `first` says how each picture's first request ends.
 
     seen: [(time, picture, body)] of all requests."""
-    daemon_threads = True
 
     def __init__(self, first=lambda picture: "", delay=0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.first, self.delay, self.seen, self.headers = first, delay, [], []
-        threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        super().__init__(Handler)
+        self.first, self.delay, self.headers = first, delay, []
 
 
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def send(self, code, text, *headers, size=None):
-        self.send_response(code)
-        for name, value in (*headers, ("Content-Length", size or len(text))):
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def say(self, text, end="stop"):
-        self.send(200, json.dumps({
-            "choices": [{"message": {"content": text}, "finish_reason": end}],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 7}}).encode())
-
+class Handler(standin.Handler):
     def trickle(self):
         self.send_response(200)
         self.end_headers()
-        for _ in range(60):
+        for _ in range(180):
             self.wfile.write(b" ")
             time.sleep(.05)
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         assert self.path == "/v1/chat/completions"
         picture = body["messages"][-1]["content"].split("\n")[0]
         how = self.server.first(picture)
@@ -96,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             "filter": lambda: self.say(None, "content_filter"),
             "400": lambda: self.send(400, b'{"error": "too long for sk-test"}'),
             "401": lambda: self.send(401, b'{"error": "wrong key sk-test"}'),
-            "always 500": lambda: self.send(500, b""), "hang": lambda: time.sleep(3),
+            "always 500": lambda: self.send(500, b""), "hang": lambda: time.sleep(9),
             "trickle": self.trickle,
             "302": lambda: self.send(302, b"", ("Location", "http://127.0.0.1:1/v1"))}
         once = {"429": lambda: self.send(429, b"slow down", ("Retry-After", 1)),
@@ -213,25 +193,25 @@ def test_requests_with_boxes(folder, kind):
 
 def test_retry_after_is_honoured(folder):
     """By all threads; control: without the header a retry is immediate."""
-    for how, least in (("429", .95), ("500", 0)):
+    for how, least, most in (("429", .95, 9), ("500", 0, .9)):
         server = Server(lambda p: how if "thing 0" in p else "slow")        # others end later
         assert run("conversation", *coco(folder, 6), *asked(server),
                    "--out", folder / f"{how}.json") == 0
         first = next(t for t, p, _ in server.seen if "thing 0" in p)
         later = [t - first for t, _, _ in server.seen[4:]]
-        assert len(later) == 3 and least <= later[0] < least + .3 + 2 * bool(least)
+        assert len(later) == 3 and least <= later[0] < most
     assert instruct.seconds("7") == 7 and instruct.seconds("soon") == instruct.seconds(None) == 0
     assert instruct.seconds(formatdate(time.time() - 60, usegmt=True)) == 0
     assert 58 < instruct.seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
 
 
 def test_rate_limit(folder):
-    for rate, least in ((600, .45), (0, 0)):            # 6 requests, 5 gaps of a tenth
+    for rate, least in ((240, 1.2), (0, 0)):            # 6 requests, 5 gaps of a quarter
         server = Server()
         run("conversation", *coco(folder), *asked(server, "--per-minute", rate), "--out",
             folder / f"{rate}.json")
         took = server.seen[-1][0] - server.seen[0][0]
-        assert took >= least and (rate or took < .45)
+        assert took >= least and (rate or took < 1.2)
 
 
 @pytest.mark.parametrize("how, code, word, requests", [
@@ -252,12 +232,12 @@ def test_when_it_stops(folder, capsys, how, code, word, requests):
 
 @pytest.mark.parametrize("how", ["trickle", "hang"])
 def test_timeout(folder, how):
-    """A byte at a time for ever, or nothing: both end at --timeout; control: a second to wait."""
-    for timeout, least, most in ((.2, .4, 1), (.5, 1, 2)):
+    """A byte at a time for ever, or nothing: both end at --timeout; control: 9 s to wait."""
+    for timeout in (.2, .5):
         server, start = Server(lambda p: how), time.monotonic()
         assert run("conversation", *coco(folder, 1), *asked(server), "--timeout", timeout,
                    "--retries", 1, "--out", folder / "out.json") == 4
-        assert least < time.monotonic() - start < most and len(server.seen) == 2
+        assert 2 * timeout < time.monotonic() - start < 5 and len(server.seen) == 2
 
 
 def test_backoff_is_a_function_of_the_seed(folder):
@@ -435,7 +415,7 @@ def test_bad_rows_are_named(folder, capsys, change, word):
     words = ["detail", *coco(folder, **change), *asked(server), "--out", folder / "o.json"]
     (folder / "img/out.jpg").symlink_to(folder / "captions.json")
     os.mkfifo(folder / "img/pipe.jpg")
-    start, watching = time.monotonic(), True
+    start, watching = time.process_time(), True
     sys.addaudithook(lambda event, args: watching and event == "open" and opened.append(args[0]))
     try:
         assert run(*words) == 3
@@ -444,7 +424,7 @@ def test_bad_rows_are_named(folder, capsys, change, word):
     said = capsys.readouterr().err
     said = [line for line in said.split("\n") if "pictures: those" not in line]
     assert len(said) == 2 and word in said[0], said
-    assert time.monotonic() - start < 1 and not server.seen
+    assert time.process_time() - start < 1 and not server.seen
     assert {Path(p).name for p in opened if str(p).startswith(str(folder))} <= {
         "captions.json", "instances.json", "o.json.answers.jsonl"}
 
@@ -458,9 +438,9 @@ def test_bad_files(folder, capsys, text, word):
     (folder / "captions.json").unlink()
     if text is not None:
         (folder / "captions.json").write_bytes(text)
-    start = time.monotonic()
+    start = time.process_time()
     assert run("detail", *words, "--llm", "none", "--out", folder / "o.json") == 3
-    assert word in capsys.readouterr().err and time.monotonic() - start < 1
+    assert word in capsys.readouterr().err and time.process_time() - start < 1
 
 
 def test_infinity_huge_files_and_good_ones(folder, capsys):
@@ -651,6 +631,59 @@ def test_curate_asks_the_brief_to_go_on(folder, seer, monkeypatch, capsys):
     said = {short: {row["id"]: row["text"] for row in lines(folder / f"{short}.json")}
             for short in (80, 0)}
     assert all(long.startswith(said[0][i]) for i, long in said[80].items())
+
+
+def test_captioners_are_not_asked_to_go_on(folder, seer, monkeypatch):
+    """They hear no question, so "Continue" would bring the same caption again; control above."""
+    source, seen = photos(folder, 2), []
+    real, load = instruct.ask, instruct.load
+
+    def loaded(args):
+        model = load(args)
+        model.template = "minigpt4_caption"
+        return model
+    monkeypatch.setattr(instruct, "load", loaded)
+    monkeypatch.setattr(instruct, "ask", lambda turns, *rest: seen.append(turns) or real(
+        turns, *rest))
+    run("curate", source, "--model", seer, "--max-tokens", 30, "--out", folder / "o.json")
+    assert [len(t) for t in seen] == [1, 1]
+
+
+def test_a_caption_that_fills_the_context_is_no_caption(folder, seer, monkeypatch, capsys):
+    """It broke off there, as it would at --max-tokens; control: the context it was made for."""
+    source, load = photos(folder, 2), instruct.load
+    words = "caption", source, "--model", seer, "--max-tokens", 512, "--out"
+    assert run(*words, folder / "whole.json") == 0
+
+    def narrow(args):
+        model = load(args)
+        config = model.llm.config
+        model.llm.config = dataclasses.replace(config, context=model.patches + 60)
+        return model
+    monkeypatch.setattr(instruct, "load", narrow)
+    run(*words, folder / "cut.json")
+    lost = [row.get("reject") for row in lines(folder / "cut.json")]
+    assert "cut off" in lost
+    assert not any(row.get("reject") for row in lines(folder / "whole.json"))
+
+
+def test_a_caption_with_a_control_token_is_dropped():
+    """A written </s> would be learned as an end in the middle of a sentence."""
+    args = SimpleNamespace(what="caption", prompt="Describe it.")
+    assert instruct.turns_of(args, "x", "A sign.", {}) == ["Describe it.", "A sign."]
+    with pytest.raises(data.BadData, match="control token"):
+        instruct.turns_of(args, "x", "A sign. </s> USER: hi", {})
+
+
+def test_another_endpoint_is_another_author(folder, monkeypatch):
+    """Local servers call every model "default"."""
+    words, keys = coco(folder, 2), []
+    monkeypatch.setattr(instruct, "over_http", lambda args, jobs, journal: keys.append(
+        [job.key for job in jobs]))
+    for url in ("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1", "http://127.0.0.1:1/v1"):
+        run("conversation", *words, "--endpoint", url, "--endpoint-model", "default",
+            "--out", folder / "o.json")
+    assert keys[0] == keys[2] != keys[1] and len(keys[0]) == 2
 
 
 def test_final_file_is_whole_or_not_there(folder, monkeypatch):

@@ -359,6 +359,9 @@ def test_what_the_queries_are_asked(folders):
                                             questions=[ASKED[1], ASKED[0]])[0])
         pair = ours.see(PIXELS, questions=ASKED)        # and padding is not read
         assert gap(pair[0], ours.see(PIXELS[:1], questions=ASKED[:1])[0]) <= LIMIT
+        ours.always_look = True                         # text alone, on one of several ranks
+        assert gap(ours(torch.tensor([[1, 5, 6]])), ours.llm(torch.tensor([[1, 5, 6]]))) <= LIMIT
+        ours.always_look = False
     long = " ".join(["stars"] * 200 + ["where?"])       # too long: its end counts, as officially
     assert READER.encode([long], 128, left=True)[0][0].tolist() != READER.encode([long], 128)[0][
         0].tolist()
@@ -401,7 +404,7 @@ def test_trap_11_opt_and_t5_are_refused_and_their_eyes_taken(tmp_path, folders, 
     write(theirs, tmp_path)
     with pytest.raises(data.BadModel, match=f"'{text.model_type}', and only LLaMA") as info:
         projector.VLM.from_pretrained(tmp_path)
-    assert "\n" not in str(info.value) and "--qformer" in str(info.value)
+    assert "\n" not in str(info.value) and "--stage 2 --from" in str(info.value)
     ours = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
                                     qformer=tmp_path).eval()
     told = theirs.get_image_features(PIXELS)

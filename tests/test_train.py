@@ -235,7 +235,7 @@ def server():
                                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     yield process
     process.stdin.close()
-    process.wait(10)
+    process.wait(60)
 
 
 @pytest.fixture(scope="session")
@@ -260,9 +260,9 @@ def flags(parts):
     def make(out, *more, stage=2, steps=STEPS, lone=True):
         start = ["--from", "none"] if stage == 2 and lone else []
         place = ["--output-dir", str(out)] if out else []
-        return ["--stage", str(stage), "--vision", str(parts / "clip"), "--threads", "1",
-                "--llm", str(parts / "llama"), "--batch", "2", "--steps", str(steps),
-                "--save-every", "2", *start, *place, *map(str, more)]
+        new = ["--vision", str(parts / "clip"), "--llm", str(parts / "llama")]
+        return ["--stage", str(stage), *new * (stage == 1 or lone), "--threads", "1", "--batch", "2",
+                "--steps", str(steps), "--save-every", "2", *start, *place, *map(str, more)]
     return make
 
 
@@ -525,6 +525,7 @@ def test_killed_at_seven_random_times(flags, run, tmp_path, stage, more):
             # a run that finished first is a zombie to the server: the kill does nothing, code 0
             code = run(argv, kill_after=wait).code
             if code == 0:
+                whole *= .7             # the machine may have been busier when it was timed
                 break
             assert code == -signal.SIGKILL
             kills += 1
@@ -794,6 +795,15 @@ def test_a_model_folder_with_a_foreign_file_is_refused(flags, run, parts, tmp_pa
 
 
 COMMAND_LINES = {
+    "a part of a model that is there": ["--stage", "2", "--llm", "x"],
+    "a part, and a start": ["--stage", "1", "--vision", "x", "--from", "y"],
+    "a bridge, and a start": ["--stage", "1", "--recipe", "sharegpt4v", "--projector", "x"],
+    "a start of no LLaMA": ["--stage", "1", "--recipe", "blip2", "--from", "x"],
+    "skipping without a LLaMA": ["--stage", "1", "--recipe", "blip2", "--on-bad-sample", "skip"],
+    "steps of stage 0": ["--stage", "0", "--steps", "10"],
+    "a seed of stage 0": ["--stage", "0", "--seed", "5"],
+    "both": ["--stage", "1", "--resume", "auto", "--overwrite"],
+    "no rate to divide by": ["--stage", "1", "--recipe", "minigpt4", "--lr", "0"],
     "no stage": [], "unknown recipe": ["--stage", "1", "--recipe", "llava-9"],
     "lr nan": ["--stage", "1", "--lr", "nan"], "negative steps": ["--stage", "1", "--steps", "-1"],
     "batch and accum": ["--stage", "1", "--batch", "3", "--accum", "2"],
@@ -836,11 +846,11 @@ def test_help_answers_at_once_and_without_torch():
     result = python("--stage", "1")
     assert "AssertionError: torch" in result.stderr         # the control: past --help, it is needed
     took = []
-    for _ in range(3):
-        started = time.perf_counter()
+    for _ in range(3):                                      # its CPU time: machines may be busy
+        started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         subprocess.run([sys.executable, HERE / "train.py", "--help"], check=True,
                        stdout=subprocess.DEVNULL)
-        took.append(time.perf_counter() - started)
+        took.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started)
     assert min(took) < .5
 
 
@@ -971,3 +981,60 @@ def test_a_projector_can_be_given(flags, run, tmp_path):
     refused(run(flags(tmp_path / "other", "--projector", tmp_path / "none", stage=1)), 3, "none")
     refused(run(flags(tmp_path / "other", "--projector", tmp_path / "bridge", "--from",
                       tmp_path / "run/model", lone=False)), 2, "projector")
+
+
+# -------------------------------------------------------------------------------- small and odd
+
+@pytest.mark.parametrize("base", ["toy", "7b", "13b"])
+def test_every_recipe_takes_its_own_defaults(base):
+    import train
+    for recipe in train.RECIPES:
+        for stage in (1, 2):
+            args = train.arguments(["--stage", str(stage), "--recipe", recipe, "--base", base])
+            assert args.row.losses or args.row.batch % args.row.groups == 0
+
+
+def test_a_whole_number_of_warm_up_steps():
+    import train
+    rise = [train.cosine(step, 340, 100) for step in (0, 50, 100, 339)]
+    assert rise[:3] == [0, .5, 1] and rise[3] < 1e-3
+    assert train.cosine(10, 340, .03) < 1 == train.cosine(11, 340, .03)     # ceil(10.2) steps
+
+
+def test_a_list_of_parts_passes_over_names_that_are_no_numbers(parts):
+    import train
+    from projector import VLM
+    model = VLM.from_parts(parts / "clip", parts / "llama")
+    with pytest.raises(train.data.Usage, match="no such part"):
+        train.set_trained(model, ("vision.2+",))
+    assert {n.split(".")[2] for n in train.set_trained(model, ("vision.blocks.1+",))} == {"1"}
+
+
+def test_old_checkpoints_go_and_a_damaged_later_one_is_not_kept_for_them(flags, run, tmp_path):
+    """Saved at 2 and 4, the second damaged: what goes on from 2 keeps a good one all the time."""
+    out = tmp_path / "run"
+    argv = flags(out, "--keep-last", "1", "--seed", "7")
+    assert run(argv, kill_after=0).code == 0
+    shutil.rmtree(out / "model")
+    newest = sorted(out.glob("step-*"))[-1]
+    later = out / "step-000999"
+    shutil.copytree(newest, later)                      # its trainer.json names another step
+    argv[argv.index("--keep-last") + 1] = "1"
+    shutil.rmtree(newest)
+    assert run([*argv, "--resume", "auto"]).code == 0
+    assert newest.exists() and later.exists()
+
+
+def test_one_step_of_data_is_refused(flags, run, album, tmp_path):
+    """Its rate would be 0, and the run would end well without having learned."""
+    argv = flags(tmp_path / "run", *album(lambda rows: rows.pop()), "--batch", 64, stage=1, steps=0)
+    refused(run(argv), 2, "one step", "first step is 0")
+
+
+def test_data_of_ones_own_keeps_the_toys_rates():
+    import train
+    toy, own = (train.arguments(["--stage", "2", *more]).row
+                for more in ((), ("--data", "x.json")))
+    assert (own.lr, own.batch, own.clip) == (toy.lr, toy.batch, toy.clip) and own.steps == 0
+    official = train.arguments(["--stage", "2", "--data", "x.json", "--base", "7b"]).row
+    assert (official.lr, official.batch) == (2e-5, 128)

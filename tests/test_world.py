@@ -516,3 +516,9 @@ def test_what_is_imagined_is_often_wrong_and_a_description_never(train):
             rf"({SHAPE})\.)+ There (is|are) \w+ objects? in all\."
     assert all(re.fullmatch(frame, text) for _, text in told)
     assert not any(f"{c} {s}" in text for _, text in told for c, s in world.KEPT_OUT)
+
+
+def test_an_unknown_split_is_refused():
+    """It would be looked for for ever."""
+    with pytest.raises(ValueError, match="'tset' is none of"):
+        world.scene(0, "tset")
