@@ -19,4 +19,4 @@ demo: .venv/ready
 	$(BIN)/python generate.py tests/scene.png "Is the red star above the blue circle?"
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests

@@ -16,6 +16,8 @@ Prompts of different lengths share a batch by padding on the left:
     temperature t    drawn from softmax(logits / t)      top-p   of the likeliest that sum to p
     beams n          the n best beginnings side by side; the best mean log-probability wins
 
+On a GPU the step that writes a token is recorded once and replayed: see `Step`.
+
 A character outside the vocabulary is several byte tokens; a stream waits until it is whole.
 What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end.
 A picture in tiles (LLaVA-NeXT) goes in with its size: how it was cut decides what is kept of it.
@@ -64,7 +66,8 @@ def arguments(argv=None):
     p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
     p.add_argument("--template", help="how the model is asked, instead of what its config says")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                   help="of the weights in memory; auto: as they are in the file")
+                   help="of the weights in memory; auto: as they are in the file, but on a CPU 16 "
+                   "bits become bf16 if it is quick at it, else fp32")
     p.add_argument("--quantize", choices=("int8", "int4"), help="of the language model's weights")
     p.add_argument("--out", help="LLaVA JSON to write the answers about a folder to")
     p.add_argument("--max-new-tokens", type=int, default=256)
@@ -105,6 +108,7 @@ def arguments(argv=None):
 if __name__ == "__main__":
     ARGS = arguments()              # before torch is imported: --help answers at once
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# threads: PyTorch's own number, one for each core and none for its hyperthread (it asks MKL)
 
 import json
 import sys
@@ -116,7 +120,8 @@ from tqdm import tqdm
 
 import data
 from kernels import rope, rope_table
-from kernels.quantize import lay, quantize
+from kernels.launch import SPEC
+from kernels.quantize import fast_bf16, lay, quantize
 from llama import Cache
 from projector import VLM
 
@@ -216,30 +221,39 @@ def penalise(scores, seen, penalty):
     return torch.where(seen, less, scores)
 
 
-def seen_in(prompts, logits):
+def seen_in(prompts, vocab, device):
     """(B, V) bool: which ids stand in each prompt."""
-    seen = torch.zeros(len(prompts), logits.shape[-1], dtype=torch.bool)
+    seen = torch.zeros(len(prompts), vocab, dtype=torch.bool)
     for row, ids in zip(seen, prompts):
         row[[i for i in ids if i >= 0]] = True
-    return seen.to(logits.device)
+    return seen.to(device)
 
 
 def predict(llm, x, cache, positions=None, keep=None):
-    """Logits (B, V) of what follows the last place. Raises data.BadModel for NaN."""
-    logits = llm.head(llm.hidden(x, cache, positions, keep)[:, -1]).float()
-    if logits.isnan().any():
-        raise data.BadModel("the model's output is not a number (NaN): its weights are damaged; "
-                            "take another checkpoint")
-    return logits
+    """Logits (B, V) of what follows the last place."""
+    return llm.head(llm.hidden(x, cache, positions, keep)[:, -1]).float()
 
 
-def sample(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
+def damaged():
+    return data.BadModel("the model's output is not a number (NaN): its weights are damaged; take "
+                         "another checkpoint")
+
+
+def dice(seed, rows, count):
+    """(count, rows) numbers in [0, 1): column i from seed + i, the same whatever the others are."""
+    throw = lambda i: torch.randint(2 ** 50, (count,), generator=torch.Generator().manual_seed(i))
+    return torch.stack([throw(seed + i) for i in range(rows)], 1).double() / 2 ** 50
+
+
+def sample(logits, u=None, temperature=0.0, top_p=1.0, top_k=0):
     """One id a row: logits (V) or (B, V) -> () or (B). Temperature, then top-k, then top-p.
 
-    Drawn in fp64 on the CPU, so that a seed says the same on every device. [top-p] 1904.09751"""
+    u () or (B), from `dice`, falls between two of the sums p₀, p₀ + p₁ ...: that is the id drawn.
+    All in fp64, so that a seed says the same on every device, and nothing waits for the device.
+    [top-p] 1904.09751"""
     if not temperature:
         return logits.argmax(-1)
-    x = logits.to("cpu", torch.float64)
+    x = logits.double()
     x = (x - x.amax(-1, keepdim=True)) / temperature     # at most 0: small temperatures are safe
     if 0 < top_k < x.shape[-1]:
         x = x.masked_fill(x < x.topk(top_k).values[..., -1:], -math.inf)
@@ -247,7 +261,137 @@ def sample(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
         p, order = x.softmax(-1).sort(descending=True)
         late = p.cumsum(-1) - p >= top_p                 # those before it sum to top_p already
         x = x.masked_fill(late.scatter(-1, order, late), -math.inf)
-    return torch.multinomial(x.softmax(-1), 1, generator=generator)[..., 0]
+    # whole numbers of 2⁻⁵⁰: sums are exact in any order, and what is left out has no share at all
+    sums = (x.softmax(-1) * 2 ** 50).long().cumsum(-1)
+    return (sums <= (u * sums[..., -1]).long()[..., None]).sum(-1)
+
+
+class Choice:
+    """Which id comes next, in every row. All it goes by lies on the device; the dice of the whole
+    answer are thrown before its first word."""
+
+    def __init__(self, llm, prompts, count, seed=0, temperature=0.0, top_p=1.0, top_k=0,
+                 penalty=1.0):
+        device = llm.embed.weight.device
+        self.how, self.penalty = (temperature, top_p, top_k), penalty
+        self.u = dice(seed, len(prompts), count).to(device) if temperature else None
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.seen = seen_in(prompts, llm.config.vocab, device) if penalty != 1 else None
+
+    def __call__(self, logits):
+        """logits (B, V) -> ids (B), -1 where a row's logits are not numbers."""
+        broken = ~logits.amax(-1).isfinite()            # the maximum of NaN and others is NaN
+        logits = logits.masked_fill(broken[:, None], 0)
+        if self.seen is not None:
+            logits = penalise(logits, self.seen, self.penalty)
+        new = sample(logits, None if self.u is None else self.u.index_select(0, self.step)[0],
+                     *self.how)
+        self.step += 1
+        if self.seen is not None:
+            self.seen.scatter_(1, new[:, None], True)
+        return new.masked_fill(broken, -1)
+
+
+# --------------------------------------------------------------------------------------- steps
+
+def one_by_one(llm, x, keep, memory, choose, count):
+    """Yield `count` steps' ids, a list of B each: a step reads what is written of the cache.
+
+    For CPUs, where a launch costs little, and `Step`, which reads the whole capacity behind a mask,
+    takes 1.1 to 1.4 times as long (160M weights, one core, 32 and 256 tokens of room)."""
+    lengths, positions = keep.sum(1, keepdim=True), (keep.cumsum(1) - 1).clamp(min=0)
+    for step in range(count):
+        new = choose(predict(llm, x, memory, positions, keep))
+        yield new.tolist()
+        # rows that have ended go on talking to themselves: cheaper than taking them out
+        new, at = new[:, None], lengths + step                                       # (B, 1)
+        if memory is not None:
+            x, positions = new, at
+        else:
+            x, positions = torch.cat((x, llm.embed(new)), 1), torch.cat((positions, at), 1)
+            keep = torch.cat((keep, torch.ones_like(new).bool()), 1)
+
+
+class Step:
+    """One token more in every row: a step that is the same every time, to the address.
+
+        token (B, 1) -> embed -> blocks -> head -> choose --+
+          ^                        |                        |      place (B, 1), the cache's at
+          |              writes place `at`, reads           |      and end, the dice's number: + 1
+          |              what lies before `end`             |
+          +-------------------------------------------------+
+
+    A 7B step is 14 launches a layer and 30 around the layers, 480 in all; at 5 µs of the host's
+    time each (PyTorch) or 30 (Triton) that is more than the 3 ms in which an H200 reads 13 GB. And
+    the host says with each where the cache ends. Here all that changes lies in tensors that the
+    step itself moves on. So a GPU is told once what to do, in a CUDA graph; from then on a token is
+    one call, and a text writes itself without a word from the host."""
+
+    def __init__(self, llm, memory, choose, token, place):
+        """After the prompt: token (B, 1) chosen from its logits, place (B, 1) in its text."""
+        memory.hold()
+        self.llm, self.memory, self.choose = llm, memory, choose
+        self.token, self.place = token.clone(), place.clone()
+
+    def __call__(self):
+        # a row that is damaged says -1 from then on, and reads some token: nobody looks at it
+        new = self.choose(predict(self.llm, self.token.clamp(min=0), self.memory, self.place))
+        self.token.copy_(new[:, None])
+        self.place += 1
+
+
+EAGER = 3           # steps run before one is recorded: they compile all that is launched, and the
+                    # answer of a word or two is over by then
+
+
+def record(step, side):
+    """The CUDA graph of step(), which has run before: the first time kernels are compiled. side: a
+    stream, on which nothing else runs. Raises data.Failure."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):              # nothing runs: it is written down
+            step()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise data.Failure("a step cannot be recorded as a CUDA graph "
+                           f"({str(error).strip().splitlines()[0]}): set KERNELS=spec in the "
+                           "environment, which is slow, and report this") from None
+    return graph
+
+
+def replayed(llm, x, keep, memory, choose, count):
+    """`one_by_one`'s ids by `Step`, recorded once and replayed; with KERNELS=spec, only run.
+
+    The host reads a step's ids while the next is running, so the GPU never waits for it:
+
+        GPU     step 4 | step 5 | step 6 | step 7        host   reads 4 | reads 5 | reads 6
+
+    At an end one step has run for nothing. Raises as `record` does."""
+    lengths, positions = keep.sum(1, keepdim=True), (keep.cumsum(1) - 1).clamp(min=0)
+    step = Step(llm, memory, choose, choose(predict(llm, x, memory, positions, keep))[:, None],
+                lengths)
+    yield step.token[:, 0].tolist()
+    side = torch.cuda.Stream(x.device)
+    eager = count if SPEC else min(count, EAGER)
+    for _ in range(1, eager):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        yield step.token[:, 0].tolist()
+    if eager == count:
+        return
+    graph, told = record(step, side), torch.empty(2, len(x), dtype=torch.long).pin_memory()
+    there = torch.cuda.Event(), torch.cuda.Event()
+    for n in range(eager, count + 1):
+        if n < count:
+            graph.replay()
+            told[n % 2].copy_(step.token[:, 0], non_blocking=True)
+            there[n % 2].record()
+        if n > eager:
+            there[(n - 1) % 2].synchronize()
+            yield told[(n - 1) % 2].tolist()
 
 
 @torch.inference_mode()
@@ -262,8 +406,10 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
     running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
     for step in range(1, room + 1):
         scores = predict(llm, x, memory).log_softmax(-1)                             # (n, V)
+        if scores.isnan().any():
+            raise damaged()
         if penalty != 1:
-            seen = seen_in([ids + row for _, _, row in running], scores)
+            seen = seen_in([ids + row for _, _, row in running], scores.shape[1], scores.device)
             scores = penalise(scores, seen, penalty)
         scores = scores + scores.new_tensor([[score] for score, _, _ in running])
         wanted = width * (1 + len(ends) + bool(stop))
@@ -305,20 +451,15 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
                for p, x, size in zip(prompts, pictures, sizes, strict=True)]
         return
     llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
-    lengths, alive = keep.sum(1, keepdim=True), [True] * len(prompts)                # (B, 1)
-    positions = (keep.cumsum(1) - 1).clamp(min=0)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
-    dice = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    held, seen = [[] for _ in prompts], None
-    for step in range(max(room)):
-        logits = predict(llm, x, memory, positions, keep)                            # (B, V)
-        if repetition_penalty != 1:
-            seen = seen_in(prompts, logits) if seen is None else seen
-            logits = penalise(logits, seen, repetition_penalty)
-        new = sample(logits) if not temperature else torch.stack(
-            [sample(row, temperature, top_p, top_k, die) for row, die in zip(logits, dice)])
+    choose = Choice(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
+    way = replayed if cache and x.is_cuda else one_by_one
+    held, alive = [[] for _ in prompts], [True] * len(prompts)
+    for step, new in enumerate(way(llm, x, keep, memory, choose, max(room))):
+        if min(new) < 0:
+            raise damaged()
         out = [[] for _ in prompts]
-        for i, token in enumerate(new.tolist()):
+        for i, token in enumerate(new):
             if alive[i]:
                 alive[i] = step < room[i] and token not in ends
                 held[i] += [token] * alive[i]
@@ -331,15 +472,6 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
             yield out
         if not any(alive):
             return
-        if seen is not None:
-            seen[torch.arange(len(new)), new.to(seen.device)] = True
-        # rows that have ended go on talking to themselves: cheaper than taking them out
-        new, at = new[:, None].to(x.device), lengths + step                          # (B, 1)
-        if cache:
-            x, positions = new, at
-        else:
-            x, positions = torch.cat((x, llm.embed(new)), 1), torch.cat((positions, at), 1)
-            keep = torch.cat((keep, torch.ones_like(new).bool()), 1)
     yield held
 
 
@@ -493,20 +625,37 @@ def ready(model, codes=None):
     return lay(model)
 
 
+def at_home(model):
+    """The model in the numbers that this CPU is quick at: 16 bits stay 16 if it multiplies bf16."""
+    here, best = model.llm.embed.weight.dtype, torch.bfloat16 if fast_bf16() else torch.float32
+    if here in (best, torch.float32):
+        return model
+    name, price = ("bf16", "3 bits fewer of each number") if best == torch.bfloat16 else (
+        "fp32", "twice the memory")
+    note(f"note: the weights are {data.dtype_name(here)}, which this CPU is slow at: they become "
+         f"{name}, {price} (--dtype keeps or chooses)")
+    return model.to(best)
+
+
 def load(args, codes=None):
     """The model, on its device, `ready`. Raises data.BadModel, data.Offline, data.Usage."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     try:
-        torch.zeros(1, device=device).item()
+        there = torch.zeros(1, device=device)
+        there.item()
     except (RuntimeError, AssertionError) as error:      # what torch raises for a device not there
         why = str(error).strip().split("\n")[0]
         raise data.Usage(f"--device {device}: {why}: try --device cpu") from None
     if args.model == DEFAULT and not Path(DEFAULT).is_dir():
         raise data.BadModel(f"{DEFAULT}: no model yet: run `make demo`, or train.py --stage 1 and "
                             "--stage 2, or name a model with --model")
+    if there.is_cuda:
+        torch.cuda.set_device(there.device)             # kernels start on the current one
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     model = VLM.from_pretrained(args.model, dtype)
+    if dtype is None and there.device.type == "cpu":
+        model = at_home(model)
     if args.template and args.template not in data.TEMPLATES:
         raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")

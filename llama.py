@@ -141,17 +141,35 @@ class Cache:
     """Keys and values of the positions already seen, (B, capacity, G, D) a layer: the memory is
     taken once, and a token writes its own place only.
 
-    `keep` (B, capacity) is False where a row's prompt was padded on the left; None: nowhere."""
+    `keep` (B, capacity) is False where a row's prompt was padded on the left; None: nowhere.
+    How much is written the host knows, `length`, or after `hold` the device alone: one token at a
+    time goes to place `at` (1,), row b sees the first `end[b]` places, and all of them are shown,
+    so that from step to step no shape and no address changes (generate.py: Step)."""
 
     def __init__(self, config, batch, capacity, like, keep=None):
         shape = (config.depth, batch, capacity, config.kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.v = torch.empty_like(self.k)
-        self.length = 0
+        self.length, self.at, self.end = 0, None, None
         self.keep = None
         if keep is not None and not keep.all():         # asked once a prompt, not once a token
             self.keep = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
             self.keep[:, :keep.shape[1]] = keep
+
+    def hold(self):
+        """From here on places are counted on the device."""
+        self.at = torch.full((1,), self.length, device=self.k.device)
+        self.end = torch.full((self.k.shape[1],), self.length + 1, dtype=torch.int32,
+                              device=self.k.device)
+        self.length = None                                  # nobody on the host may go by it now
+
+    def grow(self, T):
+        """All layers have written T places."""
+        if self.end is None:
+            self.length += T
+        else:
+            self.at += T
+            self.end += T
 
     def pick(self, rows):
         """Row i becomes what row rows[i] was: beams go on from their parents."""
@@ -163,6 +181,10 @@ class Cache:
 
     def update(self, layer, k, v):
         """Store (B, T, G, D) behind what is there; returns all (B, S, G, D)."""
+        if self.end is not None:                            # T is 1, or this raises
+            self.k[layer].index_copy_(1, self.at, k)
+            self.v[layer].index_copy_(1, self.at, v)
+            return self.k[layer], self.v[layer]
         end = self.length + k.shape[1]
         if end > self.k.shape[2]:
             raise ValueError(f"cache: {end} positions, room for {self.k.shape[2]}; "
@@ -206,7 +228,9 @@ class Block(nn.Module):
             start = cache.length
             k, v = cache.update(self.layer, k, v)                  # (B, S, G, D)
             keep = None if cache.keep is None else cache.keep[:, :k.shape[1]]
-        if cache is not None and T == 1 and not torch.is_grad_enabled():
+        if cache is not None and cache.end is not None:
+            y = decode(q, k, v, keep, cache.end)
+        elif cache is not None and T == 1 and not torch.is_grad_enabled():
             y = decode(q, k, v, keep)           # one query against a cache has a kernel of its own
         else:
             y = attention(q, k, v, causal, start=start, keep=keep, documents=documents)
@@ -340,7 +364,7 @@ class Llama(nn.Module):
         else:                                   # nothing runs twice here: a cache would remember it
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
-            cache.length += x.shape[1]
+            cache.grow(x.shape[1])
         return self.norm(x)
 
     def forward(self, x, cache=None, positions=None, keep=None):

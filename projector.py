@@ -220,7 +220,7 @@ def settings(folder, c):
     processor = processor if type(processor) is dict else {}
     known_values(folder, processor, image_mean=(list(data.MEAN),), image_std=(list(data.STD),),
                  resample=(3,))
-    if asks and not text and "image_text_hidden_size" in c:
+    if asks and "text_config" not in c:
         raise data.BadModel(f"{folder}: a Q-Former without a language model, BLIP-2's first stage: "
                             "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
     if asks:

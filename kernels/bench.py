@@ -342,39 +342,48 @@ def step():
 
 @torch.no_grad()
 def generate():
-    """Tokens a second of Llama-2-7B in bf16 behind 1,024 tokens, and the most that reading allows
-    (`most`: weights and cache once a token, at the copy's speed)."""
+    """Tokens a second of Llama-2-7B behind 1,024 tokens, in bf16, int8 and int4, by generate.py's
+    step, launched (`ours`) and recorded, and the most that reading allows (`most`: weights and
+    cache once a token, at the copy's speed)."""
+    import generate
     import llama
+    from kernels.quantize import quantize
     ours, theirs = llama_7b()
     c, S, new = ours.config, *pick((1024, 64), (8, 2))
-    weights = sum(p.nbytes for p in ours.parameters()) - ours.embed.weight.nbytes
-    for B, how in ((1, {}), (8, {}), (1, {"cache_implementation": "static"})):
-        ids, row = torch.randint(c.vocab, (B, S), device=DEVICE), {"batch": B, **how}
+    model, coded = ours, 16
+    for bits, B, how in ((16, 1, {}), (16, 8, {}), (8, 1, {}), (8, 8, {}), (4, 1, {}), (4, 8, {}),
+                         (16, 1, {"cache_implementation": "static"})):
+        ids, row = torch.randint(c.vocab, (B, S), device=DEVICE), {"bits": bits, "batch": B, **how}
+        if bits != coded:
+            model, coded = ours if bits == 16 else quantize(copy.deepcopy(ours), bits), bits
 
         def text(length):
             theirs.generate(ids, min_new_tokens=length, max_new_tokens=length, do_sample=False,
                             pad_token_id=0, **how)
 
         if not how:
-            cache = llama.Cache(c, B, S + 8, ours.head.weight)
-            ours(ids, cache)
+            cache = llama.Cache(c, B, S + 8, ours.embed.weight)
+            model.hidden(ids, cache)
+            step = generate.Step(model, cache, generate.Choice(model, ids.tolist(), 1), ids[:, :1],
+                                 torch.full((B, 1), S, device=DEVICE))
 
             def token():
-                cache.length = S
-                ours(ids[:, :1], cache)
+                cache.at.fill_(S)               # the same token every time
+                cache.end.fill_(S + 1)
+                step()
 
             token()
             runs = {"ours": token}
-            if GPU:                             # one token's launches, recorded once
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    token()
-                runs["ours, graph"] = graph.replay
+            if GPU:
+                runs["ours, graph"] = generate.record(token, torch.cuda.Stream()).replay
             row |= {name: 1000 * B / ms if isinstance(ms, float) else ms
                     for name, ms in race(runs, turns=15, flush=False).items()}
-            row["most"] = CEILING["copy"] * 1e9 * B / (weights + 2 * cache.k[:, :, :S].nbytes)
-        row["transformers"] = theirs
-        if not isinstance(theirs, str):         # two lengths: the time of the prompt cancels
+            weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            row["most"] = CEILING["copy"] * 1e9 * B / (
+                weights - ours.embed.weight.nbytes + 2 * cache.k[:, :, :S].nbytes)
+        if bits == 16:
+            row["transformers"] = theirs
+        if bits == 16 and not isinstance(theirs, str):  # two lengths: the prompt's time cancels
             one, more = race({n: partial(text, n) for n in (1, 1 + new)}, turns=5, warm=1,
                              flush=False).values()
             row["transformers"] = more if isinstance(more, str) else 1000 * B * new / (more - one)
@@ -408,12 +417,13 @@ def curves():
 # Seconds are those that the one thread was running (time.thread_time): what else the machine does
 # takes none of them, though it takes memory bandwidth, and of that from both alike.
 
-def pair_of(model):
-    """Ours, and transformers' LLaVA with the same weights."""
+def pair_of(model, *more):
+    """Ours, and transformers' LLaVA with the same weights in fp32, and in each of `more`."""
     from transformers import LlavaForConditionalGeneration
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return model, LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        return model, *(LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+                        for dtype in (torch.float32, *more))
 
 
 def small_llava(deep):
@@ -448,10 +458,12 @@ def written(generate, model, ids, pixels, new):
 
 
 def cpu_generate():
-    """Greedy tokens a second of a random 160M LLaVA in fp32, one thread: `written` from the first
-    token on, `whole` with picture and prompt. The tokens must be the same."""
+    """Greedy tokens a second of a random 160M LLaVA, one thread: `written` from the first token on,
+    `whole` with picture and prompt. In fp32 the tokens must be the same. Where the CPU multiplies
+    bf16, both in bf16 too: `same` is the share of tokens that are their own in fp32."""
     import data
     import generate
+    from kernels.quantize import fast_bf16
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Clock(LogitsProcessor):
@@ -462,36 +474,50 @@ def cpu_generate():
             self.times.append(time.thread_time())
             return scores
 
+    words, new = [1, *range(300, 310)], 64
+    half = [torch.bfloat16] if fast_bf16() else []
+
+    def our(model, pixels):
+        return written(generate, model, words + [data.IMAGE] + words[1:], pixels, new)
+
+    def their(model, pixels):
+        spread, clock = words + [image] * patches + words[1:], Clock()
+        rows = torch.tensor([spread] * len(pixels))
+        out = model.generate(
+            input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=new,
+            pixel_values=pixels.to(model.dtype), min_new_tokens=new, do_sample=False,
+            pad_token_id=0, eos_token_id=None, logits_processor=LogitsProcessorList([clock]))
+        return out[:, len(spread):].tolist(), clock.times
+
     for deep in (False, True):
-        ours, theirs = pair_of(small_llava(deep))
-        generate.ready(ours)
-        words, new = [1, *range(300, 310)], 64
+        ours, *theirs = pair_of(small_llava(deep), *half)
+        image, patches, kinds = ours.image_token, ours.patches, ["", " bf16"][:1 + len(half)]
+        mine = [copy.deepcopy(ours).to(dtype) for dtype in half]
+        runs = {}
+        for kind, model, other in zip(kinds, (ours, *mine), theirs):
+            runs["ours" + kind] = partial(our, generate.ready(model))
+            runs["transformers" + kind] = partial(their, other)
         for B, turns in ((1, 5), (8, 2)):
-            pixels, found = torch.randn(B, 3, 224, 224), {"ours": [], "transformers": []}
-            spread = words + [ours.image_token] * ours.patches + words[1:]
-            rows, said = torch.tensor([spread] * B), {}
+            pixels, found, said = torch.randn(B, 3, 224, 224), {name: [] for name in runs}, {}
             for _ in range(turns):
-                start = time.thread_time()
-                said["ours"], times = written(generate, ours, words + [data.IMAGE] + words[1:],
-                                              pixels, new)
-                found["ours"].append((time.thread_time() - start, times))
-                clock, start = Clock(), time.thread_time()
-                out = theirs.generate(
-                    input_ids=rows, attention_mask=torch.ones_like(rows), pixel_values=pixels,
-                    max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-                    eos_token_id=None, logits_processor=LogitsProcessorList([clock]))
-                said["transformers"] = out[:, len(spread):].tolist()
-                found["transformers"].append((time.thread_time() - start, clock.times))
+                for name, run in runs.items():
+                    start = time.thread_time()
+                    said[name], times = run(pixels)
+                    found[name].append((time.thread_time() - start, times))
             row = {"what": "30 layers of 576" if deep else "12 layers of 768", "batch": B}
-            speed = {}
-            for name, runs in found.items():
-                speed[name] = (B * (new - 1) / statistics.median(t[-1] - t[0] for _, t in runs),
-                               B * new / statistics.median(took for took, _ in runs))
-                row |= {f"{name} written": speed[name][0], f"{name} whole": speed[name][1]}
-            yield row | {f"times, {what}": a / b for what, a, b in zip(
-                ("written", "whole"), *speed.values())} | {
-                    "ok": said["ours"] == said["transformers"]}
-        del ours, theirs
+            for name, took in found.items():
+                row |= {f"{name} written": B * (new - 1) / statistics.median(
+                            t[-1] - t[0] for _, t in took),
+                        f"{name} whole": B * new / statistics.median(all for all, _ in took)}
+            for kind in kinds:
+                for what in ("written", "whole"):
+                    row[f"times{kind}, {what}"] = (row[f"ours{kind} {what}"]
+                                                   / row[f"transformers{kind} {what}"])
+            for who in ("ours", "transformers") if half else ():
+                pairs = [*zip(sum(said[who], []), sum(said[who + " bf16"], []))]
+                row[f"{who} bf16 same"] = sum(a == b for a, b in pairs) / len(pairs)
+            yield row | {"ok": said["ours"] == said["transformers"]}
+        del ours, mine, theirs, runs
         gc.collect()
 
 

@@ -1,4 +1,6 @@
-"""The tests import the modules from the folder above, whatever folder pytest was started in."""
+"""The tests import the modules from the folder above, whatever folder pytest was started in.
+
+`make test` runs two workers (pytest-xdist), a file at a time each."""
 
 import os
 import sys
@@ -6,4 +8,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:         # before torch is imported; for children as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+SLOW = ("toy", "train", "compile", "adamw", "official", "objective", "kernels")
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest files first, or one worker would do them alone at the end."""
+    cost = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: cost.get(item.path.stem, len(SLOW)))        # order within: kept

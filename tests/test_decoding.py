@@ -1,9 +1,15 @@
-"""Decoding: penalties, stop texts, layouts and codes of weights, where words looked, bad input."""
+"""Decoding: the fixed step, penalties, stop texts, weights, where words looked, bad input."""
+import contextlib
+import copy
+import importlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import generate as g
@@ -13,6 +19,217 @@ from test_generate import TONGUE, asked, folder, inside, args_for, model, pixels
 from tiny import gap, LIMIT
 
 __all__ = ["folder", "inside", "model", "pixels", "words"]          # fixtures
+
+
+# ------------------------------------------------------------------------------- the fixed step
+
+@pytest.fixture
+def replays(monkeypatch):
+    """A function: from now on `generate` decodes as on a GPU, on a stand-in for torch.cuda. What is
+    recorded does not run, a replay runs it. Unwritten cache is NaN. Returns what was counted."""
+    run = g.Step.__call__
+    told = SimpleNamespace(run=0, recorded=0, replayed=0)
+
+    class Graph:
+        def replay(self):
+            told.replayed += 1
+            run(self.step)
+
+    def call(step):
+        if told.graph is None:
+            told.run += 1
+            run(step)
+        else:
+            told.recorded += 1
+            told.graph.step = step
+
+    @contextlib.contextmanager
+    def graph(it, stream):
+        told.graph = it
+        yield
+        told.graph = None
+
+    class Unwritten(llama.Cache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.k.fill_(torch.nan)
+            self.v.fill_(torch.nan)
+
+    def go():
+        told.graph = None
+        waits = SimpleNamespace(wait_stream=lambda other: None)
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        for name, it in {"Stream": lambda device: waits, "current_stream": lambda: waits,
+                         "stream": lambda it: contextlib.nullcontext(), "Event": lambda: event,
+                         "CUDAGraph": Graph, "graph": graph}.items():
+            monkeypatch.setattr(torch.cuda, name, it)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
+        monkeypatch.setattr(g.Step, "__call__", call)
+        monkeypatch.setattr(g, "Cache", Unwritten)
+        monkeypatch.setattr(g, "one_by_one", g.replayed)
+        return told
+    return go
+
+
+def four(model, pixels):
+    """Prompts of different lengths with one picture, none, two, one."""
+    words = model.words
+    two = [*asked(model, "And?"), data.IMAGE, *words.encode(" twice", bos=False)]
+    return ([asked(model, "What is it?"), words.encode("Text only"), two,
+             asked(model, "Where, and why is it there at all?")],
+            [pixels[0], None, pixels[:2, 0], pixels[2]])
+
+
+STEPS = [{}, {"temperature": 1.0, "seed": 5}, {"temperature": .7, "top_k": 40, "top_p": .9},
+         {"repetition_penalty": 1.4}]
+
+
+@pytest.mark.parametrize("settings, codes", [*((s, None) for s in STEPS), ({}, 8), ({}, 4)])
+def test_the_fixed_step_says_the_same(model, pixels, replays, settings, codes):
+    if codes:
+        model = copy.deepcopy(model)
+        q.quantize(model.llm, codes)
+    prompts, pictures = four(model, pixels)
+    every = lambda: g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings)
+    alone = lambda: list(g.generate(model, prompts[0], pictures[0], 12, **settings))
+    together, single = every(), alone()
+    told = replays()
+    assert every() == together and len(set(map(tuple, together))) == 4
+    assert (told.run, told.recorded, told.replayed) == (2, 1, 9)
+    assert alone() == single
+
+
+@pytest.mark.parametrize("wrong", ["place", "end", "token", "step"])
+def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatch, wrong):
+    """Controls: a place, a number of dice or a token that stays; an end that shows more."""
+    prompts, pictures = four(model, pixels)
+    settings = {"temperature": 1.0} if wrong == "step" else {}
+    every = lambda: g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings)
+    want = every()
+    replays()
+    run, hold = g.Step.__call__, llama.Cache.hold
+
+    def call(step):
+        before = step.token.clone()
+        run(step)
+        if wrong == "place":
+            step.place -= 1
+        if wrong == "token":
+            step.token.copy_(before)
+        if wrong == "step":
+            step.choose.step -= 1
+
+    def shown(memory):
+        hold(memory)
+        memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
+        memory.end += wrong == "end"
+    monkeypatch.setattr(g.Step, "__call__", call)
+    monkeypatch.setattr(llama.Cache, "hold", shown)
+    monkeypatch.setattr(g, "SPEC", True)                        # all steps run here
+    assert every() != want
+    wrong = None
+    assert every() == want
+
+
+def test_ends_and_rooms_of_the_fixed_step(model, words, replays):
+    prompts = [words.encode(t) for t in ("a", "A longer text", "bc", "x" * 690)]
+    free = g.generate_batch(model.llm, prompts, max_new_tokens=14)
+    end, ready = free[0][6], free[1][2]
+    kinds = {"eos": end}, {"eos": ready}, {}
+    want = [g.generate_batch(model.llm, prompts, max_new_tokens=14, **kw) for kw in kinds]
+    first = [list(g.generate(model.llm, prompts[0], None, n, eos=end)) for n in (1, 2, 3, 4, 9)]
+    told = replays()
+    assert [g.generate_batch(model.llm, prompts, max_new_tokens=14, **kw) for kw in kinds] == want
+    assert [list(g.generate(model.llm, prompts[0], None, n, eos=end))
+            for n in (1, 2, 3, 4, 9)] == first
+    said = len(first[-1])
+    told.run = told.recorded = told.replayed = 0
+    assert list(g.generate(model.llm, prompts[0], None, 50, eos=end)) == first[-1]
+    assert told.run + told.replayed == said + 1                 # one step for nothing
+    told.run = told.recorded = 0
+    list(g.generate(model.llm, prompts[0], None, 50, eos=first[-1][1]))
+    assert (told.run, told.recorded) == (1, 0)                  # a short answer: none is recorded
+
+
+def test_nan_in_a_later_step(model, replays):
+    said = list(g.generate(model.llm, [1, 70, 80], None, 12))
+    at = next(i for i in range(5, 12) if said[i] not in said[:i])
+    broken = copy.deepcopy(model.llm)
+    with torch.no_grad():
+        broken.embed.weight[said[at]] = torch.nan
+    for way in (lambda: None, replays):
+        way()
+        for settings in ({}, {"temperature": 1.0, "top_k": 1, "repetition_penalty": 1.0001}):
+            seen = []
+            with pytest.raises(data.BadModel, match="not a number"):
+                for token in g.generate(broken, [1, 70, 80], None, 12, **settings):
+                    seen.append(token)
+            assert seen == said[:at + 1]
+
+
+class Launches(TorchDispatchMode):
+    """Every operation with the shapes it is given; none may ask for a value."""
+    def __init__(self):
+        super().__init__()
+        self.list = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        assert f not in (torch.ops.aten._local_scalar_dense.default,
+                         torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default), f
+        self.list.append((str(f), *(tuple(a.shape) for a in args if torch.is_tensor(a))))
+        return f(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("settings", STEPS)
+@torch.no_grad()                # in inference mode whole functions are seen, not what they are of
+def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, settings):
+    """No value goes to the host and no shape changes: what a CUDA graph needs of PyTorch's part."""
+    monkeypatch.setattr(importlib.import_module("kernels.decode"), "check", lambda *_: None)
+    prompts, pictures = four(model, pixels)
+    llm, x, keep, _ = g.begin(model, prompts, pictures, 9)
+    settings = {"penalty" if k[0] == "r" else k: v for k, v in settings.items()}
+    choose = g.Choice(llm, prompts, 9, **settings)
+    memory = llama.Cache(llm.config, 4, x.shape[1] + 9, x, keep)
+    lengths = keep.sum(1, keepdim=True)
+    token = choose(g.predict(llm, x, memory, (keep.cumsum(1) - 1).clamp(min=0), keep))[:, None]
+
+    def launches(run):
+        with Launches() as seen:
+            run()
+        return seen.list
+    kept = copy.deepcopy(memory)
+    grows = lambda: g.predict(llm, token, kept, lengths)
+    assert launches(grows) != launches(grows)                           # control: today's way
+    with pytest.raises(AssertionError), Launches():
+        token[0].item()                                                 # control
+    step = g.Step(llm, memory, choose, token, lengths)
+    state = step.token, step.place, memory.at, memory.end, memory.k, memory.v
+    where = [t.data_ptr() for t in state]
+    first = launches(step)
+    assert len(first) > 50 and launches(step) == first == launches(step)
+    assert [t.data_ptr() for t in state] == where
+    assert memory.end.tolist() == [x.shape[1] + 4] * 4
+
+
+def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
+    replays()
+
+    def refuse(graph, stream):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.raises(data.Failure, match="capturing.: set KERNELS=spec"):
+        list(g.generate(model.llm, [1, 70], None, 9))
+    monkeypatch.setattr(g, "SPEC", True)
+    assert len(list(g.generate(model.llm, [1, 70], None, 9))) == 9
+
+
+def test_a_held_cache_takes_one_token_at_a_time(model):
+    memory = llama.Cache(model.llm.config, 1, 9, model.llm.embed.weight)
+    with torch.no_grad():
+        model.llm(torch.tensor([[1, 70, 80]]), memory)
+        memory.hold()
+        with pytest.raises((RuntimeError, IndexError)):
+            model.llm.hidden(torch.tensor([[1, 70]]), memory, torch.tensor([[3, 4]]))
 
 
 # --------------------------------------------------------------------- penalties and stop texts
@@ -68,8 +285,7 @@ def test_stop_texts_need_words(model):
 def test_counts_of_what_is_left(settings, allowed):
     """Chi-square of 20,000 draws against the softmax over what top-k or top-p leaves."""
     logits, n = torch.tensor([0., 2., 1., -1., .5]), 20000
-    dice = torch.Generator().manual_seed(0)
-    drawn = g.sample(logits.expand(n, 5), 1.0, generator=dice, **settings)
+    drawn = g.sample(logits.expand(n, 5), g.dice(0, 1, n)[:, 0], 1.0, **settings)
     counts = torch.bincount(drawn, minlength=5)
     left = torch.full_like(logits, -math.inf)
     left[list(allowed)] = logits[list(allowed)]
@@ -99,6 +315,57 @@ def test_laid_weights_say_the_same(model, pixels, folder):
     laid.weight[0, 0] += 1                                          # control: columns are read
     row = torch.ones(1, laid.weight.shape[1])
     assert gap(laid(row), laid(row.repeat(2, 1))[:1]) > LIMIT
+
+
+@torch.no_grad()
+def test_bf16_in_blocks(monkeypatch):
+    """As near to fp64 as PyTorch's own product in bf16; laid only where the CPU is quick at it."""
+    dice = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(96, 40).bfloat16()
+    laid = q.Laid(linear)
+    for rows in (1, 3, 20):
+        x = torch.randn(2, rows, 96, generator=dice).bfloat16()[:1]
+        exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+        off = lambda y: float((y - exact).abs().max())
+        assert laid(x).dtype == torch.bfloat16 and off(laid(x)) <= 2 * off(linear(x))
+        assert off(laid(x.roll(1))) > .1                                # control
+    for fast, kind in ((True, q.Laid), (False, torch.nn.Linear)):
+        monkeypatch.setattr(q, "fast_bf16", lambda: fast)
+        made = q.lay(torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16())
+        assert type(made[0]) is kind
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not q.fast_bf16()
+
+
+def test_bf16_cache_on_a_cpu():
+    """Attention of one query: at most twice the error of the specification in bf16."""
+    kernel, dice = importlib.import_module("kernels.decode"), torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, n, heads, 16, generator=dice).bfloat16()
+                           for n, heads in ((1, 4), (37, 2), (37, 2)))
+    keep = torch.arange(37) >= torch.tensor([[0], [9]])
+    exact = kernel.decode_spec(query.double(), keys.double(), values.double(), keep)
+    off = lambda y: float((y - exact).norm())
+    found = kernel.decode(query, keys, values, keep)
+    assert found.dtype == torch.bfloat16
+    assert off(found) <= 2 * off(kernel.decode_spec(query, keys, values, keep))
+    assert off(kernel.decode(query, keys, values)) > 10 * off(found)        # control: padding seen
+
+
+@pytest.mark.parametrize("kind, fast, becomes", [
+    ("float16", True, "bfloat16"), ("float16", False, "float32"), ("bfloat16", True, "bfloat16"),
+    ("bfloat16", False, "float32"), ("float32", True, "float32"), ("float32", False, "float32")])
+def test_dtype_auto_on_a_cpu(model, pixels, tmp_path, monkeypatch, capsys, kind, fast, becomes):
+    copy.deepcopy(model).to(getattr(torch, kind)).save_pretrained(tmp_path)
+    monkeypatch.setattr(g, "fast_bf16", lambda: fast)
+    line = ["x.png", "hi", "--model", str(tmp_path), "--device", "cpu"]
+    made = g.load(g.arguments(line))
+    assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
+    assert capsys.readouterr().err.count("\n") == (kind != becomes)
+    assert len(list(g.generate(made, asked(made, "Hi"), pixels[0], 5))) == 5
+    asked_for = g.load(g.arguments([*line, "--dtype", "fp16"]))         # control: a flag is obeyed
+    assert asked_for.llm.embed.weight.dtype == torch.float16
 
 
 def test_cache_knows_whether_anything_is_padded():

@@ -521,7 +521,7 @@ class Script:
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), [99] * len(rows)))
         monkeypatch.setattr(generate, "Cache", lambda *_: SimpleNamespace())
         monkeypatch.setattr(generate, "predict", self.predict)
-        self.config = None
+        self.config, self.embed = None, SimpleNamespace(weight=torch.zeros(1))
 
     def predict(self, *_):
         self.step += 1

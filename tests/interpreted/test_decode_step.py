@@ -1,0 +1,38 @@
+"""The fixed step of generate.py with all of its kernels, in Triton's interpreter."""
+
+import torch
+
+import generate as g
+import llama
+from tiny import shaken
+
+SIZE = dict(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
+
+
+def fixed(llm, x, keep, memory, choose, count):
+    """`replayed`, every step run."""
+    memory.k.fill_(torch.nan)
+    memory.v.fill_(torch.nan)
+    first = choose(g.predict(llm, x, memory, (keep.cumsum(1) - 1).clamp(min=0), keep))[:, None]
+    step = g.Step(llm, memory, choose, first, keep.sum(1, keepdim=True))
+    for n in range(count):
+        if n:
+            step()
+        yield step.token[:, 0].tolist()
+
+
+def test_fixed_step_with_kernels(monkeypatch):
+    llm = shaken(llama.Llama(llama.Config(**SIZE)))
+    prompts = [[1, 5, 7, 9, 30], [1, 8], [3, 3, 3]]
+    every = lambda: g.generate_batch(llm, prompts, max_new_tokens=5)
+    want = every()
+    monkeypatch.setattr(g, "one_by_one", fixed)
+    assert every() == want and len(set(map(tuple, want))) == 3
+    hold = llama.Cache.hold
+
+    def shown(memory):
+        hold(memory)
+        memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
+        memory.end += 1
+    monkeypatch.setattr(llama.Cache, "hold", shown)
+    assert every() != want                                      # control: an unwritten place
