@@ -505,8 +505,8 @@ def claims(args):
              "sharegpt4v": sharegpt4v_claims}
     table = {paper: [tests[paper](args, seed, scenes) for seed in range(args.seeds)]
              for paper in args.only}
-    print(f"{args.scenes} held-out scenes (MiniGPT-4's at most 200, tower 300), {args.seeds} seeds, "
-          "± half the spread")
+    print(f"{args.scenes} held-out scenes (MiniGPT-4's at most 200, tower 300), {args.seeds} "
+          "seeds, ± half the spread")
     for paper, runs in table.items():
         for claim, one in runs[0].items():
             held = sum(run[claim]["holds"] for run in runs)

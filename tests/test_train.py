@@ -261,8 +261,9 @@ def flags(parts):
         start = ["--from", "none"] if stage == 2 and lone else []
         place = ["--output-dir", str(out)] if out else []
         new = ["--vision", str(parts / "clip"), "--llm", str(parts / "llama")]
-        return ["--stage", str(stage), *new * (stage == 1 or lone), "--threads", "1", "--batch", "2",
-                "--steps", str(steps), "--save-every", "2", *start, *place, *map(str, more)]
+        return ["--stage", str(stage), *new * (stage == 1 or lone), "--threads", "1",
+                "--batch", "2", "--steps", str(steps), "--save-every", "2", *start, *place,
+                *map(str, more)]
     return make
 
 
