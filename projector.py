@@ -340,8 +340,9 @@ class VLM(nn.Module):
     was trained to be asked and shown pictures; they are saved with it. bridge: a name in BRIDGES,
     or a Queries; `reader` is the tokenizer of its Q-Former, if that reads the instruction.
 
-    With aspect anyres it has the vector `newline` (C), and `grids` to cut pictures by; wherever
-    pixels go in, the pictures' sizes go in too: [(width, height)], in pixels, as they were."""
+    With aspect anyres it has the vector `newline` (C), and `grids` to cut pictures by; where pixels
+    go in, the pictures' sizes go in too: [(width, height)], in pixels, as they were; not in `loss`,
+    models of tiles are not trained here."""
     # ours: theirs, for the bridge; the two ends use their own tables behind a prefix
     BRIDGE_NAMES = {f"bridge.{ours}.{kind}": f"multi_modal_projector.linear_{i}.{kind}"
                     for i, ours in ((1, "first"), (2, "second")) for kind in ("weight", "bias")}

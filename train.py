@@ -1873,8 +1873,11 @@ def resolved(args):
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
             "checkpoint", "offload", "on_bad_sample", "most_bad", *(f.name for f in fields(Stage))}
+    size = {}
+    if args.data and os.path.exists(args.data):             # a name stays while its file changes
+        size["data_bytes"] = os.path.getsize(args.data)
     return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
-                                  "stage_row": vars(args.row)}))
+                                  **size, "stage_row": vars(args.row)}))
 
 
 def claim(out):
@@ -1909,6 +1912,7 @@ def check(out, args):
     changed = [f"--{k.replace('_', '-')}" for k in new
                if k not in ("stage_row", "start") and old.get(k) != new[k]]
     if changed:
+        changed = ["another --data file" if flag == "--data-bytes" else flag for flag in changed]
         raise data.BadData(f"{out}: --resume with other flags ({', '.join(changed)}); give the "
                            "flags of its config.json, or --overwrite to start anew")
 

@@ -1039,3 +1039,11 @@ def test_data_of_ones_own_keeps_the_toys_rates():
     assert (own.lr, own.batch, own.clip) == (toy.lr, toy.batch, toy.clip) and own.steps == 0
     official = train.arguments(["--stage", "2", "--data", "x.json", "--base", "7b"]).row
     assert (official.lr, official.batch) == (2e-5, 128)
+
+
+def test_data_that_has_changed_is_named_when_a_run_goes_on(flags, run, album, tmp_path):
+    out, more = tmp_path / "run", ("--batch", 2, "--resume", "auto")
+    assert run(flags(out, *album(), *more, steps=2)).code == 0
+    assert run(flags(out, *album(), *more, "--on-bad-sample", "skip", steps=2)).code == 0   # control
+    changed = album(lambda rows: rows.append(rows[0]))
+    refused(run(flags(out, *changed, *more, steps=2)), 3, "another --data file")
