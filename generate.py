@@ -110,6 +110,7 @@ if __name__ == "__main__":
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # threads: PyTorch's own number, one for each core and none for its hyperthread (it asks MKL)
 
+import functools
 import json
 import sys
 import time
@@ -209,8 +210,9 @@ def stopped(tokens, model, stops):
     stops = [stops] if type(stops) is str else stops
     if not stops:
         return 0, False
-    longest = max(len(stop.encode()) for stop in stops)
-    tails = [model.words.decode(tokens[-n:]) for n in range(1, 2 + longest)]
+    longest, words = max(len(stop.encode()) for stop in stops), model.words
+    a = words.encode("a", bos=False)[-1:]               # a text's first space is dropped: `spell`
+    tails = [words.decode(a + tokens[-n:])[1:] for n in range(1, 2 + longest)]
     return (next((n for n, text in enumerate(tails, 1) if any(s in text for s in stops)), 0),
             any(tails[-1].endswith(s[:n]) for s in stops for n in range(1, len(s))))
 
@@ -347,17 +349,27 @@ EAGER = 3           # steps run before one is recorded: they compile all that is
 def record(step, side):
     """The CUDA graph of step(), which has run before: the first time kernels are compiled. side: a
     stream, on which nothing else runs. Raises data.Failure."""
-    graph = torch.cuda.CUDAGraph()
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=side):              # nothing runs: it is written down
+        # nothing runs: it is written down; other threads (a loader's) may go on meanwhile
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             step()
     except torch.OutOfMemoryError:
+        torch.cuda.set_stream(here)
         raise
     except RuntimeError as error:
+        torch.cuda.set_stream(here)         # quirk: after an error torch.cuda.graph stays on its own
+        error = error.__context__ or error  # and hides the step's error behind one of its own
         raise data.Failure("a step cannot be recorded as a CUDA graph "
                            f"({str(error).strip().splitlines()[0]}): set KERNELS=spec in the "
                            "environment, which is slow, and report this") from None
     return graph
+
+
+@functools.cache
+def beside(device):
+    """The stream to record on: one a device, for PyTorch keeps cuBLAS's scratch for each."""
+    return torch.cuda.Stream(device)
 
 
 def replayed(llm, x, keep, memory, choose, count):
@@ -372,13 +384,13 @@ def replayed(llm, x, keep, memory, choose, count):
     step = Step(llm, memory, choose, choose(predict(llm, x, memory, positions, keep))[:, None],
                 lengths)
     yield step.token[:, 0].tolist()
-    side = torch.cuda.Stream(x.device)
+    side, here = beside(x.device), torch.cuda.current_stream(x.device)
     eager = count if SPEC else min(count, EAGER)
     for _ in range(1, eager):
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(here)
         with torch.cuda.stream(side):
             step()
-        torch.cuda.current_stream().wait_stream(side)
+        here.wait_stream(side)
         yield step.token[:, 0].tolist()
     if eager == count:
         return
@@ -388,7 +400,7 @@ def replayed(llm, x, keep, memory, choose, count):
         if n < count:
             graph.replay()
             told[n % 2].copy_(step.token[:, 0], non_blocking=True)
-            there[n % 2].record()
+            there[n % 2].record(here)
         if n > eager:
             there[(n - 1) % 2].synchronize()
             yield told[(n - 1) % 2].tolist()
@@ -445,6 +457,7 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     if stop and not hasattr(model, "words"):
         raise data.Usage("stop texts need a model with a tokenizer: give a VLM, or eos")
     ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
+    stop = [stop] if type(stop) is str else stop
     stop = [text for text in (stop_text(model, eos), *stop) if text]
     if num_beams > 1:
         yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty)
@@ -453,7 +466,9 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     choose = Choice(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
-    way = replayed if cache and x.is_cuda else one_by_one
+    # FSDP gathers weights on a stream of its own, which a graph cannot record
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    way = replayed if cache and x.is_cuda and alone else one_by_one
     held, alive = [[] for _ in prompts], [True] * len(prompts)
     for step, new in enumerate(way(llm, x, keep, memory, choose, max(room))):
         if min(new) < 0:
@@ -618,6 +633,9 @@ def ready(model, codes=None):
     """The model with its weights as decoding reads them best, or coded: kernels/quantize.py.
     Not to be trained or saved after."""
     if codes:
+        if model.llm.embed.weight.device.type == "cpu":
+            note("note: --quantize saves memory; on a CPU the weights are written out again for "
+                 "every token, which is several times slower")
         try:
             quantize(model.llm, {"int8": 8, "int4": 4}[codes])
         except ValueError as error:
@@ -712,6 +730,7 @@ def speed(model, taken, first, times):
     """One line: the prompt's tokens a second, the answer's, and those against what reading the
     weights once a token would allow."""
     line = f"prompt: {taken} places in {first:.2f} s, {taken / first:,.0f}/s"
+    times = times[EAGER if model.llm.embed.weight.is_cuda else 0:]      # those compile and record
     if len(times) > 1 and times[-1] > times[0]:
         rate = (len(times) - 1) / (times[-1] - times[0])
         coded = [t for part in (model.llm.blocks, model.llm.head) for layer in part.modules()
@@ -755,7 +774,7 @@ def answer(model, turns, shown, args):
             sheet.save(args.attention)
         except (OSError, ValueError) as error:          # no such folder; no such kind of picture
             raise data.Failure(f"--attention {args.attention}: {error}: name a .png") from None
-    if args.verbose and times:
+    if args.verbose and times and args.num_beams == 1:          # beams come all at once
         note(speed(model, places(model, ids, sizes), times[0] - start, times))
     return said.strip()
 

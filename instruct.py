@@ -550,7 +550,10 @@ def local(args, jobs, journal):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     llm, words = Llama.from_pretrained(args.llm, dtype), data.Tokenizer(data.resolve(args.llm))
     try:
-        llm = llm.to(auto if args.device == "auto" else args.device)
+        device = auto if args.device == "auto" else args.device
+        llm = llm.to(device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)               # kernels start on the current one
     except (RuntimeError, AssertionError) as error:
         why = str(error).strip().split("\n")[0]
         raise data.Usage(f"--device {args.device}: {why}: try --device cpu") from None

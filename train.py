@@ -366,6 +366,8 @@ def ranks():
 def join(device):
     """Find the other ranks, if torchrun started this one. Returns this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)           # kernels start on the current one
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -45,7 +45,11 @@ def fused(*tensors):
     if INTERPRET and any(t.dtype == torch.bfloat16 for t in tensors):
         raise ValueError("kernels: bfloat16 in Triton's interpreter gives wrong numbers; test in "
                          "float32 or float16")
-    return INTERPRET or devices.pop().type == "cuda"
+    device = devices.pop()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(f"kernels: tensors on {device}, but kernels start on the current device, "
+                         f"cuda:{torch.cuda.current_device()}; call torch.cuda.set_device first")
+    return INTERPRET or device.type == "cuda"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ reads at its full speed, and fewer bytes a weight.
     int4    W ≈ s c        c in -8 .. 7, s a number for 128 weights of a row     0.52 bytes
 
 Weights only: x stays what it is, sums are fp32. s is the largest |w| / 127 (/ 7), so 0 is exact.
-A prompt has many rows and its time is that of the products: there W is written out again, once.
+A prompt, or a batch above 8, has many rows and its time is that of the products: there W is
+written out again for each pass; on a CPU, where there is no kernel, for every token.
 
 How int4 lies in memory: a group of 128 is 64 bytes, and byte j of it holds weight j in its low and
 weight j + 64 in its high half. So a thread reads 16 bytes in a row and its two halves meet two
@@ -181,7 +182,7 @@ class Laid(nn.Module):
 
 def rebuild(model, make):
     """Every nn.Linear inside model becomes make(it); returns model. Not to be trained after."""
-    for part in list(model.modules()):
+    for part in [m for m in model.modules() if type(m) is not nn.Linear]:   # else all stay alive
         for name, layer in part.named_children():
             if type(layer) is nn.Linear:
                 setattr(part, name, make(layer))

@@ -44,7 +44,7 @@ def replays(monkeypatch):
             told.graph.step = step
 
     @contextlib.contextmanager
-    def graph(it, stream):
+    def graph(it, stream, capture_error_mode):
         told.graph = it
         yield
         told.graph = None
@@ -58,8 +58,9 @@ def replays(monkeypatch):
     def go():
         told.graph = None
         waits = SimpleNamespace(wait_stream=lambda other: None)
-        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        for name, it in {"Stream": lambda device: waits, "current_stream": lambda: waits,
+        event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+        g.beside.cache_clear()
+        for name, it in {"Stream": lambda device: waits, "current_stream": lambda *device: waits,
                          "stream": lambda it: contextlib.nullcontext(), "Event": lambda: event,
                          "CUDAGraph": Graph, "graph": graph}.items():
             monkeypatch.setattr(torch.cuda, name, it)
@@ -212,13 +213,33 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
 
 
 def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
+    """The step's own reason, and the stream that was current before: torch.cuda.graph ends with an
+    error of its own then, and stays on its stream."""
     replays()
+    back = []
 
-    def refuse(graph, stream):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    class Refuses:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            raise_at.append(1)
+
+        def __exit__(self, *_):
+            raise_at.clear()
+            raise RuntimeError("failed due to a previous error")
+    raise_at, run = [], g.Step.__call__
+
+    def step(self):
+        if raise_at:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        run(self)
+    monkeypatch.setattr(g.Step, "__call__", step)
+    monkeypatch.setattr(torch.cuda, "graph", Refuses)
+    monkeypatch.setattr(torch.cuda, "set_stream", back.append)
     with pytest.raises(data.Failure, match="capturing.: set KERNELS=spec"):
         list(g.generate(model.llm, [1, 70], None, 9))
+    assert back == [torch.cuda.current_stream()]
     monkeypatch.setattr(g, "SPEC", True)
     assert len(list(g.generate(model.llm, [1, 70], None, 9))) == 9
 
@@ -271,8 +292,31 @@ def test_stop_texts_cut_where_they_begin(model, pixels, settings):
     said = told("\x01", stop)
     if not settings.get("num_beams"):           # of beams, an early end makes others win
         assert said == free[:free.index(stop)]
+        assert said == model.words.decode(g.generate(model, ids, pixels[0], 24, stop=stop,
+                                                     **settings))   # one text is one, not letters
     assert stop not in said
     assert told("\x01") == free                                     # control
+
+
+def test_stop_texts_may_begin_with_a_space():
+    """Decoding drops a text's first space. Every beginning, in English; a token that holds more
+    than the stop text goes with it."""
+    toy = Path(g.__file__).parent / "weights/toy"
+    model = g.VLM.from_parts(toy / "clip", toy / "llama")
+    ids = model.words.encode("This picture has a")
+    told = lambda *stop, **more: model.words.decode(
+        g.generate(model, ids, None, 16, eos=-1, stop=stop, **more))
+    free = told()
+    assert free.count(" ") > 5
+    for n in (1, 4):
+        for i in range(1, len(free) - n, 3):
+            stop = free[i:i + n]
+            said, text = told(stop), " " + free             # it goes on behind a word
+            whole = text[:text.index(stop)].removeprefix(" ")
+            assert stop not in said and whole.startswith(said)
+            assert stop[0] != " " or said == whole
+    second = free.split(" ")[1]
+    assert told(" " + second, num_beams=2) in ("", told(num_beams=2).split(" ")[0])
 
 
 def test_stop_texts_need_words(model):
