@@ -358,8 +358,9 @@ def record(step, side):
         torch.cuda.set_stream(here)
         raise
     except RuntimeError as error:
-        torch.cuda.set_stream(here)         # quirk: after an error torch.cuda.graph stays on its own
-        error = error.__context__ or error  # and hides the step's error behind one of its own
+        # quirk: after an error torch.cuda.graph stays on its stream, and hides the step's own error
+        torch.cuda.set_stream(here)
+        error = error.__context__ or error
         raise data.Failure("a step cannot be recorded as a CUDA graph "
                            f"({str(error).strip().splitlines()[0]}): set KERNELS=spec in the "
                            "environment, which is slow, and report this") from None
