@@ -25,11 +25,11 @@ What it costs: Llama-2-7B (n = 32, C = 4096, F = 11008, 202 M weights a layer), 
 Computed, not measured. KiB of a token and a layer; GB of all tokens and layers, 1 GB = 10⁹ bytes.
 
     policy       kept, KiB                                             kept     while a layer runs
-    None         all of it: 92 + both norms 16 + product 22 = 130   34.9 GB
-    none         x 8, q k v 24, o 8, h 8, gate and up 44    =  92   24.7 GB     0.2 GB  one product
-    attention    x 8, o 8, log-sum-exp 1/8                  =  16    4.3 GB     1.0 GB  a layer: 114
-    full         x 8 in 6 of 32 layers                      = 1.5    0.4 GB     1.8 GB  6 · 16 + 114
-    attention, offloaded: two layers' on the GPU            =   1    0.3 GB     1.0 GB  a layer: 114
+    None         all: 91 + both norms 16 + product 21.5 = 128.5     34.5 GB
+    none         x 8, q k v 24, o 8, h 8, gate and up 43    =  91   24.4 GB     0.2 GB  one product
+    attention    x 8, o 8, log-sum-exp 1/8                  =  16    4.3 GB     0.9 GB  layer: 112.5
+    full         x 8 in 6 of 32 layers                      = 1.5    0.4 GB     1.7 GB  6·16 + 112.5
+    attention, offloaded: two layers' on the GPU            =   1    0.3 GB     0.9 GB  layer: 112.5
 
     policy       work in passes through all GEMMs (backward is 2)                     of policy None
     none         1 + 2                                                                     1.00 x
@@ -37,8 +37,8 @@ Computed, not measured. KiB of a token and a layer; GB of all tokens and layers,
     full         1 + 2 + 1 + 0.78                                                          1.59 x
 
 So `none` comes first: what fits into memory should not be computed twice. And a segment that would
-not hold to `attention` inside would save all of its 6 layers at once in backward, 6 · 130 KiB =
-6.5 GB: more than `attention` takes for all 32.
+not hold to `attention` inside would save all of its 6 layers at once in backward, 6 · 128.5 KiB
+= 6.5 GB: more than `attention` takes for all 32.
 
 offload sends what regions keep to pinned host memory on a stream of its own, and fetches it back
 one region ahead. `attention` sends 135 MB a layer: 5.4 ms at 25 GB/s of PCIe, beside a layer's
