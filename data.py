@@ -124,7 +124,7 @@ _STRICT = dict(parse_int=_number(int), parse_float=_number(float), parse_constan
 _JSON = json.JSONDecoder(**_STRICT)
 
 
-def _parse(text: str, **options):
+def parse_json(text: str, **options):
     """json.loads without the NaN and Infinity that Python adds. ValueError or RecursionError."""
     return json.loads(text, **_STRICT, **options)
 
@@ -134,7 +134,7 @@ def _json(path, limit: int):
     try:
         if (size := os.stat(path).st_size) > limit:
             raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-        return _parse(Path(path).read_bytes().decode("utf-8-sig"))
+        return parse_json(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise BadModel(f"{path}: no such file: check the folder, or download it again") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -639,7 +639,7 @@ def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{},:]|[^][{},:"\s]+', re.S)
 
 
-def _text(path, limit: int, errors: str = "strict") -> str:
+def file_text(path, limit: int, errors: str = "strict") -> str:
     """A regular file of at most `limit` bytes, without its BOM. OSError or ValueError."""
     if not os.path.isfile(path):                    # opening a pipe would hang, a device never end
         raise OSError("not a file" if os.path.exists(path) else "no such file")
@@ -705,14 +705,14 @@ def read_json(path, limit: int = 2_000_000_000):
     """A whole JSON file of at most `limit` bytes; its numbers are finite. Raises BadData."""
     text = ""
     try:
-        text = _text(path, limit)
-        return _parse(text)
+        text = file_text(path, limit)
+        return parse_json(text)
     except (OSError, ValueError, RecursionError) as error:
         field, _ = _trouble(text, 0, error)
         raise BadData(f"{path}: {field}unreadable JSON ({error}): replace the file") from None
 
 
-def _values(text: str):
+def json_values(text: str):
     """Yield (row, "row 3", value or BadData) of a JSON list, of cc_sbu_align's {"annotations":
     list}, or of JSON lines. A row that cannot be read does not hide those behind it."""
     head = re.match(r'\s*(\{\s*"annotations"\s*:\s*)?\[\s*', text)
@@ -792,11 +792,11 @@ def _samples(path):
     """Yield (row, "FILE: row 3", its samples or a BadData that tells field and reason)."""
     try:
         # Bytes that are no UTF-8 become half surrogates, so that they are found in their row.
-        text = _text(path, 4_000_000_000, "surrogateescape")
+        text = file_text(path, 4_000_000_000, "surrogateescape")
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
                       "lines") from None
-    for row, place, value in _values(text):
+    for row, place, value in json_values(text):
         where = f"{path}: {place}"
         try:
             yield row, where, value if isinstance(value, BadData) else _row(value, where)
@@ -1044,7 +1044,7 @@ class Weights(Mapping):
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= 100_000_000:
                     raise ValueError(f"a header of {length} bytes")
-                table = _parse(file.read(length), object_pairs_hook=once)
+                table = parse_json(file.read(length), object_pairs_hook=once)
             table.pop("__metadata__", None)
             entries = {name: (tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][0])
                        for name, entry in table.items()}

@@ -167,6 +167,7 @@ from train import TOY, toy_sample
 
 HERE = Path(__file__).parent
 PER_SCENE = 3                       # questions asked about each scene, kinds in turn
+READ = 35                           # tokens of a text in retrieval, as officially; training has 32
 
 
 def pictures(scenes, size, aspect):
@@ -370,7 +371,7 @@ def recall(model, scenes, k=16, itm=True):
     The first k by ITC's cosine are ordered anew by match logit + cosine, as published (k = 128
     there); itm=False leaves ITC's order. A text that fits two pictures counts for both."""
     texts, seen = where_texts(scenes), features(model, scenes)
-    ids, mask = model.words.encode(texts, length=35)
+    ids, mask = model.words.encode(texts, length=READ)
     cosine = best_query(model.encode_image(seen), model.encode_text(ids, mask))           # (n, n)
     right = torch.tensor([[a == b for b in texts] for a in texts])
     found = {}
@@ -436,7 +437,7 @@ def told_apart(model, scenes):
     The control: ITM with another scene's picture, which must fall to a half."""
     everything, rates = features(model, scenes), {}
     for kind, rows in near_misses(scenes).items():
-        ids, mask = model.words.encode([text for _, *two in rows for text in two], length=35)
+        ids, mask = model.words.encode([text for _, *two in rows for text in two], length=READ)
         seen, ids, mask = (everything[[i for i, *_ in rows]], ids.unflatten(0, (-1, 2)),
                            mask.unflatten(0, (-1, 2)))
         wrong = seen.roll(len(rows) // 2, 0)
@@ -753,11 +754,11 @@ def checked(where, row, **kinds):
 def table(path, key, **kinds):
     """{value of `key`: row} of a file of JSON lines, in its order. Raises data.BadData."""
     try:
-        text = data._text(path, 1_000_000_000, "surrogateescape")
+        text = data.file_text(path, 1_000_000_000, "surrogateescape")
     except (OSError, ValueError) as error:
         raise data.BadData(f"{path}: cannot be read ({error}): give the official file") from None
     rows = {}
-    for _, place, row in data._values(text):
+    for _, place, row in data.json_values(text):
         where = f"{path}: {place}"
         if isinstance(row, data.BadData):
             raise data.BadData(f"{where}: {row}")

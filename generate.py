@@ -323,11 +323,11 @@ class Step:
           |              what lies before `end`             |
           +-------------------------------------------------+
 
-    A 7B step is 14 launches a layer and 30 around the layers, 480 in all; at 5 µs of the host's
-    time each (PyTorch) or 30 (Triton) that is more than the 3 ms in which an H200 reads 13 GB. And
-    the host says with each where the cache ends. Here all that changes lies in tensors that the
-    step itself moves on. So a GPU is told once what to do, in a CUDA graph; from then on a token is
-    one call, and a text writes itself without a word from the host."""
+    A 7B step is 14 launches a layer and 30 around the layers, 480 in all (counted in the code). A
+    GPU that gets them one by one waits for the host, which says with each where the cache ends.
+    Here all that changes lies in tensors that the step itself moves on. So a GPU is told once what
+    to do, in a CUDA graph; from then on a token is one call, and a text writes itself without a
+    word from the host."""
 
     def __init__(self, llm, memory, choose, token, place):
         """After the prompt: token (B, 1) chosen from its logits, place (B, 1) in its text."""

@@ -464,7 +464,7 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             try:
-                row = data._parse(line.decode())
+                row = data.parse_json(line.decode())
                 self.rows[row["key"]] = row
                 row["text"], row["reject"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -678,7 +678,7 @@ class Endpoint:
                     got += piece
                     if len(got) > 16_000_000 or time.monotonic() > until:
                         raise ValueError("a reply too long or too slow")
-            return data._parse(got.decode())
+            return data.parse_json(got.decode())
         except urllib.error.HTTPError as error:
             try:
                 words = self.plain(error.read(2000).decode(errors="replace"))

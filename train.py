@@ -123,6 +123,7 @@ BASES = {"toy": ("weights/toy/clip", "weights/toy/llama"),
 # of the recipes with a Q-Former: EVA's ViT-g, what the Q-Former starts as, and, for MiniGPT-4, ends
 EVA, BERT, FLAN = ("Salesforce/blip2-itm-vit-g", "google-bert/bert-base-uncased",
                    "Salesforce/blip2-flan-t5-xxl")
+SMALL = "openai/clip-vit-large-patch14"     # LLaVA's first tower: 224 pixels, 256 places
 
 
 def arguments(argv=None):
@@ -1196,7 +1197,7 @@ def parts(args):
     """(picture tower, LLaMA): folders or hub ids. The toy's are beside this file."""
     base = [HERE / p if args.base == "toy" else p for p in BASES[args.base]]
     if args.base != "toy" and args.recipe == "llava":
-        base[0] = "openai/clip-vit-large-patch14"       # 224 pixels, 256 places
+        base[0] = SMALL
     if args.base != "toy" and args.row.bridge == "qformer":
         base[0] = EVA
     return args.vision or base[0], args.llm or base[1]
@@ -1322,7 +1323,7 @@ def retriever_job(args, out, device):
 # on the meta device, which has shapes and no memory. GB = 10⁹ bytes, GiB = 2³⁰ bytes.
 
 # the hub's parts that recipes begin with: a plan needs no network
-SIZES = {BASES["7b"][0]: TowerConfig(image=336),
+SIZES = {BASES["7b"][0]: TowerConfig(image=336), SMALL: TowerConfig(image=224),
          BASES["7b"][1]: LlamaConfig(eps=1e-5, context=4096),
          BASES["13b"][1]: LlamaConfig(32000, 5120, 40, 40, 40, 13824, 1e-5, context=4096),
          EVA: TowerConfig(1408, 39, 16, 6144, 1e-6, eva=True, tail=False)}

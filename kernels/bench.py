@@ -12,9 +12,9 @@ machine code looks like (tests/compiled.py). How is measured: kernels/measure.py
 kernels/results/<table>.json (--out: to another folder), correctness first. Exit status 1 if
 anything of ours was wrong or did not run.
 
-Three tables run a whole LLaMA and import llama.py and data.py, which lie above kernels/ and import
-it. They do so inside their functions: nobody imports this file, so there is no circle, and what is
-above is not needed for the others.
+Some tables run whole models, texts and training steps; what they import lies above kernels/ and
+imports it. They do so inside their functions: nobody imports this file, so there is no circle, and
+what is above is not needed for the others.
 """
 
 import argparse

@@ -33,7 +33,7 @@ row of every head starts at a multiple of 8 numbers, and loads 128 bits at a tim
 plain numbers it cannot know, and the same kernel loads two bytes at a time.
 
 On a CPU the cache is read by PyTorch's own fused attention, the queries of a group as the rows of
-one small square, so that no key is copied: at 600 keys it runs at the speed of memory.
+one small square, so that no key is copied.
 
 Alone: `python -m kernels.decode` prints errors against fp64 and, on a GPU, times.
 """

@@ -131,6 +131,21 @@ def test_a_plan_is_printed_without_a_network(offline, capsys):
     assert "of each GPU" in told(capsys, "--memory", 40, "--gpus", 8)
 
 
+@pytest.mark.parametrize("base", ["7b", "13b"])
+def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
+    """Whose places differ: LLaVA's first tower has 256, LLaVA-1.5's 576, a Q-Former 32."""
+    places = {}
+    for recipe in train.RECIPES:
+        for stage in (1, 2):
+            args = asked("--stage", stage, "--recipe", recipe, "--base", base, "--steps", 9)
+            if not args.row.losses:
+                assert "hours at" in told(capsys, "--stage", stage, "--recipe", recipe, "--base",
+                                          base, "--steps", 9, "--memory", 500)
+                places[recipe] = train.blank(args).places()
+    assert places == {"llava": 256, "llava-1.5": 576, "blip2": 32, "minigpt4": 32,
+                      "sharegpt4v": 576}
+
+
 def test_a_plan_reads_what_it_is_given(offline, capsys, parts, tmp_path):       # noqa: F811
     base = ["--plan", "--vision", parts / "clip", "--llm", parts / "llama", "--from", "none"]
     text = told(capsys, *base, "--steps", 7)
