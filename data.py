@@ -36,7 +36,6 @@ Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLa
 Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py
 """
 import argparse
-import errno
 import itertools
 import json
 import math
@@ -64,92 +63,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, TrainingFailed, Usage,
+                            guarded)
+from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
+
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 MARK = "<image>"
 ZEROS = "(zeros)"               # in a weight table: a piece that is in no file
-
-
-# ---------------------------------------------------------------- failures: one line and a number
-
-class Failure(Exception):
-    """A foreseen failure; `code` is the exit status."""
-    code = 3
-
-
-class BadImage(Failure): """A picture that cannot be used."""
-class BadModel(Failure): """A model folder that cannot be used."""
-class BadData(Failure): """Training text that cannot be used."""
-class Offline(Failure): code = 4            # something that would have to be downloaded
-class Usage(Failure): code = 2              # a command line that makes no sense
-class TrainingFailed(Failure): code = 1     # NaN, divergence, out of memory, disk full
-
-
-def guarded(main, debug: bool = False) -> int:
-    """Run `main()` and return an exit status; foreseen trouble is one line on stderr.
-
-    debug: let the traceback through instead. SystemExit (argparse) passes untouched."""
-    try:
-        return int(main() or 0)
-    except (Failure, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        if debug:
-            raise
-        line, code = " ".join(str(error).split()), getattr(error, "code", None)
-        if isinstance(error, KeyboardInterrupt):
-            return 130
-        if isinstance(error, BrokenPipeError):      # `| head` has seen enough; flush into nothing
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 0
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            line, code = f"out of memory ({line or 'host'}): lower the batch or picture size", 1
-        elif isinstance(error, OSError):
-            code = 1 if error.errno == errno.ENOSPC else 3
-            where = error.filename or "disk"
-            line = f"{where}: {error.strerror}: free space or choose another folder"
-        print("error:", line, file=sys.stderr)
-        return code
-
-
-def _number(kind):
-    """A parser of JSON's numbers that refuses infinite ones, and longer ones than are in use."""
-    def parse(text):
-        if len(text) > 400:
-            raise ValueError(f"a number of {len(text):,} digits")
-        if kind is float and not math.isfinite(kind(text)):     # Python reads 1e999 as infinity
-            raise ValueError(f"{text} is not JSON")
-        return kind(text)
-    return parse
-
-
-_STRICT = dict(parse_int=_number(int), parse_float=_number(float), parse_constant=_number(float))
-_JSON = json.JSONDecoder(**_STRICT)
-
-
-def parse_json(text: str, **options):
-    """json.loads without the NaN and Infinity that Python adds. ValueError or RecursionError."""
-    return json.loads(text, **_STRICT, **options)
-
-
-def _json(path, limit: int):
-    """Parse one JSON file of a model folder, of at most `limit` bytes."""
-    try:
-        if (size := os.stat(path).st_size) > limit:
-            raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-        return parse_json(Path(path).read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise BadModel(f"{path}: no such file: check the folder, or download it again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadModel(f"{path}: unreadable JSON ({error}): replace the file") from None
-
-
-def read_config(folder, name: str = "config.json", missing_ok: bool = False) -> dict:
-    """A small JSON object of a model folder, at most 1 MB. Raises BadModel naming the file."""
-    path = Path(folder) / name
-    if missing_ok and not path.exists():
-        return {}
-    config = _json(path, 1_000_000)
-    if not isinstance(config, dict):
-        raise BadModel(f"{path}: must hold a JSON object: replace the file")
-    return config
 
 
 # ---------------------------------------------------------------- text: characters to ids
@@ -635,110 +555,6 @@ def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
 
 
 # ---------------------------------------------------------------- conversations on disk
-
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{},:]|[^][{},:"\s]+', re.S)
-
-
-def file_text(path, limit: int, errors: str = "strict") -> str:
-    """A regular file of at most `limit` bytes, without its BOM. OSError or ValueError."""
-    if not os.path.isfile(path):                    # opening a pipe would hang, a device never end
-        raise OSError("not a file" if os.path.exists(path) else "no such file")
-    if (size := os.path.getsize(path)) > limit:
-        raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-    return Path(path).read_bytes().decode("utf-8-sig", errors)
-
-
-def _usable(token: str) -> bool:
-    """Can this token of JSON be read? A number may be too long or infinite, bytes be no UTF-8."""
-    try:
-        token.encode()
-        return token[0] in '"[]{},:' or bool(_JSON.raw_decode(token))
-    except ValueError:
-        return False
-
-
-def _trouble(text: str, start: int, error) -> tuple[str, int | None]:
-    """Where the JSON value at `start` goes wrong: ("image: ", where the value ends).
-
-    The end is None if nobody can tell: from there on the text is no JSON."""
-    stop, path, key, field = getattr(error, "pos", None), [], "", None
-
-    def here():
-        names = (f"[{at}]" if type(at) is int else f".{at[:40]}" for at in path[:3] if at != "")
-        name = "".join(names).removeprefix(".")
-        return name + ": " * bool(name)
-
-    for found in _TOKEN.finditer(text, start, start + 10_000_000):      # seconds, not minutes
-        token = found.group()
-        if stop is not None and found.end() > stop:
-            break
-        if stop is None and field is None and (len(path) > 100 or not _usable(token)):
-            field = here()
-        if token in "[{":
-            path.append(0 if token == "[" else "")
-        elif token in "]}" and path:
-            path.pop()
-        elif token == "," and path and type(path[-1]) is int:
-            path[-1] += 1
-        elif token == ":" and path:
-            path[-1] = key
-        elif token[0] == '"':
-            key = token[1:-1]
-        if not path and stop is None:
-            return field or "", found.end()
-    return here() if field is None else field, None
-
-
-def _value(text: str, at: int = 0):
-    """(value or BadData, where it ends) of the JSON value that starts at `at`; end as above."""
-    try:
-        value, end = _JSON.raw_decode(text, at)
-        text[at:end].encode()                       # fails where the file's bytes were no UTF-8
-        return value, end
-    except (ValueError, RecursionError) as error:
-        field, end = _trouble(text, at, error)
-        why = "bytes that are no UTF-8" if isinstance(error, UnicodeError) else error
-        return BadData(f"{field}cannot be read as JSON ({why}): correct it"), end
-
-
-def read_json(path, limit: int = 2_000_000_000):
-    """A whole JSON file of at most `limit` bytes; its numbers are finite. Raises BadData."""
-    text = ""
-    try:
-        text = file_text(path, limit)
-        return parse_json(text)
-    except (OSError, ValueError, RecursionError) as error:
-        field, _ = _trouble(text, 0, error)
-        raise BadData(f"{path}: {field}unreadable JSON ({error}): replace the file") from None
-
-
-def json_values(text: str):
-    """Yield (row, "row 3", value or BadData) of a JSON list, of cc_sbu_align's {"annotations":
-    list}, or of JSON lines. A row that cannot be read does not hide those behind it."""
-    head = re.match(r'\s*(\{\s*"annotations"\s*:\s*)?\[\s*', text)
-    if not head:
-        lines = enumerate((found.group().strip() for found in re.finditer(r"[^\n]*\n?", text)), 1)
-        for row, (i, line) in enumerate(((i, line) for i, line in lines if line), 1):
-            value, end = _value(line)
-            if end not in (None, len(line)):
-                value = BadData("cannot be read as JSON (more than one value): one row a line")
-            yield row, f"line {i}, row {row}", value
-        return
-    close = re.compile(r"\s*\]\s*\}\s*\Z" if head[1] else r"\s*\]\s*\Z")
-    comma, at = re.compile(r"\s*,\s*"), head.end()
-    for row in itertools.count(1) if not close.match(text, at) else ():
-        value, end = _value(text, at)
-        if end is None:
-            value = BadData(f"{value}; what follows was not read")
-        yield row, f"row {row}", value
-        if end is None or close.match(text, end):
-            return
-        if not (found := comma.match(text, end)):
-            yield row, f"row {row}", BadData("cannot be read as JSON (no comma or end of the list "
-                                             "behind it): correct it; what follows was not read")
-            return
-        at = found.end()
-
 
 def _row(row, where: str) -> list[dict]:
     """The samples of one row: one, or one for each caption of a list of them."""
