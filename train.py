@@ -935,25 +935,20 @@ class Batches(torch.utils.data.Dataset):
                              f"micro-batches on each of {ranks} ranks; give another, or --pack")
 
     def text(self, index):
-        """(ids, labels) of a sample. Raises data.Failure with its name."""
+        """(ids, labels) of a sample, none if it has nothing to learn. Raises data.Failure with its
+        name."""
         try:
             picture, talk = self.samples.read(index)
-            ids, labels = data.encode(talk, self.args.row.template, self.words, picture is not None,
-                                      self.args.official_quirks)
-            if (places := ids.count(data.IMAGE)) != (picture is not None):
-                raise data.BadData(f"one picture, but {places} <image> places in the text")
-            size, most = self.size(ids), self.args.max_length
-            if most and size > most:
-                room = most - (size - len(ids))     # quirk: what follows is lost, answers too
-                if data.IMAGE in ids[max(room, 0):]:
-                    raise data.BadData(f"its picture ends behind --max-length {most:,}")
-                ids, labels, size = ids[:room], labels[:room], most
-            if self.args.pack and size > self.args.pack:
-                raise data.BadData(f"{size:,} tokens, its picture included, do not fit into a row "
-                                   f"of --pack {self.args.pack:,}")
+            sample = {"conversations": talk, "image": picture}      # of the toy world
+            if self.samples.rows is not None:
+                sample = self.samples.row(index)
+            return data.encode_sample(
+                sample, self.args.row.template, self.words, self.places, self.args.pack,
+                self.args.max_length, self.args.official_quirks, asked=talk[0]["value"])
+        except data.NothingToLearn:
+            return [], []
         except data.Failure as error:
             raise type(error)(f"{self.samples.name(index)}: {error}") from None
-        return ids, [data.IGNORE, *labels[1:]]      # no text stands before the first
 
     def size(self, ids):
         return len(ids) + (self.places - 1) * ids.count(data.IMAGE)
