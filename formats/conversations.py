@@ -68,15 +68,16 @@ def _refuse_unknown_pictures(row: dict, known, pictures: bool, place: str):
         if key in known or nothing or number and pictures:
             continue
         if _names_a_picture(key) or not pictures and _are_files(value):
-            raise BadData(f"{place}{key}: looks like a picture, and pictures are read from the "
-                          "row's image or images: move it there, or take the key out")
+            shown = key if key.isprintable() else repr(key)
+            raise BadData(f"{place}{shown[:80]}: looks like a picture, and pictures are read from "
+                          "the row's image or images: move it there, or take the key out")
 
 
 # Nobody types these: the marks of other models.
 _KIND = "(?:image|img|video|vision|picture|photo|audio|frame)s?"
 _PART = r"(?:here|placeholder|pad|patch|tokens?|soft[_-]?token|start|end|newline|context|\d+)"
 _FOREIGN = re.compile(
-    rf"<\|[\w-]*{_KIND}[\w-]*\|>"                            # <|image_pad|> <|vision_start|>
+    rf"<\|[\w-]{{0,40}}{_KIND}[\w-]{{0,40}}\|>"               # <|image_pad|> <|vision_start|>
     rf"|</?{_KIND}[_-]?{_PART}(?:[_-]?\d+)?>"                 # <image_1> <ImageHere>
     r"|</?im_(?:patch|start|end)>|<(?:start|end)_of_(?:image|video|audio)>"
     r"|<fake_token_around_image>|\[IMG_(?:BREAK|END)\]"
@@ -102,12 +103,10 @@ def foreign_mark(text: str) -> str:
 def at_an_edge(text: str, start: int, end: int) -> bool:
     """Does text[start:end] open or close the text, or stand alone on a line, and is no HTML?"""
     before, behind = text[:start], text[end:]
+    alone = (not before.strip() or not behind.strip()
+             or not before.rpartition("\n")[2].strip() and not behind.partition("\n")[0].strip())
     name = re.sub(r"\W", "", text[start:end])
-    if re.search(rf"[<\[]/\s*{name}\s*[>\]]", behind, re.I):
-        return False
-    if not before.strip() or not behind.strip():
-        return True
-    return not before.rpartition("\n")[2].strip() and not behind.partition("\n")[0].strip()
+    return alone and not re.search(rf"[<\[]/\s*{name}\s*[>\]]", behind, re.I)
 
 
 # ---------------------------------------------------------------- one row

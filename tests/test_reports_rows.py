@@ -3,6 +3,7 @@ the trainer and the doctor say the same about each."""
 import json
 import random
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,11 +128,13 @@ def test_templates_of_one_picture_refuse_two(folder, template):
 
 KEYS = ["video", "videos", "image_url", "img", "pixel_values", "picture", "image_paths", "photo",
         "Images", "imageUrl", "image_file", "img_path", "frames", "audio", "audios", "screenshot",
-        "image_names", "pixelValues", "image-url", "images_list", "image_base64", "media", "visuals"]
+        "image_names", "pixelValues", "image-url", "images_list", "image_base64", "media",
+        "visuals"]
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("value", ["a.png", ["a.png"], {"bytes": "x"}], ids=["text", "list", "dict"])
+@pytest.mark.parametrize("value", ["a.png", ["a.png"], {"bytes": "x"}],
+                         ids=["text", "list", "dict"])
 def test_keys_that_look_like_pictures_are_refused_by_name(folder, key, value):
     for row in ({"conversations": talk("Q?", "A")}, {"messages": chat(*Q), "images": ["a.png"]}):
         why = read(folder, {**row, key: value})
@@ -154,7 +157,8 @@ def test_notes_beside_a_picture_are_no_pictures(folder, more):
 
 @pytest.mark.parametrize("more", [
     {"image_id": 5}, {"image_id": "5"}, {"file_name": "a.jpg"}, {"path": "x/a.JPEG"},
-    {"source": "clip.mp4"}, {"attachments": ["a.png", "b.webp"]}, {"data": "data:image/png;base64,A"}])
+    {"source": "clip.mp4"}, {"attachments": ["a.png", "b.webp"]},
+    {"data": "data:image/png;base64,A"}])
 def test_text_alone_with_the_name_of_a_picture_is_refused(folder, more):
     why = read(folder, {"conversations": talk("Q?", "A"), **more})
     assert isinstance(why, str) and why.startswith(f"{next(iter(more))}: looks like a picture")
@@ -193,7 +197,8 @@ def test_words_in_a_sentence_are_words(folder, value):
 
 # ------------------------------------------------------------------------------- B12: system, parts
 
-SYSTEMS = {"a turn": {"conversations": [{"from": "system", "value": "Be terse."}, *talk("Q?", "A")]},
+SYSTEMS = {"a turn": {"conversations": [{"from": "system", "value": "Be terse."},
+                                        *talk("Q?", "A")]},
            "a role": {"messages": chat("Q?", "A", first=[{"role": "system",
                                                           "content": "Be terse."}])},
            "developer": {"messages": chat("Q?", "A", first=[{"role": "developer",
@@ -231,7 +236,8 @@ def test_what_stands_in_a_system_text_is_no_control_token():
     for template in HAVE:
         assert data.chat_ids(turns, template, words).count(words.eos) == 0, template
         bare = data.chat_ids(turns[1:], template, words)
-        assert data.chat_ids([{"from": "system", "value": " "}, *turns[1:]], template, words) == bare
+        blank = [{"from": "system", "value": " "}, *turns[1:]]
+        assert data.chat_ids(blank, template, words) == bare
 
 
 @pytest.mark.parametrize("template", sorted(set(data.TEMPLATES) - set(HAVE)))
@@ -239,7 +245,7 @@ def test_templates_without_a_system_text_refuse_one(folder, template):
     turns = [{"from": "system", "value": "Be terse."}, *talk("<image>\nQ?", "A")]
     for ask in (lambda: data.encode(turns, template, data.Tokenizer(folder)),
                 lambda: data.prompt(turns[:2], template)):
-        with pytest.raises(data.BadData, match=f"template {template} has no system text.*--template"):
+        with pytest.raises(data.BadData, match=f"template {template} has no system text.*--temp"):
             ask()
 
 
@@ -285,7 +291,8 @@ BAD_FIELDS = {
     "null text": ({"messages": chat([{"type": "text", "text": None}], "A")},
                   "messages[0].content[0].text: must be text"),
     "part": ({"messages": chat(["Q?"], "A")}, "messages[0].content[0]: must be an object"),
-    "picture in an answer": ({"messages": chat("Q?", [IMAGE])}, "messages[1].content[0]: a picture"),
+    "picture in an answer": ({"messages": chat("Q?", [IMAGE])},
+                             "messages[1].content[0]: a picture"),
     "some named": ({"images": ["b.png"], "messages": chat([url("a.png"), IMAGE], "A")},
                    "messages: some pictures are named there"),
     "two systems": ({"system": "x", **SYSTEMS["a role"]}, "system: is there twice"),
@@ -427,8 +434,9 @@ def test_training_and_the_doctor_say_the_same(folder, capsys, at):
 def test_the_control_of_the_table(folder, capsys, monkeypatch):
     """A judge that only the doctor asks is found out."""
     row = {"image": "a.png", "conversations": talk("Q?", "A")}
-    monkeypatch.setattr(data, "encode_sample", lambda sample, template, words, *_, **__: data.encode(
-        sample["conversations"], template, words))
+    alone = lambda sample, template, words, *_, **__: data.encode(
+        sample["conversations"], template, words)
+    monkeypatch.setattr(data, "encode_sample", alone)
     monkeypatch.setattr(train.Samples, "check", lambda *_: None, raising=False)
     assert trained(folder, row, "v1") != doctored(folder, row, "v1", capsys)
 
@@ -440,7 +448,7 @@ def test_samples_that_teach_nothing_are_counted_and_named(folder, capsys):
     (folder / "x.json").write_text(json.dumps(rows))
     assert data.main(data.arguments(["check", str(folder / "x.json")])) == 3
     out = capsys.readouterr().out
-    assert out.count("conversations: nothing to learn, no answer has words") == 8       # 7 and a sum
+    assert out.count("conversations: nothing to learn, no answer has words") == 8     # 7 and a sum
     assert re.search(r"^ +7  conversations: nothing to learn", out, re.M)
     assert issubclass(data.NothingToLearn, data.BadData)
 
@@ -507,3 +515,11 @@ def test_rows_of_bad_shape_are_yielded_and_do_not_hide_others(tmp_path):
     assert [isinstance(x, data.BadData) for *_, x in got] == [False, True, True, True, False]
     assert got[4][2][0]["where"] == got[4][1] == f"{tmp_path}/x.json: row 5"
     assert got[0][2][0]["field"] == "messages"
+
+
+def test_long_texts_of_marks_take_no_time(folder):
+    start = time.process_time()
+    for value in ("say <img> and " * 20_000 + "?", "<|" + "image" * 50_000, "a <image> b " * 20_000,
+                  "<img>" * 20_000 + " x."):
+        read(folder, {"conversations": talk(value, "A")})
+    assert time.process_time() - start < 5
