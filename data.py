@@ -50,7 +50,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -63,12 +63,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, TrainingFailed, Usage,
-                            guarded)
+from formats.conversations import (MARK, ROLES, at_an_edge, images_of, parse_row,
+                                   read_conversations, read_rows)
+from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn, Offline,
+                            TrainingFailed, Usage, guarded)
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
-MARK = "<image>"
 ZEROS = "(zeros)"               # in a weight table: a piece that is in no file
 
 
@@ -217,6 +218,7 @@ class Template:
     end: str = "</s>"                    # after every answer: where generation stops
     picture: str = MARK
     front: bool = False                  # the picture stands before BOS
+    given: str = ""                      # the end of `system` that a conversation brought along
 
 
 class _Joint(str):
@@ -275,30 +277,50 @@ INSTRUCTIONS = ("Describe this image in detail.",
                 "Could you describe the contents of this image for me?")
 TEMPLATES |= {"vicuna_v1": TEMPLATES["v1"], "v0": TEMPLATES["llava_v0"],
               "mistral_direct": TEMPLATES["chatml_direct"]}
-_ROLE = {"human": False, "user": False, "gpt": True, "assistant": True}
+
+
+def _with_system(name: str, text: str) -> Template:
+    """The template with another system text. Raises BadData where training has none."""
+    t = TEMPLATES[name]
+    if t.style not in ("two", "single", "chat", "llama2") or not t.system:
+        raise BadData(f"template {name} has no system text, but the sample has one: take it out, "
+                      "put it into the first question, or train with --template v1")
+    if t.style == "chat":                   # its system text has a header, which stays
+        header, line, _ = t.system.partition("\n")
+        return replace(t, system=header + line + text, given=text)
+    return replace(t, system=text, given=text)
 
 
 def _turns(conversation, name) -> tuple[Template, list]:
-    """The template and [(is it an answer?, text)]."""
+    """The template and [(is it an answer?, text)]. A first turn from "system" replaces the
+    template's own system text."""
     if name not in TEMPLATES:
         raise BadData(f"template {name!r} is unknown: choose one of {', '.join(TEMPLATES)}")
     try:
-        turns = [(_ROLE[turn["from"]], turn["value"] or "") for turn in conversation]
+        turns = [(ROLES[turn["from"]], turn["value"] or "") for turn in conversation]
     except (KeyError, TypeError) as error:
         raise BadData(f"a turn needs from (human or gpt) and value: {error!r}") from None
-    return TEMPLATES[name], turns
+    t = TEMPLATES[name]
+    if turns and turns[0][0] == "system":
+        text = turns.pop(0)[1]
+        t = _with_system(name, text) if text.strip() else t
+    if any(who == "system" for who, _ in turns):
+        raise BadData("a system turn behind others: put it first")
+    return t, [(who == "gpt", text) for who, text in turns]
 
 
 def _alternating(turns) -> list:
     turns = turns[1:] if turns and turns[0][0] else turns       # quirk: a leading answer is dropped
     for i, (answer, _) in enumerate(turns):
         if answer != bool(i % 2):
-            raise BadData(f"turn {i + 1} has the wrong speaker: human and gpt must take turns")
+            raise BadData(f"turn {i + 1} has the wrong speaker: questions and answers must take "
+                          "turns")
     return turns
 
 
 def _pieces(turns, t: Template, training: bool):
     """Yield (text, learned?, written by a person?) whose texts join to the whole conversation."""
+    own = t.system.removesuffix(t.given)        # what people gave cannot hold control tokens
     if not t.front:
         yield BOS, False, False
     if t.style == "plain":
@@ -337,7 +359,9 @@ def _pieces(turns, t: Template, training: bool):
     if t.style == "single" and training:
         # quirk: training writes "### Role: text⏎", generation "###Role: text" as in `two`. The ###
         # that opens a human turn is learned: it is how the model comes to stop.
-        yield t.system + "\n\n", False, False
+        yield own, False, False
+        yield t.given, False, True
+        yield "\n\n", False, False
         for answer, value in turns:
             yield "###", True, False
             yield f" {t.roles[answer]}: ", answer, False
@@ -346,11 +370,16 @@ def _pieces(turns, t: Template, training: bool):
         yield "### ", True, False
         return
     if t.style != "llama2":
-        yield t.system + t.sep, False, False
+        yield own, False, False
+        yield t.given, False, True
+        yield t.sep, False, False
     for i, (answer, value) in enumerate(turns):
         if t.style == "llama2":
-            opening = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if t.system and i == 0 else ""
-            before = " " if answer else t.sep * (i > 0) + "[INST] " + opening
+            before = " " if answer else t.sep * (i > 0) + "[INST] "
+            if t.system and i == 0:
+                yield before + "<<SYS>>\n" + own, False, False
+                yield t.given, False, True
+                before = "\n<</SYS>>\n\n"
             after = " " + t.end if answer else " [/INST]"
         else:
             colon = "" if t.style == "chat" else ":"
@@ -399,6 +428,8 @@ def _prompt_pieces(conversation, template):
     turns = turns if t.style == "plain" else _alternating(turns)
     if not turns or t.style == "llama2" and not turns[0][1]:
         raise BadData("a conversation must open with something a human says")
+    if MARK in t.system:
+        raise BadData(f"{MARK} in the system text: move it into a question")
     return list(_pieces(turns, t, training=False))
 
 
@@ -437,39 +468,54 @@ def _mismatch(text, t: Template, tokenizer, pictures, ids) -> bool:
 def _training_pieces(conversation, template, has_image) -> tuple[Template, list]:
     """The first half of `encode`: the template, and `_pieces` of a sample that it can hold."""
     t, turns = _turns(conversation, template)
+    pictures = int(has_image)
     if t.style not in ("single", "plain"):
         turns = _alternating(turns)
-    if t.style == "plain" and not (has_image and [answer for answer, _ in turns] == [False, True]
+    if pictures > 1 and t.style in ("plain", "minigpt4", "instruct"):
+        raise BadData(f"template {template} holds one picture, not {pictures}: split the sample, "
+                      "or train with --template v1")
+    if t.style == "plain" and not (pictures and [answer for answer, _ in turns] == [False, True]
                                    and MARK in turns[0][1]):
         raise BadData(f"template {template} needs <image> in one human turn, and one gpt turn: a "
                       "caption")
     if t.style in ("instruct", "minigpt4") and (
-            len(turns) != 2 or MARK in turns[0][1] and not has_image):
+            len(turns) != 2 or MARK in turns[0][1] and not pictures):
         raise BadData(f"template {template} is learned from one question and one answer, and "
                       "<image> in it needs a picture; split or correct the sample")
     if t.style == "llama2" and not (turns and turns[0][1]):
         raise BadData("the first human turn is empty: give the question")
-    if has_image:       # the picture comes first in its turn, and twice in one turn is once
-        turns = [(a, f"{MARK}\n{v.replace(MARK, '').strip()}".strip().replace(MARK, t.picture)
-                  if MARK in v else v) for a, v in turns]
+    if pictures and MARK in t.system:
+        raise BadData(f"{MARK} in the system text: move it into a question")
+    if pictures == 1:   # the picture comes first in its turn, and twice in one turn is once
+        turns = [(a, f"{MARK}\n{v.replace(MARK, '').strip()}".strip() if MARK in v else v)
+                 for a, v in turns]
+    if pictures:
+        turns = [(a, v.replace(MARK, t.picture)) for a, v in turns]
     return t, list(_pieces(turns, t, training=True))
 
 
-def encode(conversation, template: str, tokenizer, has_image: bool = True,
+def encode(conversation, template: str, tokenizer, has_image: bool | int = True,
            official_quirks: bool = False) -> tuple[list[int], list[int]]:
     """One training sample: (ids, labels), lists of equal length T (llava/train/train.py).
 
-    conversation: [{"from": "human"|"gpt", "value": str}]; user and assistant are accepted too.
-    has_image: <image> marks the picture; otherwise it is ordinary text.
+    conversation: [{"from": "human"|"gpt", "value": str}]; user and assistant are accepted too, and
+    a first turn from "system", which replaces the template's own system text.
+    has_image: <image> marks the picture; otherwise it is ordinary text. A number: so many pictures;
+    from two on each <image> stays where it stands, one for each picture.
     Equal to the official code wherever that prints no warning, save where the text itself holds
     </s> or a role marker. Where it warns of a mismatch it learns nothing; here the answers are
     learned, unless official_quirks asks for its behaviour.
     mpt and chatml learn the answers with their end, which the official arithmetic misses by one.
     Raises BadData for an unknown template or role, or speakers that do not alternate."""
     t, pieces = _training_pieces(conversation, template, has_image)
-    count = -1 if has_image else 0
+    return _labelled(t, pieces, tokenizer, int(has_image), official_quirks)
+
+
+def _labelled(t, pieces, tokenizer, pictures, official_quirks) -> tuple[list[int], list[int]]:
+    """The second half of `encode`: (ids, labels) of the pieces."""
+    count = -1 if pictures else 0
     ids, flags = _tokenise(pieces, tokenizer, count)
-    if t.style == "single" and not has_image:
+    if t.style == "single" and not pictures:
         # quirk: text-only lengths leave out the pad token (= <unk>), so an <unk> typed in the text
         # shifts every later label by one to the left.
         kept = [flag for i, flag in zip(ids, flags) if i != tokenizer.pad]
@@ -477,6 +523,88 @@ def encode(conversation, template: str, tokenizer, has_image: bool = True,
     if official_quirks and _mismatch("".join(p[0] for p in pieces), t, tokenizer, count, ids):
         flags = [False] * len(ids)
     return ids, [i if flag else IGNORE for i, flag in zip(ids, flags)]
+
+
+# ---------------------------------------------------------------- may a sample be trained on?
+
+def _lesson(sample, template: str, asked: str = "") -> list:
+    """The turns that a sample teaches under a template, its system text first.
+
+    The recipes of BLIP-2 and MiniGPT-4 learn one question and one answer: web captions cleaned
+    (of a file's samples, which have an id; the toy world's are learned as they are), and in
+    `minigpt4` an instruction instead of the question. asked: that one; the longest if not given."""
+    talk, system = sample["conversations"], sample.get("system")
+    if template in ("blip2", "minigpt4_caption", "minigpt4") and len(talk) != 2:
+        raise BadData(f"template {template} is learned from one question and one answer, not from "
+                      f"{len(talk)} turns: split the sample")
+    if template in ("blip2", "minigpt4_caption") and "id" in sample:
+        talk = [talk[0], {**talk[1], "value": caption_text(talk[1]["value"])}]
+    if template == "minigpt4":
+        asked = asked or max(INSTRUCTIONS, key=len)
+        talk = [{"from": "human", "value": f"{MARK}\n{asked.replace(MARK, '').strip()}"}, talk[1]]
+    return [{"from": "system", "value": system}, *talk] if system else talk
+
+
+def sample_pieces(sample, template: str, asked: str = "") -> tuple[Template, list, int]:
+    """(template, `_pieces`, pictures) of a sample: the one judge of what can be trained on.
+
+    Training and the doctor both ask here, so that one refuses what the other does, in the same
+    words. Raises BadData, or NothingToLearn where all answers are blank."""
+    talk, pictures = _lesson(sample, template, asked), len(images_of(sample))
+    if not pictures:
+        _refuse_stray_marks(talk)
+    t, pieces = _training_pieces(talk, template, pictures)
+    marks = sum(piece.count(MARK) for piece, _, _ in pieces)
+    if pictures and marks != pictures:
+        what = "one picture" if pictures == 1 else f"{pictures} pictures"
+        raise BadData(f"{what}, but {marks} <image> places in the text: correct the row")
+    if not any(learned and person and piece.strip() for piece, learned, person in pieces):
+        raise NothingToLearn("nothing to learn, no answer has words: take the row out")
+    return t, pieces, pictures
+
+
+def _refuse_stray_marks(talk):
+    """Raise BadData for <image> without a picture. In the middle of a sentence it may be meant as
+    text, and is read as such."""
+    for turn in talk:
+        text = turn["value"] or ""
+        if ROLES.get(turn["from"]) == "human" and any(
+                at_an_edge(text, *found.span()) for found in re.finditer(MARK, text)):
+            raise BadData("<image> in the text, but no picture: give the row an image")
+
+
+def check_size(size: int, pack: int, about: str = ""):
+    """Raise BadData for a sample of so many tokens that no row of --pack can hold."""
+    if pack and size > pack:
+        raise BadData(f"{about}{size:,} tokens are over --pack {pack:,}: a sample must fit into a "
+                      f"row of --pack {pack:,} with its pictures; shorten or split it")
+
+
+def encode_sample(sample, template: str, tokenizer, image_tokens: int, pack: int = 0,
+                  max_length: int = 0, official_quirks: bool = False, asked: str = ""):
+    """(ids, labels) of a sample {conversations, image?, system?}, if it can be trained on.
+
+    image_tokens: places of a picture. max_length: tokens behind it are cut off, 0: none are. pack:
+    most tokens of a sample, 0: any. asked: `minigpt4`'s instruction. Raises BadData, or
+    NothingToLearn for a sample without a learned token."""
+    t, pieces, pictures = sample_pieces(sample, template, asked)
+    ids, labels = _labelled(t, pieces, tokenizer, pictures, official_quirks)
+    labels = [IGNORE, *labels[1:]]              # no text stands before the first
+    learned = any(label != IGNORE for label in labels)
+    size = len(ids) + (image_tokens - 1) * ids.count(IMAGE)
+    if max_length and size > max_length:
+        room = max_length - (size - len(ids))   # quirk: what follows is lost, answers too
+        if IMAGE in ids[max(room, 0):]:
+            raise BadData(f"its picture ends behind --max-length {max_length:,}")
+        ids, labels, size = ids[:room], labels[:room], max_length
+    check_size(size, pack)
+    if not learned:
+        raise NothingToLearn("nothing to learn: the official code would print a tokenization "
+                             "mismatch and leave it out; so does --official-quirks")
+    if all(label == IGNORE for label in labels):
+        raise NothingToLearn(f"nothing to learn: its answers stand behind --max-length "
+                             f"{max_length:,}: give more, or shorten the question")
+    return ids, labels
 
 
 def caption_text(text: str, words: int = 50) -> str:
@@ -555,88 +683,6 @@ def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
 
 
 # ---------------------------------------------------------------- conversations on disk
-
-def _row(row, where: str) -> list[dict]:
-    """The samples of one row: one, or one for each caption of a list of them."""
-    def text(field, value):
-        if not isinstance(value, str):
-            raise BadData(f"{field}: must be text: correct the row")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise BadData(f"{field}: half a surrogate pair: save the file as valid UTF-8") from None
-        return value
-
-    if not isinstance(row, dict):
-        raise BadData("a sample must be an object with conversations, or with image and caption")
-    kind = next((k for k in ("conversations", "messages", "caption") if k in row), "conversations")
-    told = row.get(kind)
-    rest = {"id": where, **{sys.intern(k): v for k, v in row.items() if k != kind}}
-    if kind == "caption" and "image" not in rest and type(row.get("image_id")) in (int, str):
-        rest["image"] = f"{row['image_id']}.jpg"            # so cc_sbu_align names its pictures
-    if "image" in rest and not (isinstance(rest["image"], str) and text("image", rest["image"])):
-        raise BadData("image: must be a file name: leave the key out for text alone")
-    if type(rest["id"]) not in (int, str):
-        raise BadData("id: must be text or a number: correct the row, or leave the key out")
-    text("id", str(rest["id"]))
-    if kind == "caption":
-        told = told if isinstance(told, list) else [told]
-        if "image" not in rest:
-            raise BadData("image: is missing: a caption needs its picture")
-        if not told or not all(text("caption", line).strip() for line in told):
-            raise BadData("caption: must be text, or a list of texts, and is empty: correct it")
-        asked = {"from": "human", "value": MARK}
-        return [{**rest, "id": f"{rest['id']}, caption {i}" if len(told) > 1 else rest["id"],
-                 "conversations": [asked, {"from": "gpt", "value": line}]}
-                for i, line in enumerate(told, 1)]
-    if not isinstance(told, list) or not told:
-        raise BadData(f"{kind}: must be a list of turns, and is missing or empty: correct the row")
-    turns = []
-    for i, turn in enumerate(told):
-        if not isinstance(turn, dict):
-            raise BadData(f"{kind}[{i}]: must be an object with from and value: correct the row")
-        who = turn.get("from", turn.get("role"))
-        if not (isinstance(who, str) and who in _ROLE):
-            raise BadData(f"{kind}[{i}].from: must be human or gpt (user or assistant): correct it")
-        value = text(f"{kind}[{i}].value", turn.get("value", turn.get("content")))
-        # Written anew: parsed rows would hold a copy of every key and name, which fills memories.
-        turns.append({"from": "gpt" if _ROLE[who] else "human", "value": value})
-    return [{**rest, "conversations": turns}]
-
-
-def _samples(path):
-    """Yield (row, "FILE: row 3", its samples or a BadData that tells field and reason)."""
-    try:
-        # Bytes that are no UTF-8 become half surrogates, so that they are found in their row.
-        text = file_text(path, 4_000_000_000, "surrogateescape")
-    except (OSError, ValueError) as error:
-        raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
-                      "lines") from None
-    for row, place, value in json_values(text):
-        where = f"{path}: {place}"
-        try:
-            yield row, where, value if isinstance(value, BadData) else _row(value, where)
-        except BadData as error:
-            yield row, where, error
-
-
-def read_conversations(path) -> list[dict]:
-    """Samples {id, image?, conversations: [{from: human|gpt, value}]} of a JSON list or JSON lines.
-
-    Rows may be LLaVA's and ShareGPT4V's (id, image, conversations), chats of user and assistant
-    (messages: [{role, content}]), LAVIS's (image, caption: text or list of texts, each a sample of
-    its own) and cc_sbu_align's ({"annotations": [{image_id, caption}]}, pictures image_id.jpg); a
-    caption is the answer to nothing but <image>. Other keys of a row are kept. At most 4 GB.
-    Raises BadData naming file, row and field for whatever is malformed."""
-    samples = []
-    for _, where, got in _samples(path):
-        if isinstance(got, BadData):
-            raise BadData(f"{where}: {got}")
-        samples += got
-    if not samples:
-        raise BadData(f"{path}: holds no samples: expected a list of conversations")
-    return samples
-
 
 def picture_path(root, name: str) -> Path:
     """The regular file `name` inside the folder `root`, links resolved; else BadData."""
@@ -1164,26 +1210,22 @@ class _Lengths(dict):
 
 
 def _size(sample, args, lengths) -> int:
-    """Tokens of a sample, its picture included; without a tokeniser, 4 for 3 words.
+    """Tokens of a sample, its pictures included; without a tokeniser, 4 for 3 words.
 
-    Raises BadData for what training would refuse or leave out, and for what nobody means: an answer
-    of blanks, <image> at an end of a text that has no picture."""
-    talk, seen = sample["conversations"], "image" in sample
-    pieces = _training_pieces(talk, args.template, seen)[1]
+    Raises BadData for what training would refuse or leave out."""
+    _, pieces, pictures = sample_pieces(sample, args.template)
     text = "".join(piece for piece, _, _ in pieces)
-    if seen and (places := text.count(MARK)) != 1:
-        raise BadData(f"one picture, but {places} <image> places in the text: correct the row")
-    # In the middle of a sentence <image> may be meant as text, and is read as such.
-    if not seen and any(v.startswith(MARK) or v.endswith(MARK) for v in (
-            turn["value"].strip() for turn in talk if turn["from"] == "human")):
-        raise BadData("<image> in the text, but no picture: give the row an image")
-    if not any(learned and person and piece.strip() for piece, learned, person in pieces):
-        raise BadData("nothing to learn, no answer has words: take the row out")
-    size = (args.places - 1) * seen + (lengths.of(pieces, -1 if seen else 0) if lengths is not None
-                                       else len(text.split()) * 4 // 3)
-    if size > args.pack:
-        about = "" if lengths else "about (4 for 3 words; --llm counts them) "
-        raise BadData(f"{about}{size:,} tokens are over --pack {args.pack:,}: shorten or split it")
+    words = (lengths.of(pieces, -1 if pictures else 0) if lengths is not None
+             else len(text.split()) * 4 // 3)
+    size, most = words + (args.places - 1) * pictures, args.max_length
+    if most and size > most:
+        if lengths is not None:                 # what the cut leaves is for the tokeniser to say
+            ids, _ = encode_sample(sample, args.template, lengths.words, args.places, args.pack,
+                                   most)
+            return len(ids) + (args.places - 1) * pictures
+        size = most
+    check_size(size, args.pack, "" if lengths is not None else
+               "about (4 for 3 words; --llm counts them) ")
     return size
 
 
@@ -1229,7 +1271,7 @@ def check(args) -> int:
         kinds[_printable(field + re.sub(r"(?<![\w/.-])\d[\d,.×]*", "n", why))] += 1
 
     start = time.monotonic()
-    for rows, where, got in _ticking(_samples(args.file), "rows"):
+    for rows, where, got in _ticking(read_rows(args.file), "rows"):
         if isinstance(got, BadData):
             field, colon, why = str(got).partition(": ")
             fault(where, field + colon, why)
@@ -1239,15 +1281,14 @@ def check(args) -> int:
             try:
                 sizes.append(_size(sample, args, lengths))
             except BadData as error:
-                fault(where, "conversations: ", error)
-        if (name := got[0].get("image")) is None:
-            continue
-        if not args.images:
-            raise Usage(f"{where} has a picture: give --images, the folder of the pictures")
-        try:
-            pictures.setdefault(picture_path(args.images, name), (where, name))
-        except BadData as error:
-            fault(where, f"image {name!r}: ", str(error).removeprefix(f"image {name!r}: "))
+                fault(where, f"{sample['field']}: ", error)
+        for name in images_of(got[0]):
+            if not args.images:
+                raise Usage(f"{where} has a picture: give --images, the folder of the pictures")
+            try:
+                pictures.setdefault(picture_path(args.images, name), (where, name))
+            except BadData as error:
+                fault(where, f"image {name!r}: ", str(error).removeprefix(f"image {name!r}: "))
     read, start = time.monotonic() - start, time.monotonic()
     if not rows:
         raise BadData(f"{args.file}: holds no samples: expected a list of conversations")
@@ -1282,10 +1323,14 @@ def check(args) -> int:
 
 # ---------------------------------------------------------------- look
 
-def marked(ids, labels, words: Tokenizer, picture: str = MARK) -> str:
-    """The tokens in a row, learned ones green on a terminal, in [brackets] elsewhere."""
+def marked(ids, labels, words: Tokenizer, *pictures: str) -> str:
+    """The tokens in a row, learned ones green on a terminal, in [brackets] elsewhere.
+
+    pictures: what stands for each picture, in order; <image> where none is left."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    texts = [picture if i == IMAGE else words._lib.id_to_token(i).replace("\n", "⏎") for i in ids]
+    names = iter(pictures)
+    texts = [next(names, MARK) if i == IMAGE else words._lib.id_to_token(i).replace("\n", "⏎")
+             for i in ids]
     return " ".join(t if x == IGNORE else on + t + off
                     for t, x in zip(map(_printable, texts), labels))
 
@@ -1293,17 +1338,17 @@ def marked(ids, labels, words: Tokenizer, picture: str = MARK) -> str:
 def show(args) -> int:
     """Print one row of a file as the model meets it."""
     words, row = Tokenizer(resolve(args.llm or Path(__file__).parent / "weights/toy/llama")), 0
-    for row, where, got in _samples(args.file):
+    for row, where, got in read_rows(args.file):
         if row < args.sample:
             continue
         if isinstance(got, BadData):
             raise BadData(f"{where}: {got}")
         for sample in got:
-            seen = sample.get("image")
-            ids, labels = encode(sample["conversations"], args.template, words, seen is not None)
-            picture = f"<{seen}: {args.places} places>"
+            ids, labels = encode(_lesson(sample, args.template), args.template, words,
+                                 len(images_of(sample)))
+            pictures = [f"<{name}: {args.places} places>" for name in images_of(sample)]
             print(_printable(f"{where}, id {sample['id']}, template {args.template}"))
-            print(marked(ids, labels, words, picture))
+            print(marked(ids, labels, words, *pictures))
             n = len(ids) + (args.places - 1) * ids.count(IMAGE)
             print(f"\n{n} tokens, {sum(x != IGNORE for x in labels)} of them learned (marked).")
         return 0
@@ -1348,10 +1393,14 @@ def arguments(argv=None):
                        help="decode the pictures too, each once (default: yes)")
         q.add_argument("--pack", type=int, default=6144, metavar="N",
                        help="tokens of the longest sample that is no fault (default: 6144)")
+        q.add_argument("--max-length", type=int, default=0, metavar="N", help="tokens behind which "
+                       "training cuts a sample, as in train.py (default: 0, it is not cut)")
     a = p.parse_args(argv)
     for flag in ("places", "sample", "pack"):
         if getattr(a, flag, 1) < 1:
             p.error(f"--{flag}: a number from 1")
+    if getattr(a, "max_length", 0) < 0:
+        p.error("--max-length: a number from 1, or 0 to cut nothing")
     return a
 
 

@@ -948,39 +948,43 @@ class Samples:
         return f"sample {self.id(index)}" if self.rows else f"toy sample {index}"
 
     def sample(self, index):
-        """Number `index` of the run, whatever the epoch, as the template learns it: a dict with
-        conversations and, in `image`, the pictures' names, or of the toy world the picture."""
-        row = self.args.row
-        if self.rows is None:
-            if index not in self.drawn:         # asked for its words, then for its picture
-                if len(self.drawn) > 2 * row.batch:
-                    self.drawn.clear()
-                self.drawn[index] = toy_sample(self.args.seed, self.args.stage, index, row.told)
-            picture, talk = self.drawn[index]
-            return self.told({"image": picture, "conversations": talk}, index)
-        return self.told(self.rows[self.number(index)], index)
+        """Number `index` of the run, whatever the epoch: a row of the file, or of the toy world
+        {image: the picture itself, conversations}."""
+        if self.rows is not None:
+            return self.rows[self.number(index)]
+        if index not in self.drawn:             # asked for its words, then for its picture
+            if len(self.drawn) > 2 * self.args.row.batch:
+                self.drawn.clear()
+            self.drawn[index] = toy_sample(self.args.seed, self.args.stage, index,
+                                           self.args.row.told)
+        picture, talk = self.drawn[index]
+        return {"image": picture, "conversations": talk}
 
-    def told(self, sample, index=0):
-        """The sample in the words that its template has for it."""
-        row, talk = self.args.row, sample["conversations"]
-        if self.rows is not None and len(talk) != 2 and (
-                row.template in ("blip2", "minigpt4_caption", "minigpt4")):
-            raise data.BadData(f"template {row.template} is learned from one question and one "
-                               f"answer, not from {len(talk)} turns: split the sample")
-        if row.template in ("blip2", "minigpt4_caption") and self.rows is not None:
-            talk = [talk[0], {**talk[-1], "value": data.caption_text(talk[-1]["value"])}]
-        if row.template == "minigpt4":          # quirk: one instruction a batch, not a sample
-            dice = random.Random(f"{self.args.seed}-{index // row.batch}")
-            # the toy LLaMA knows the words of its own
-            lines = world.DESCRIBE if self.rows is None else data.INSTRUCTIONS
-            talk = [{"from": "human", "value": f"{data.MARK}\n{dice.choice(lines)}"}, talk[-1]]
-        return {**sample, "conversations": talk}
+    def asked(self, index):
+        """MiniGPT-4's instruction. quirk: one for a batch, not for a sample."""
+        if self.args.row.template != "minigpt4":
+            return ""
+        dice = random.Random(f"{self.args.seed}-{index // self.args.row.batch}")
+        # the toy LLaMA knows the words of its own
+        return dice.choice(world.DESCRIBE if self.rows is None else data.INSTRUCTIONS)
+
+    def check(self, sample):
+        """Raises data.BadData for a row that cannot be trained on, without counting its tokens."""
+        row = self.args.row
+        if row.template:
+            data.sample_pieces(sample, row.template)
+        elif len(data.images_of(sample)) != 1:
+            many = len(data.images_of(sample)) or "no"
+            raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
+                               "the row")
 
     def read(self, index):
-        """(picture, conversation) of `sample`; of a file the picture's name. Text alone has None,
-        and a sample of several pictures their list."""
-        sample = self.sample(index)
-        return sample.get("image"), sample["conversations"]
+        """(picture, conversation) as its template learns it; of a file the picture's name. Text
+        alone has None, and a sample of several pictures their list."""
+        sample, template = self.sample(index), self.args.row.template
+        talk = data._lesson(sample, template, self.asked(index)) if template else (
+            sample["conversations"])
+        return sample.get("image"), talk
 
     def pictures(self, sample):
         """The pictures themselves, in order. Raises data.Failure."""
@@ -991,10 +995,8 @@ class Samples:
 
     def __getitem__(self, index):
         """`read`, with the picture itself in place of its name."""
-        sample = self.sample(index)
-        pictures = self.pictures(sample)
-        picture = pictures if len(pictures) > 1 else pictures[0] if pictures else None
-        return picture, sample["conversations"]
+        pictures = self.pictures(self.sample(index)) or [None]
+        return pictures[0] if len(pictures) == 1 else pictures, self.read(index)[1]
 
 
 class Micro(NamedTuple):
@@ -1038,38 +1040,13 @@ class Batches(torch.utils.data.Dataset):
     def text(self, index):
         """(ids, labels) of a sample. Raises data.Failure with its name; data.NothingToLearn, which
         says why, where no token of it is learned."""
+        args, samples = self.args, self.samples
         try:
-            return self.encode(self.samples.sample(index))
+            return data.encode_sample(
+                samples.sample(index), args.row.template, self.words, self.places, args.pack,
+                args.max_length, args.official_quirks, asked=samples.asked(index))
         except data.Failure as error:
-            raise type(error)(f"{self.samples.name(index)}: {error}") from None
-
-    def encode(self, sample):
-        """`text` of a sample, without its name."""
-        args, taught = self.args, lambda labels: any(x != data.IGNORE for x in labels[1:])
-        ids, labels = data.encode_sample(sample, args.row.template, self.words)
-        if not taught(labels):
-            raise data.NothingToLearn("no answer in it: correct it, or look at --show-batch")
-        if args.official_quirks:
-            ids, labels = data.encode_sample(sample, args.row.template, self.words, True)
-            if not taught(labels):
-                raise data.NothingToLearn("--official-quirks masks it, as the official code does "
-                                          "with a warning: leave the flag out to learn it")
-        if (places := ids.count(data.IMAGE)) != (many := len(data.images_of(sample))):
-            pictures = "one picture" if many == 1 else f"{many} pictures"
-            raise data.BadData(f"{pictures}, but {places} <image> places in the text")
-        size, most = self.size(ids), args.max_length
-        if most and size > most:
-            room = most - (size - len(ids))         # quirk: what follows is lost, answers too
-            if data.IMAGE in ids[max(room, 0):]:
-                raise data.BadData(f"its picture ends behind --max-length {most:,}")
-            ids, labels, size = ids[:room], labels[:room], most
-            if not taught(labels):
-                raise data.NothingToLearn(f"--max-length {most:,} cuts its answers off: give a "
-                                          "larger one")
-        if args.pack and size > args.pack:
-            raise data.BadData(f"{size:,} tokens, pictures included, do not fit into a row of "
-                               f"--pack {args.pack:,}")
-        return ids, [data.IGNORE, *labels[1:]]      # no text stands before the first
+            raise type(error)(f"{samples.name(index)}: {error}") from None
 
     def size(self, ids):
         return len(ids) + (self.places - 1) * ids.count(data.IMAGE)
@@ -1089,7 +1066,7 @@ class Batches(torch.utils.data.Dataset):
                     text = self.text(index)
             except data.NothingToLearn as error:
                 left_out.append((NOTHING, self.samples.number(index), str(error)))
-                causes[error.cause] += 1
+                causes[str(error).removeprefix(f"{self.samples.name(index)}: ")] += 1
             except data.Failure as error:
                 if self.args.on_bad_sample == "error":
                     raise
@@ -1497,7 +1474,7 @@ def kinds_of(args):
     if args.data:
         samples = Samples(args)
         good = [i for i in range(len(samples.rows)) if i not in samples.rows.bad]
-        some = [samples.told(samples.rows[i]) for i in good[::max(1, -(-len(good) // 200))]]
+        some = [samples.rows[i] for i in good[::max(1, -(-len(good) // 200))]]
         talks = [(f"{args.data}: sample {sample['id']}", sample) for sample in some]
         total, source = len(samples.rows), f"{len(talks)} samples of {args.data}"
     elif args.base == "toy":
@@ -1517,7 +1494,7 @@ def kinds_of(args):
         pictures, talk = len(data.images_of(sample)), sample["conversations"]
         if words:
             try:
-                ids, labels = data.encode_sample(sample, row.template, words)
+                ids, labels = data.encode_sample(sample, row.template, words, 1)
             except data.NothingToLearn:
                 continue
             except data.BadData as error:

@@ -16,6 +16,7 @@ class Failure(Exception):
 class BadImage(Failure): """A picture that cannot be used."""
 class BadModel(Failure): """A model folder that cannot be used."""
 class BadData(Failure): """Training text that cannot be used."""
+class NothingToLearn(BadData): """A sample without a word to learn: left out, and counted."""
 class Offline(Failure): code = 4            # something that would have to be downloaded
 class Usage(Failure): code = 2              # a command line that makes no sense
 class TrainingFailed(Failure): code = 1     # NaN, divergence, out of memory, disk full

@@ -1,0 +1,338 @@
+"""Training rows of other people's files, read into one kind of sample.
+
+    {"id": "7", "where": "x.json: row 3", "field": "messages",     where it stands, and its turns
+     "image": "a.png",                   no key: text alone; a list of names: two pictures or more
+     "system": "You are terse.",         no key: the template's own system text
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                       {"from": "gpt", "value": "A cat."}]}
+
+Rows that are read:
+
+    LLaVA, ShareGPT4V   id, image, conversations: [{from: human|gpt, value}]
+    LLaMA-Factory       messages or conversations, images: [names], system
+    OpenAI              messages: [{role: system|user|assistant, content: text or a list of parts}]
+    LAVIS               image, caption: a text, or a list of texts, each a sample of its own
+    cc_sbu_align        {"annotations": [{image_id, caption}]}, pictures image_id.jpg
+
+What looks like a picture and is not read is refused: it would be passed over in silence, and the
+model would learn answers about something that it has not seen."""
+import re
+import sys
+from functools import lru_cache
+
+from formats.errors import BadData
+from formats.strict_json import file_text, json_values
+
+MARK = "<image>"
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
+         "system": "system", "developer": "system"}
+PICTURES = "image", "images", "image_path"          # keys of a row that name its pictures
+TURNS = "conversations", "messages", "caption"      # keys of a row that hold its words
+
+
+# ---------------------------------------------------------------- what looks like a picture
+
+_LOOKS = re.compile(r"image|img|picture|photo|pixel|video|audio|screenshot|thumbnail")
+_WORDS = {"pic", "pics", "frame", "frames", "visual", "visuals", "media"}
+# Keys that tell about a picture without being one: image_width, has_image, video_fps.
+_ABOUT = set("""size sizes width height w h count counts num n number hash md5 sha256 license source
+    caption captions description descriptions type format mode ratio aspect tag tags label labels
+    token tokens title category categories index idx domain quality score date author credit
+    shape dataset split length duration fps""".split())
+_NUMBERS = {"has", "num", "n", "is", "with", "no", "total"}
+_FILE = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm)|data:image/\S+", re.I)
+
+
+@lru_cache(10_000)
+def _names_a_picture(key: str) -> bool:
+    """Does a key of this name hold a picture, a video or a sound, by the look of it?"""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower())
+    if not words or words[-1] in _ABOUT or words[0] in _NUMBERS:
+        return False
+    return bool(_WORDS & set(words)) or bool(_LOOKS.search("".join(words)))
+
+
+def _holds_something(value) -> bool:
+    """A number, an empty list or null is no picture."""
+    return bool(value) and type(value) not in (bool, int, float)
+
+
+def _refuse_unknown_pictures(row: dict, known, pictures: bool, place: str):
+    """Raise BadData for a key of `row` that looks like a picture and is not read."""
+    for key, value in row.items():
+        if key in known or not _holds_something(value):
+            continue
+        if _names_a_picture(key):
+            if key.endswith("_id") and pictures:        # its number beside the picture itself
+                continue
+        elif pictures or not all(isinstance(v, str) and _FILE.fullmatch(v)
+                                 for v in (value if isinstance(value, list) else [value])):
+            continue
+        raise BadData(f"{place}{key}: looks like a picture, which is read from the row's "
+                      "image or images: rename the key, or take it out")
+
+
+# Nobody types these: the marks of other models.
+_KIND = r"(?:image|img|im|video|vision|picture|photo|audio|frame)s?"
+_PART = (r"(?:here|placeholder|pad|patch|tokens?|soft[_-]?token|start|end|begin|newline|context|"
+         r"features?|content|embeds?|\d+)")
+_FOREIGN = re.compile(
+    rf"<\|(?!im_)[\w-]*{_KIND}[\w-]*\|>"                    # <|image_pad|> <|vision_start|>
+    rf"|</?{_KIND}[_-]?{_PART}(?:[_-]?\d+)?>"                 # <image_1> <im_patch> <ImageHere>
+    r"|<(?:start|end|begin)_of_(?:image|video|audio)>|<(?:b|e)oi>|<fake_token_around_image>"
+    r"|<img>[^<>]*</img>|<(video|audio)>[^<>\s]+</\1>", re.I)
+# HTML has these too: a mark where one stands at an end of a turn, or alone on a line.
+_HTML = re.compile(r"<\s*(image|img|video|picture|photo|audio|frame|vision)\s*/?>|\[(IMG)\]", re.I)
+
+
+def foreign_mark(text: str) -> str:
+    """A mark of another model's pictures in a human's text, or "".
+
+    "What does <video> do in HTML?" has none: in a sentence it is a word like others."""
+    if "<" not in text and "[" not in text:
+        return ""
+    if found := _FOREIGN.search(text):
+        return found.group()
+    for found in _HTML.finditer(text):
+        if found.group() != MARK and at_an_edge(text, found.start(), found.end()):
+            return found.group()
+    return ""
+
+
+def at_an_edge(text: str, start: int, end: int) -> bool:
+    """Does text[start:end] open or close the text, or stand alone on a line, and is no HTML?"""
+    before, behind = text[:start], text[end:]
+    name = re.sub(r"\W", "", text[start:end])
+    if re.search(rf"</\s*{name}\s*>", behind, re.I):
+        return False
+    if not before.strip() or not behind.strip():
+        return True
+    return not before.rpartition("\n")[2].strip() and not behind.partition("\n")[0].strip()
+
+
+# ---------------------------------------------------------------- one row
+
+def _text(field: str, value) -> str:
+    """The value, if it is text that can be written down."""
+    if not isinstance(value, str):
+        null = " and is null" if value is None else ""
+        raise BadData(f"{field}: must be text{null}: correct the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadData(f"{field}: half a surrogate pair: save the file as valid UTF-8") from None
+    return value
+
+
+def _picture_name(field: str, value) -> str:
+    """A picture's file name. An address is refused: nothing is fetched here."""
+    if not isinstance(value, str) or not _text(field, value):
+        raise BadData(f"{field}: must be a file name: leave the key out for text alone")
+    if found := re.match(r"data:|[a-z][a-z0-9+.-]+://", value, re.I):
+        shown = value if len(value) < 80 else f"{value[:60]}..."
+        what = "holds the picture itself" if found.group().lower() == "data:" else "is an address"
+        raise BadData(f"{field}: {shown!r} {what}, and only files are read: save the picture in "
+                      "the folder of --images and give its file name")
+    return value
+
+
+def _row_pictures(row: dict) -> list[str]:
+    """File names of a row's pictures, in order."""
+    found = {}
+    for key in PICTURES:
+        if key not in row:
+            continue
+        value = row[key]
+        if isinstance(value, list):
+            found[key] = [_picture_name(f"{key}[{i}]", name) for i, name in enumerate(value)]
+        else:
+            found[key] = [_picture_name(key, value)]
+    named = {key: names for key, names in found.items() if names}
+    if len({tuple(names) for names in named.values()}) > 1:
+        raise BadData(f"{' and '.join(named)}: name different pictures: leave one of the keys")
+    return next(iter(named.values()), [])
+
+
+def _image_part(field: str, part: dict) -> str | None:
+    """The file name in a picture's part of a message; None where the row names it."""
+    for key in ("image_url", "image", "url", "path"):
+        value = part.get(key)
+        if isinstance(value, dict):
+            key, value = f"{key}.url", value.get("url")
+        if value is not None:
+            return _picture_name(f"{field}.{key}", value)
+    if part.get("type") == "image":
+        return None
+    raise BadData(f"{field}.image_url: has no url: give the picture's file name")
+
+
+def _parts(field: str, parts: list, answer: bool) -> tuple[str, list]:
+    """(text, names of its pictures, None for the row's) of a list of parts of a message.
+
+    Texts are joined as they are. A picture is a mark in its place; where it opens the turn it
+    stands on a line of its own, as LLaVA writes it."""
+    said, names = "", []
+    for i, part in enumerate(parts):
+        here = f"{field}[{i}]"
+        if not isinstance(part, dict):
+            raise BadData(f"{here}: must be an object with type: correct the row")
+        kind = part.get("type")
+        if kind in ("text", "input_text", "output_text"):
+            said += _text(f"{here}.text", part.get("text"))
+        elif kind in ("image", "image_url", "input_image"):
+            if answer:
+                raise BadData(f"{here}: a picture in an answer or a system text cannot be read: "
+                              "move it into a question")
+            names.append(_image_part(here, part))
+            opens = not said.replace(MARK, "").strip()
+            said += f"{MARK}\n" if opens else MARK
+        else:
+            raise BadData(f"{here}.type: {kind!r} is not read, only text and image: take the part "
+                          "out, or leave the row out")
+    return said, names
+
+
+def _turn(field: str, turn, chat: bool) -> tuple[str, str, list]:
+    """(human, gpt or system; text; names of its pictures) of one turn.
+
+    chat: the turns are `messages`, where keys are role and content unless they are there."""
+    if not isinstance(turn, dict):
+        keys = "role and content" if chat else "from and value"
+        raise BadData(f"{field}: must be an object with {keys}: correct the row")
+    who = "role" if "from" not in turn and ("role" in turn or chat) else "from"
+    what = "content" if "value" not in turn and (
+        "content" in turn or who == "role") else "value"
+    role = turn.get(who)
+    if not (isinstance(role, str) and role in ROLES):
+        told = "user or assistant" if who == "role" else "human or gpt"
+        other = "human or gpt" if who == "role" else "user or assistant"
+        raise BadData(f"{field}.{who}: must be {told} ({other}), or system in the first turn: "
+                      "correct it")
+    role, value = ROLES[role], turn.get(what)
+    if isinstance(value, list) and what == "content":
+        value, names = _parts(f"{field}.{what}", value, role != "human")
+    else:
+        value, names = _text(f"{field}.{what}", value), []
+    _refuse_unknown_pictures(turn, (who, what), False, f"{field}.")
+    if role != "gpt" and (mark := foreign_mark(value)):
+        raise BadData(f"{field}.{what}: {mark!r} marks a picture for another model, here it would "
+                      f"be letters: write {MARK} for each picture of the row's images")
+    return role, value, names
+
+
+def _system(row: dict, said: list, field: str) -> str:
+    """The system text of a row: its key `system`, or its first turn, which is taken out."""
+    text = "" if row.get("system") is None else _text("system", row["system"])
+    if said and said[0][0] == "system":
+        first = said.pop(0)[1]
+        if text.strip() and first.strip():
+            raise BadData(f"system: and a system turn in {field}: leave one of the two")
+        text = text if text.strip() else first
+    for i, turn in enumerate(said):
+        if turn[0] == "system":
+            raise BadData(f"{field}: a system turn behind others (turn {i + 1}): put it first")
+    return text if text.strip() else ""
+
+
+def _captions(rest: dict, told, pictures: list) -> list[dict]:
+    """A sample for each caption: the answer to nothing but the picture."""
+    told = told if isinstance(told, list) else [told]
+    if not pictures:
+        raise BadData("image: is missing: a caption needs its picture")
+    if not told or not all(_text("caption", line).strip() for line in told):
+        raise BadData("caption: must be text, or a list of texts, and is empty: correct it")
+    asked = {"from": "human", "value": "\n".join([MARK] * len(pictures))}
+    many = len(told) > 1
+    return [{**rest, "id": f"{rest['id']}, caption {i}" if many else rest["id"],
+             "conversations": [asked, {"from": "gpt", "value": line}]}
+            for i, line in enumerate(told, 1)]
+
+
+def parse_row(row, where: str) -> list[dict]:
+    """The samples of one row: one, or one for each caption of a list of them. Raises BadData."""
+    if not isinstance(row, dict):
+        raise BadData("a sample must be an object with conversations, or with image and caption")
+    field = next((key for key in TURNS if key in row), "conversations")
+    told, dropped = row.get(field), {field, "system", *PICTURES}
+    rest = {"id": where, **{sys.intern(k): v for k, v in row.items() if k not in dropped},
+            "where": where, "field": field}
+    pictures = _row_pictures(row)
+    if field == "caption" and not any(key in row for key in PICTURES) and type(
+            row.get("image_id")) in (int, str):
+        pictures = [f"{row['image_id']}.jpg"]               # so cc_sbu_align names its pictures
+    if type(rest["id"]) not in (int, str):
+        raise BadData("id: must be text or a number: correct the row, or leave the key out")
+    _text("id", str(rest["id"]))
+    said, chat = [], field == "messages"
+    if field != "caption":
+        if not isinstance(told, list) or not told:
+            raise BadData(f"{field}: must be a list of turns, and is missing or empty: correct "
+                          "the row")
+        said = [_turn(f"{field}[{i}]", turn, chat) for i, turn in enumerate(told)]
+        pictures = _all_pictures(pictures, [name for turn in said for name in turn[2]], field)
+    system = _system(row, said, field)
+    _refuse_unknown_pictures(row, {*dropped, *TURNS, "id"}, bool(pictures), "")
+    if pictures:
+        rest["image"] = pictures[0] if len(pictures) == 1 else pictures
+    if system:
+        rest["system"] = system
+    if field == "caption":
+        return _captions(rest, told, pictures)
+    # Turns are written anew: parsed rows would hold a copy of every key, which fills memories.
+    return [{**rest, "conversations": [{"from": who, "value": value} for who, value, _ in said]}]
+
+
+def _all_pictures(row: list, parts: list, field: str) -> list[str]:
+    """The pictures of a row, some named by it and some by parts of its messages."""
+    named = [name for name in parts if name is not None]
+    if not named:
+        return row
+    if row and row != named or len(named) != len(parts):
+        raise BadData(f"{field}: some pictures are named there and some by the row: name all of "
+                      "them in one place")
+    return named
+
+
+def images_of(sample) -> list:
+    """The pictures of a sample, in order; none for text alone."""
+    image = sample.get("image")
+    if image is None:
+        return []
+    return image if isinstance(image, list) else [image]
+
+
+# ---------------------------------------------------------------- a file of them
+
+def read_rows(path):
+    """Yield (row number, "FILE: row 3", its samples or a BadData that tells field and reason).
+
+    Raises BadData only for a file that cannot be read at all."""
+    try:
+        # Bytes that are no UTF-8 become half surrogates, so that they are found in their row.
+        text = file_text(path, 4_000_000_000, "surrogateescape")
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
+                      "lines") from None
+    for row, place, value in json_values(text):
+        where = f"{path}: {place}"
+        try:
+            yield row, where, value if isinstance(value, BadData) else parse_row(value, where)
+        except BadData as error:
+            yield row, where, error
+
+
+def read_conversations(path) -> list[dict]:
+    """All samples of a JSON list or of JSON lines, at most 4 GB, without `where` and `field`.
+
+    Other keys of a row are kept. Raises BadData naming file, row and field for whatever is
+    malformed."""
+    samples = []
+    for _, where, got in read_rows(path):
+        if isinstance(got, BadData):
+            raise BadData(f"{where}: {got}")
+        for sample in got:
+            del sample["where"], sample["field"]
+        samples += got
+    if not samples:
+        raise BadData(f"{path}: holds no samples: expected a list of conversations")
+    return samples
