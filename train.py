@@ -1161,6 +1161,7 @@ class Batches(torch.utils.data.Dataset):
             self.samples.ahead = iter(torch.utils.data.DataLoader(
                 self, batch_size=None, sampler=self.numbers(step, self.samples.steps()),
                 num_workers=self.args.workers, worker_init_fn=apart, generator=torch.Generator(),
+                multiprocessing_context="fork",     # they share the block of `Rows`
                 pin_memory=self.device.type == "cuda"))
         left_out = []
         for at in self.numbers(step, step + 1):

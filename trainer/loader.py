@@ -26,8 +26,9 @@ from formats.errors import BadData, NothingToLearn
 
 BAD, NOTHING = "bad_samples.jsonl", "nothing_to_learn.jsonl"
 LISTS = BAD, NOTHING
-KEYS = "id", "where", "field", "image", "system", "conversations"      # of a row; others are let go
-LEARNED = "image", "system", "conversations"                            # what decides the bits
+ABOUT = "id", "where", "field"          # keys of a sample that say where it stands
+TAUGHT = "image", "system", "conversations"         # what is learned; other keys are let go
+_written = json.JSONEncoder(ensure_ascii=False).encode
 SHOWN = 3                               # samples that a line on stderr names
 
 
@@ -67,20 +68,21 @@ class Rows:
             except BadData as error:
                 self.bad[number] = f"sample {sample['id']}: {error}"
         # an empty row counts as one word: data.modality_order takes no 0
-        count = max(1, sum(len(turn["value"].split()) for turn in talk))
+        count = max(1, sum([len(turn["value"].split()) for turn in talk]))
         self.words.append(count if images else -count)
-        learned = json.dumps([sample.get(key) for key in LEARNED], ensure_ascii=False).encode()
-        digest = hashlib.blake2b(learned, digest_size=8).digest()
+        about, taught = (_written({key: sample[key] for key in keys if key in sample}).encode()
+                         for keys in (ABOUT, TAUGHT))
+        digest = hashlib.blake2b(taught, digest_size=8).digest()
         self.digests.append(int.from_bytes(digest, "little", signed=True))
-        kept = {key: sample[key] for key in KEYS if key in sample}
-        self.block += json.dumps(kept, ensure_ascii=False).encode()
+        self.block += b"[%b,%b]" % (about, taught)
         self.ends.append(len(self.block))
 
     def __len__(self):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        return json.loads(self.block[self.ends[i]:self.ends[i + 1]])
+        about, taught = json.loads(self.block[self.ends[i]:self.ends[i + 1]])
+        return {**about, **taught}
 
     def _told(self, number):
         why, where = self.bad[number], self[number]["where"]
