@@ -294,6 +294,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, deque
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -320,6 +321,7 @@ from llama import Llama, start_copying
 from projector import VLM, Queries, settings
 from qformer import Config as QFormerConfig
 from qformer import QFormer, Retriever, Words
+from trainer.loader import BAD, LISTS, NOTHING, Journal, Rows
 
 HERE = Path(__file__).parent
 
@@ -339,6 +341,7 @@ class Job:
     dtype: torch.dtype = torch.float32
     batch: int = 0                  # samples a step, for the log
     work: object = None             # micro-batch -> (tokens, FLOPs)
+    samples: object = None          # Samples, where the micro-batches are from one
     held: dict | None = None        # name -> what optimizers hold, where that is a rank's share
 
     def __post_init__(self):
@@ -386,6 +389,25 @@ def summed(*numbers):
     all_ = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(all_)
     return all_.tolist()
+
+
+def gathered(items):
+    """The items of all ranks (what JSON can say), in the order of the ranks."""
+    if ranks() == 1:
+        return items
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    text = json.dumps(items).encode()
+    sizes = torch.zeros(ranks(), dtype=torch.int64, device=device)
+    sizes[rank()] = len(text)
+    dist.all_reduce(sizes)
+    if int(sizes.max()) == len("[]"):           # as in nearly every step
+        return []
+    texts = torch.zeros(ranks(), int(sizes.max()), dtype=torch.uint8)
+    texts[rank(), :len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = texts.to(device)
+    dist.all_reduce(texts)
+    rows = zip(texts.cpu(), sizes.tolist())
+    return [item for row, size in rows for item in json.loads(bytes(row[:size].tolist()))]
 
 
 def deal(model):
@@ -630,6 +652,12 @@ class Update:
                     q.grad.mul_(min(1., self.job.clip / (norm + 1e-6)))
         return norm
 
+    def drop(self):
+        """Forget the gradients of a step that had no usable sample: they are zeros."""
+        self.last, self.squares = False, []
+        for p, q in self.pairs:
+            p.grad = q.grad = None
+
     def step(self):
         for o in () if self.inside else self.job.optimizers:
             o.step()
@@ -692,23 +720,43 @@ class Speed:
 
 def fit(job, out, args):
     """Train to the end; returns an exit code. Raises data.TrainingFailed on NaN or infinity."""
+    try:
+        return loop(job, out, args)
+    finally:
+        if job.samples:
+            job.samples.close()                     # workers that outlive it end in a traceback
+
+
+def loop(job, out, args):
+    """See `fit`."""
     first = rank() == 0                             # who writes
     for left in out.glob("step-??????.tmp") if first else ():   # of a kill in the middle of a save
         shutil.rmtree(left)
     step = restore(job, out) if args.resume else 0
-    for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl") if first else ():
+    for name in ("metrics.jsonl", "samples.jsonl", *LISTS) if first else ():
         rewind(out / name, step)
+    if job.samples:
+        job.samples.journal.begin(step, first)
     stop, started, told, update = Stop(), time.time(), 0.0, Update(job)
     weight = next(iter(job.trained().values()))
     speed = Speed(weight.device, job.steps - step)
     bar = tqdm(total=job.steps, initial=step, disable=not (first and sys.stderr.isatty()))
 
     def stopped(loss, norm):
-        (out / f"nan-step-{step}.json").write_text(json.dumps(
-            {"step": step, "loss": str(loss), "grad_norm": str(norm),
-             "samples": [step * job.batch, (step + 1) * job.batch - 1]}) + "\n")
-        raise data.TrainingFailed(f"step {step}: loss {loss}, gradient norm {norm}: stopped, and "
-                                  "no update of it is kept; lower --lr or look at the data")
+        numbers = range(step * job.batch, (step + 1) * job.batch)
+        if first:
+            (out / f"nan-step-{step + 1}.json").write_text(json.dumps(
+                {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "samples": [
+                    job.samples.id(i) if job.samples else i for i in numbers]}) + "\n")
+        raise data.TrainingFailed(f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped "
+                                  f"after step {step}, no update of this one is kept; lower --lr "
+                                  "or look at the data")
+
+    def agree(loss, usable):
+        """The ranks add up their loss and usable samples, and agree when to stop."""
+        loss, usable, term, ctrl = summed(float(loss), usable, stop.code == 143, stop.code == 130)
+        stop.code = (143 if term else 130 if ctrl else 0) if ranks() > 1 else stop.code
+        return loss, usable
 
     while step < job.steps:
         # schedule
@@ -716,7 +764,8 @@ def fit(job, out, args):
             for g in o.param_groups:
                 g["lr"] = g["peak"] * job.factor(step)
         # data, accumulate
-        loss, told_apart, work, waited = 0.0, Counter(), (0, 0), 0.0
+        loss, told_apart, work, waited, usable = 0.0, Counter(), (0, 0), 0.0, 0
+        update.last = False
         for micro, update.last, seconds in ahead(job.batches, step):
             with torch.autocast(weight.device.type, job.dtype,
                                 enabled=job.dtype not in (torch.float32, weight.dtype)):
@@ -725,22 +774,28 @@ def fit(job, out, args):
             loss = loss + part.detach()
             for name, value in made.items() if type(made) is dict else ():
                 told_apart[name] += float(value.detach())
-            if update.last:                 # waits for the GPU; ranks agree when to stop
-                loss, term, ctrl = summed(float(loss), stop.code == 143, stop.code == 130)
-                stop.code = (143 if term else 130 if ctrl else 0) if ranks() > 1 else stop.code
+            usable += len(micro.counts) if type(micro) is Micro else 1
+            if update.last:                 # waits for the GPU
+                loss, usable = agree(loss, usable)
                 if not math.isfinite(loss):
                     stopped(loss, "not computed")
+                update.last = usable > 0    # adamw8 steps inside this backward
             if part.requires_grad:          # text alone has nothing to teach a bridge
                 part.backward()
             waited += seconds
             work = [a + b for a, b in zip(work, job.work(micro) if job.work else (0, 0))]
-        if not math.isfinite(norm := update.norm()):
-            stopped(loss, norm)
-        # step
-        update.step()
+        # step; without a usable sample there is none
+        if usable:
+            if not math.isfinite(norm := update.norm()):
+                stopped(loss, norm)
+            update.step()
+        else:
+            norm = 0.
+            update.drop()
         step += 1
         # log
-        line = {"step": step, "loss": round(loss, 5), "grad_norm": round(norm, 4),
+        line = {"step": step, "loss": round(loss, 5) if usable else None,
+                "grad_norm": round(norm, 4),
                 **{name: round(value, 5) for name, value in told_apart.items()},
                 "lr": job.optimizers[-1].param_groups[-1]["lr"],
                 # tokens of all ranks; the FLOPs are this GPU's, as its MFU is
@@ -753,7 +808,8 @@ def fit(job, out, args):
         bar.update()
         if first and bar.disable and time.time() - told > 10:
             told = time.time()
-            print(f"step {step}/{job.steps}  loss {loss:.3f}  {told - started:.0f} s, "
+            shown = f"loss {loss:.3f}" if usable else "no usable sample"
+            print(f"step {step}/{job.steps}  {shown}  {told - started:.0f} s, "
                   f"{line['eta']:,} s left, {line['samples_per_second']} samples/s, "
                   f"{line['data_wait']:.1%} waiting for data", flush=True)
         if job.watch and (step == job.steps or step % max(1, job.steps // 5) == 0):
@@ -769,6 +825,8 @@ def fit(job, out, args):
                 print(f"stopped at step {step}, saved; go on with --resume auto", file=sys.stderr)
             return stop.code
     bar.close()
+    for line in job.samples.journal.report() if first and job.samples else ():
+        print(line, file=sys.stderr)
     with together(job.model):
         if first:
             aside = out / "model.tmp"
@@ -828,12 +886,17 @@ def toy_sample(seed, stage, index, told):
 
 
 class Samples:
-    """Where samples come from: the toy world, without end, or a file in LLaVA's format."""
+    """Where samples come from: the toy world, without end, or a file in LLaVA's format.
+
+    Without --on-bad-sample skip a file with bad samples is refused here, before anything loads."""
 
     def __init__(self, args):
         self.args = args
-        self.rows = data.read_conversations(args.data) if args.data else None
-        self.epoch, self.order, self.drawn = -1, [], {}
+        self.rows = Rows(args.data, self.check) if args.data else None
+        self.epoch, self.order, self.drawn = -1, (), {}
+        self.ahead = self.journal = None        # micro-batches that workers make ahead
+        if self.rows and args.on_bad_sample == "error":
+            self.rows.refuse()
 
     def steps(self):
         row = self.args.row
@@ -850,54 +913,90 @@ class Samples:
                              "step is 0: give more --epochs or a smaller --batch")
         return steps
 
-    def row(self, index):
-        """The file's sample number `index` of the run; every epoch has an order of its own."""
+    def number(self, index):
+        """Where the run's sample number `index` is in the file; every epoch has an order of its
+        own. Of the toy world: the index."""
+        if not self.rows:
+            return index
         epoch, at = divmod(index, len(self.rows))
         if epoch != self.epoch:
             dice, row = torch.Generator().manual_seed(self.args.seed * 1000 + epoch), self.args.row
             if row.order == "modality":
-                # an empty row counts as one word here, and is named when its turn comes
-                words = [max(1, sum(len(turn["value"].split()) for turn in r["conversations"]))
-                         * (1 if r.get("image") is not None else -1) for r in self.rows]
-                order = data.modality_order(words, row.batch // row.groups, row.groups, dice)
+                order = data.modality_order(self.rows.words, row.batch // row.groups, row.groups,
+                                            dice)
             else:
                 order = torch.randperm(len(self.rows), generator=dice).tolist()
-            self.epoch, self.order = epoch, order
-        return self.rows[self.order[at]]
+            self.epoch, self.order = epoch, array("q", order)
+        return self.order[at]
+
+    def close(self):
+        """The workers go."""
+        self.ahead = None
+
+    def used(self, step):
+        """Numbers of the samples that the first `step` steps have drawn."""
+        return {self.number(i) for i in range(min(step * self.args.row.batch, len(self.rows)))}
+
+    def fault(self, index):
+        """What was found wrong with the sample when the file was read, or None."""
+        return self.rows.bad.get(self.number(index)) if self.rows else None
+
+    def id(self, index):
+        return self.rows[self.number(index)]["id"] if self.rows else index
 
     def name(self, index):
-        return f"sample {self.row(index)['id']}" if self.rows else f"toy sample {index}"
+        return f"sample {self.id(index)}" if self.rows else f"toy sample {index}"
+
+    def sample(self, index):
+        """Number `index` of the run, whatever the epoch: a row of the file, or of the toy world
+        {image: the picture itself, conversations}."""
+        if self.rows is not None:
+            return self.rows[self.number(index)]
+        if index not in self.drawn:             # asked for its words, then for its picture
+            if len(self.drawn) > 2 * self.args.row.batch:
+                self.drawn.clear()
+            self.drawn[index] = toy_sample(self.args.seed, self.args.stage, index,
+                                           self.args.row.told)
+        picture, talk = self.drawn[index]
+        return {"image": picture, "conversations": talk}
+
+    def asked(self, index):
+        """MiniGPT-4's instruction. quirk: one for a batch, not for a sample."""
+        if self.args.row.template != "minigpt4":
+            return ""
+        dice = random.Random(f"{self.args.seed}-{index // self.args.row.batch}")
+        # the toy LLaMA knows the words of its own
+        return dice.choice(world.DESCRIBE if self.rows is None else data.INSTRUCTIONS)
+
+    def check(self, sample):
+        """Raises data.BadData for a row that cannot be trained on, without counting its tokens."""
+        row = self.args.row
+        if row.template:
+            data.sample_pieces(sample, row.template)
+        elif len(data.images_of(sample)) != 1:
+            many = len(data.images_of(sample)) or "no"
+            raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
+                               "the row")
 
     def read(self, index):
-        """(picture or None, conversation) number `index` of the run, whatever the epoch; of a file
-        the picture's name."""
-        row, lines = self.args.row, data.INSTRUCTIONS
+        """(picture, conversation) as its template learns it; of a file the picture's name. Text
+        alone has None, and a sample of several pictures their list."""
+        sample, template = self.sample(index), self.args.row.template
+        talk = data._lesson(sample, template, self.asked(index)) if template else (
+            sample["conversations"])
+        return sample.get("image"), talk
+
+    def pictures(self, sample):
+        """The pictures themselves, in order. Raises data.Failure."""
         if self.rows is None:
-            if index not in self.drawn:         # asked for its words, then for its picture
-                if len(self.drawn) > 2 * row.batch:
-                    self.drawn.clear()
-                self.drawn[index] = toy_sample(self.args.seed, self.args.stage, index, row.told)
-            picture, talk = self.drawn[index]
-            lines = world.DESCRIBE              # the toy LLaMA knows the words of these
-        else:
-            chosen = self.row(index)
-            picture, talk = chosen.get("image"), chosen["conversations"]
-            if row.template in ("blip2", "minigpt4_caption", "minigpt4") and len(talk) != 2:
-                raise data.BadData(f"template {row.template} is learned from one question and one "
-                                   f"answer, not from {len(talk)} turns: split the sample")
-            if row.template in ("blip2", "minigpt4_caption"):
-                talk = [talk[0], {**talk[-1], "value": data.caption_text(talk[-1]["value"])}]
-        if row.template == "minigpt4":          # quirk: one instruction a batch, not a sample
-            dice = random.Random(f"{self.args.seed}-{index // row.batch}")
-            talk = [{"from": "human", "value": f"{data.MARK}\n{dice.choice(lines)}"}, talk[-1]]
-        return picture, talk
+            return data.images_of(sample)
+        return [data.load_image(data.picture_path(self.args.images, name))
+                for name in data.images_of(sample)]
 
     def __getitem__(self, index):
-        """`read`, and the picture itself."""
-        picture, talk = self.read(index)
-        if type(picture) is str:
-            picture = data.load_image(data.picture_path(self.args.images, picture))
-        return picture, talk
+        """`read`, with the picture itself in place of its name."""
+        pictures = self.pictures(self.sample(index)) or [None]
+        return pictures[0] if len(pictures) == 1 else pictures, self.read(index)[1]
 
 
 class Micro(NamedTuple):
@@ -909,7 +1008,7 @@ class Micro(NamedTuple):
     weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
     lengths: list | None            # packed: ids of each text
     counts: list                    # of each text: its tokens, learned ones, pictures
-    bad: list                       # of samples left out: what is wrong with them
+    left_out: list                  # (BAD or NOTHING, number in the file, why) of samples
 
 
 class Batches(torch.utils.data.Dataset):
@@ -923,32 +1022,31 @@ class Batches(torch.utils.data.Dataset):
 
     and a step's loss is a plain sum, however it is cut into rows, micro-batches or ranks. Pictures
     are read when a micro-batch is made, by workers ahead of time if there are any: it is a function
-    of (step, its number) alone, whoever makes it."""
+    of (step, its number) alone, whoever makes it.
 
-    def __init__(self, samples, model, args, rank=0, ranks=1, out=None):
+    A sample that cannot be used, or teaches nothing, has no place in a micro-batch. One micro-batch
+    in which nobody is left is passed over; among several ranks it becomes a `blank` one, so that
+    all come to the same places."""
+
+    def __init__(self, samples, model, args, rank=0, ranks=1):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
-        self.out, self.bad = out, []
+        self.left_out = []
         self.words, self.side, self.places = model.words, model.image_size, model.places()
-        self.device, self.planned, self.ahead = model.llm.embed.weight.device, (None, None), None
+        self.device, self.planned = model.llm.embed.weight.device, (None, None)
         if not args.pack and args.row.batch % (args.accum * ranks):
             raise data.Usage(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
                              f"micro-batches on each of {ranks} ranks; give another, or --pack")
 
     def text(self, index):
-        """(ids, labels) of a sample, none if it has nothing to learn. Raises data.Failure with its
-        name."""
+        """(ids, labels) of a sample. Raises data.Failure with its name; data.NothingToLearn, which
+        says why, where no token of it is learned."""
+        args, samples = self.args, self.samples
         try:
-            picture, talk = self.samples.read(index)
-            sample = {"conversations": talk, "image": picture}      # of the toy world
-            if self.samples.rows is not None:
-                sample = self.samples.row(index)
             return data.encode_sample(
-                sample, self.args.row.template, self.words, self.places, self.args.pack,
-                self.args.max_length, self.args.official_quirks, asked=talk[0]["value"])
-        except data.NothingToLearn:
-            return [], []
+                samples.sample(index), args.row.template, self.words, self.places, args.pack,
+                args.max_length, args.official_quirks, asked=samples.asked(index))
         except data.Failure as error:
-            raise type(error)(f"{self.samples.name(index)}: {error}") from None
+            raise type(error)(f"{samples.name(index)}: {error}") from None
 
     def size(self, ids):
         return len(ids) + (self.places - 1) * ids.count(data.IMAGE)
@@ -960,20 +1058,25 @@ class Batches(torch.utils.data.Dataset):
         if self.planned[0] == step:
             return self.planned[1]
         row, first = self.args.row, step * self.args.row.batch
-        texts, bad = [], []
+        texts, left_out, causes = [], [], Counter()
         for index in range(first, first + row.batch):
+            text = [], []
             try:
-                texts.append(self.text(index))
+                if self.samples.fault(index) is None:       # else it was listed at the start
+                    text = self.text(index)
+            except data.NothingToLearn as error:
+                left_out.append((NOTHING, self.samples.number(index), str(error)))
+                causes[str(error).removeprefix(f"{self.samples.name(index)}: ")] += 1
             except data.Failure as error:
                 if self.args.on_bad_sample == "error":
                     raise
-                texts.append(([], []))
-                bad.append(str(error))
+                left_out.append((BAD, self.samples.number(index), str(error)))
+            texts.append(text)
         learned = [sum(x != data.IGNORE for x in labels) for _, labels in texts]
-        if not any(learned):
+        if not any(learned) and self.args.on_bad_sample == "error":
+            why = "; ".join(f"{n} of them: {cause}" for cause, n in causes.most_common())
             raise data.BadData(f"{self.samples.name(first)} and the {row.batch - 1} after it have "
-                               "nothing to train on: no answer in them; correct them, or look at "
-                               "--show-batch")
+                               f"nothing to train on: {why}")
         group = row.batch // row.groups
         sums = [sum(learned[i:i + group]) for i in range(0, row.batch, group)]
         taught = [(first + i, *text, 1 / (row.groups * sums[i // group]))
@@ -985,7 +1088,7 @@ class Batches(torch.utils.data.Dataset):
             size = row.batch // (self.args.accum * self.ranks)
             micros = [[t for t in taught if (t[0] - first) // size == m]
                       for m in range(row.batch // size)]
-        self.planned, self.bad = (step, [m for m in micros if m]), bad
+        self.planned, self.left_out = (step, [m for m in micros if m]), left_out
         return self.planned[1]
 
     def __getitem__(self, at):
@@ -993,27 +1096,27 @@ class Batches(torch.utils.data.Dataset):
         step, number = at
         try:
             planned = self.plan(step)
-            # a rank that is dealt one less does the first once more, for nothing
-            dealt, spare = planned[number % len(planned)], number >= len(planned)
-            chosen, pixels, bad = [], [], list(self.bad) if number == 0 else []
+            left_out = list(self.left_out) if number == 0 else []
+            # a rank that is dealt one less, or nobody who can be used, gets a blank one
+            dealt = planned[number] if number < len(planned) else []
+            chosen, pixels = [], []
             for sample in dealt:
                 try:
-                    picture = self.picture(sample)
+                    pictures = self.pictures(sample)
                 except data.Failure as error:       # what it weighs is lost: the others are planned
                     if self.args.on_bad_sample == "error":
                         raise
-                    bad.append(str(error))
+                    left_out.append((BAD, self.samples.number(sample[0]), str(error)))
                     continue
                 chosen.append(sample)
-                if picture is not None:
-                    pixels.append(picture)
-            if not chosen:
-                raise data.BadData(f"a whole micro-batch cannot be used; the first: {bad[0]}")
+                pixels += pictures
         except data.Failure as error:
             return error
+        if not chosen:
+            return self.blank(left_out)
         texts = [(ids, labels) for _, ids, labels, _ in chosen]
         lengths = [len(ids) for ids, _ in texts]
-        weights = torch.tensor([0. if spare else t[-1] for t in chosen])
+        weights = torch.tensor([t[-1] for t in chosen])
         if self.args.pack:
             ids, labels = (torch.tensor([[x for t in texts for x in t[i]]]) for i in (0, 1))
             weights, keep = weights.repeat_interleave(torch.tensor(lengths))[None], None
@@ -1021,20 +1124,26 @@ class Batches(torch.utils.data.Dataset):
             ids, labels = data.collate(texts, self.words.pad)
             keep = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
             weights = weights[:, None].expand(ids.shape)
-            if len(planned) == self.args.row.groups == self.ranks == 1:
+            if len(planned) == self.args.row.groups == self.ranks == 1 and chosen == dealt:
                 weights = None              # one group in one micro-batch: the plain mean
-        counts = [] if spare else [
-            (sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
-             ids.count(data.IMAGE)) for ids, labels in texts]
+        counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
+                   ids.count(data.IMAGE)) for ids, labels in texts]
         return Micro(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
-                     lengths if self.args.pack else None, counts, bad)
+                     lengths if self.args.pack else None, counts, left_out)
 
-    def picture(self, planned):
-        """Pixels (1, 3, S, S) of a planned sample, or None. Raises data.Failure with its name."""
+    def blank(self, left_out):
+        """A micro-batch without a sample: two tokens that weigh nothing."""
+        ids = torch.full((1, 2), self.words.pad)
+        labels = torch.tensor([[data.IGNORE, self.words.pad]])
+        packed = bool(self.args.pack)
+        return Micro(ids, labels, None, None if packed else torch.ones(1, 2, dtype=torch.bool),
+                     torch.zeros(1, 2), [2] if packed else None, [], left_out)
+
+    def pictures(self, planned):
+        """[pixels (1, 3, S, S)] of a planned sample. Raises data.Failure with its name."""
         try:
-            picture = self.samples[planned[0]][0]
-            return None if picture is None else data.preprocess(picture, self.side,
-                                                                self.args.row.aspect)
+            return [data.preprocess(picture, self.side, self.args.row.aspect)
+                    for picture in self.samples.pictures(self.samples.sample(planned[0]))]
         except data.Failure as error:
             raise type(error)(f"{self.samples.name(planned[0])}: {error}") from None
 
@@ -1042,36 +1151,30 @@ class Batches(torch.utils.data.Dataset):
         """Of this rank's micro-batches in steps first .. last-1, all ranks having as many."""
         for step in range(first, last):
             try:
-                many = -(-len(self.plan(step)) // self.ranks) * self.ranks
+                many = -(-max(1, len(self.plan(step))) // self.ranks) * self.ranks
             except data.Failure:
                 many = self.ranks           # __getitem__ will meet it and hand it over
             yield from ((step, number) for number in range(self.rank, many, self.ranks))
 
     def __call__(self, step):
-        if self.args.workers and self.ahead is None:
-            self.ahead = iter(torch.utils.data.DataLoader(
+        if self.args.workers and self.samples.ahead is None:
+            self.samples.ahead = iter(torch.utils.data.DataLoader(
                 self, batch_size=None, sampler=self.numbers(step, self.samples.steps()),
                 num_workers=self.args.workers, worker_init_fn=apart, generator=torch.Generator(),
+                multiprocessing_context="fork",     # they share the block of `Rows`
                 pin_memory=self.device.type == "cuda"))
+        left_out = []
         for at in self.numbers(step, step + 1):
-            micro = next(self.ahead) if self.args.workers else self[at]
+            micro = next(self.samples.ahead) if self.args.workers else self[at]
             if isinstance(micro, data.Failure):
                 raise micro
-            if micro.bad:
-                self.list(step, micro.bad)
+            left_out += micro.left_out
+            if not micro.counts and self.ranks == 1:
+                continue
             yield micro._replace(**{name: t.to(self.device, non_blocking=True)
                                     for name, t in micro._asdict().items() if torch.is_tensor(t)})
-        if step + 1 == self.samples.steps():
-            self.ahead = None                   # the workers go
-
-    def list(self, step, bad):
-        """Write down what was left out. Raises data.BadData when it has become too much."""
-        path = self.out / "bad_samples.jsonl"
-        with open(path, "a") as f:
-            f.writelines(json.dumps({"step": step + 1, "why": why}) + "\n" for why in bad)
-        if (many := len(path.read_text().splitlines())) > self.args.most_bad:
-            raise data.BadData(f"{path}: {many} samples left out, more than --most-bad "
-                               f"{self.args.most_bad}; the last: {bad[-1]}")
+        if self.samples.journal:
+            self.samples.journal.add(step + 1, gathered(left_out))
 
 
 def apart(worker):
@@ -1084,7 +1187,7 @@ def apart(worker):
 
 def make_batches(samples, model, args, out):
     """step -> this rank's micro-batches."""
-    return Batches(samples, model, args, rank(), ranks(), out)
+    return Batches(samples, model, args, rank(), ranks())
 
 
 def cosine(step, steps, warmup):
@@ -1233,6 +1336,7 @@ def new_model(args, start, out):
 def bridge_job(args, out, device):
     """Stages 1 and 2 of everything that has a LLaMA."""
     row, samples = args.row, Samples(args)
+    samples.journal = Journal(samples, out, args.most_bad)
     steps = samples.steps()
     before = ("none" if args.stage == 1 else out.parent / "stage1/model")
     if args.stage == 1 and args.recipe == "sharegpt4v":
@@ -1280,12 +1384,13 @@ def bridge_job(args, out, device):
     return Job(model, made, steps, make_batches(samples, model, args, out), loss,
                factor_of(row, steps), finish, row.clip,
                watcher(model, row) if args.base == "toy" and not args.data else None,
-               batch=row.batch, work=work, held=held)
+               batch=row.batch, work=work, held=held, samples=samples)
 
 
 def retriever_job(args, out, device):
     """BLIP-2's first stage: pictures and captions, no LLaMA."""
     row, samples = args.row, Samples(args)
+    samples.journal = Journal(samples, out, args.most_bad)
     steps, model = samples.steps(), new_retriever(args).to(device)
 
     def micro(first):
@@ -1310,7 +1415,7 @@ def retriever_job(args, out, device):
                lambda x: {name: loss / args.accum for name, loss in
                           model.losses(*x[:3], seed=x[3], only=row.losses).items()},
                factor_of(row, steps),
-               model.save_pretrained, row.clip, batch=row.batch)
+               model.save_pretrained, row.clip, batch=row.batch, samples=samples)
 
 
 # ------------------------------------------------------------------------------- the forecast
@@ -1368,14 +1473,14 @@ def kinds_of(args):
     """(samples of an epoch, their kinds, where that is from)."""
     row, llm = args.row, parts(args)[1]
     if args.data:
-        rows = data.read_conversations(args.data)
-        some = rows[::-(-len(rows) // 200)]
-        talks = [(f"{args.data}: sample {r['id']}", r.get("image") is not None, r["conversations"])
-                 for r in some]
-        total, source = len(rows), f"{len(talks)} samples of {args.data}"
+        samples = Samples(args)
+        good = [i for i in range(len(samples.rows)) if i not in samples.rows.bad]
+        some = [samples.rows[i] for i in good[::max(1, -(-len(good) // 200))]]
+        talks = [(f"{args.data}: sample {sample['id']}", sample) for sample in some]
+        total, source = len(samples.rows), f"{len(talks)} samples of {args.data}"
     elif args.base == "toy":
-        talks = [("toy sample", True, toy_sample(args.seed, args.stage, i, row.told)[1])
-                 for i in range(64)]
+        talks = [("toy sample", dict(zip(("image", "conversations"), toy_sample(
+            args.seed, args.stage, i, row.told)))) for i in range(64)]
         total, source = row.steps * row.batch, "64 samples of the toy world"
     else:
         kinds = (DESCRIPTIONS if row.told == "descriptions" else
@@ -1386,17 +1491,26 @@ def kinds_of(args):
             raise data.Usage("--plan: how many samples? give --data or --steps")
         return total, kinds, "estimates of the official data's lengths, no --data"
     words, kinds = data.Tokenizer(llm) if Path(llm).is_dir() else None, []
-    for name, picture, talk in talks:
+    for name, sample in talks:
+        pictures, talk = len(data.images_of(sample)), sample["conversations"]
         if words:
             try:
-                ids, labels = data.encode(talk, row.template, words, picture)
+                ids, labels = data.encode_sample(sample, row.template, words, 1)
+            except data.NothingToLearn:
+                continue
             except data.BadData as error:
+                if args.on_bad_sample == "skip":
+                    continue
                 raise data.BadData(f"{name}: {error}") from None
-            text, learned = len(ids) - picture, sum(x != data.IGNORE for x in labels)
+            text, learned = len(ids) - pictures, sum(x != data.IGNORE for x in labels)
         else:                           # three words of English are about four tokens
             counts = [len(t["value"].split()) * 4 / 3 for t in talk]
             text, learned = 40 + sum(counts), sum(counts[1::2])
-        kinds.append((1 / len(talks), text, learned, int(picture)))
+        kinds.append((text, learned, pictures))
+    if not kinds:
+        raise data.BadData(f"{args.data}: not one of {len(talks)} samples can be learned from: "
+                           "python data.py check lists what is wrong")
+    kinds = [(1 / len(kinds), *kind) for kind in kinds]
     return total, tuple(kinds), source + ("" if words else ", 4 tokens for 3 words")
 
 
@@ -1871,11 +1985,8 @@ def resolved(args):
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
             "checkpoint", "offload", "on_bad_sample", "most_bad", *(f.name for f in fields(Stage))}
-    size = {}
-    if args.data and os.path.exists(args.data):             # a name stays while its file changes
-        size["data_bytes"] = os.path.getsize(args.data)
     return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
-                                  **size, "stage_row": vars(args.row)}))
+                                  "stage_row": vars(args.row)}))
 
 
 def claim(out):
@@ -1910,9 +2021,14 @@ def check(out, args):
     changed = [f"--{k.replace('_', '-')}" for k in new
                if k not in ("stage_row", "start") and old.get(k) != new[k]]
     if changed:
-        changed = ["another --data file" if flag == "--data-bytes" else flag for flag in changed]
         raise data.BadData(f"{out}: --resume with other flags ({', '.join(changed)}); give the "
                            "flags of its config.json, or --overwrite to start anew")
+
+
+def compare_finished(args, out):
+    """A run that is finished: refuses another --data file than it has learned from."""
+    samples = Samples(argparse.Namespace(**{**vars(args), "on_bad_sample": "skip"}))
+    Journal(samples, out, args.most_bad).compare(samples.steps())
 
 
 def manifest(out, args, job):
@@ -1921,7 +2037,7 @@ def manifest(out, args, job):
     config.json is the first file of a run to come and the last to go."""
     if args.overwrite:
         for name in ("step-*", "model", "model.tmp", "metrics.jsonl", "samples.jsonl",
-                     "bad_samples.jsonl", "loss.png",
+                     *LISTS, "rows.safetensors", "loss.png",
                      "nan-step-*.json", "run.json", "config.json"):
             for path in out.glob(name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1938,15 +2054,30 @@ def manifest(out, args, job):
         indent=1) + "\n")
 
 
-def show(samples, words, args):
-    """Samples as the model reads them, what is learned in colour (in brackets off a terminal)."""
+def show(args):
+    """Samples as the model reads them, what is learned in colour (in brackets off a terminal). What
+    a run would refuse is refused."""
+    model, samples = blank(args), Samples(args)
+    folder = parts(args)[1] if args.start in (None, "none") else args.start
+    model.words = data.Tokenizer(data.resolve(folder))
+    batches = Batches(samples, model, args)
     for index in range(args.show_batch):
-        picture, talk = samples[index]
-        ids, labels = data.encode(talk, args.row.template, words, picture is not None,
-                                  args.official_quirks)
-        print(f"sample {index}: {len(ids) - ids.count(data.IMAGE)} tokens and a picture" if picture
-              else f"sample {index}: {len(ids)} tokens")
-        print(data.marked(ids, labels, words))
+        try:
+            if why := samples.fault(index):
+                raise data.BadData(why)
+            ids, labels = batches.text(index)
+            batches.pictures((index, ids, labels))
+        except data.NothingToLearn as error:
+            print(f"sample {index}: teaches nothing: {error}")
+        except data.Failure as error:
+            if args.on_bad_sample == "error":
+                raise
+            print(f"sample {index}: left out: {error}")
+        else:
+            many = ids.count(data.IMAGE)
+            seen = ("", " and a picture")[many] if many < 2 else f" and {many} pictures"
+            print(f"sample {index}: {len(ids) - many} tokens{seen}")
+            print(data.marked(ids, labels, model.words))
 
 
 def train(args):
@@ -1973,7 +2104,7 @@ def train(args):
         settle(args)
     torch.use_deterministic_algorithms(True, warn_only=True)
     if args.show_batch:
-        show(Samples(args), data.Tokenizer(data.resolve(parts(args)[1])), args)
+        show(args)
         return 0
     if args.stage == 0:
         for part, make in (("clip", clip_job), ("llama", llama_job)):
@@ -1998,6 +2129,8 @@ def train(args):
             if rank() == 0:
                 check(out, args)
             if args.resume and (out / "model").exists():
+                if args.data and os.path.exists(args.data):
+                    compare_finished(args, out)
                 print(f"{out / 'model'} is finished already")
                 return 0
             job = (retriever_job if args.row.losses else bridge_job)(args, out, device)
