@@ -50,6 +50,7 @@ def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
           repetition_penalty=1.0, stop=()):
     """What is wrong with these settings, or None; the defaults are everybody's."""
     stop = [stop] if type(stop) is str else stop
+    ends = "".join(stop)
     unused = temperature == 0 and (top_p != 1 or top_k != 0)
     wrong = {"max-new-tokens must be at least 1": max_new_tokens < 1,
              "temperature must be 0 or more": not 0 <= temperature < math.inf,
@@ -58,6 +59,8 @@ def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
              "num-beams must be at least 1": num_beams < 1,
              "repetition-penalty must be above 0": not 0 < repetition_penalty < math.inf,
              "stop must be a text to end at, not an empty one": not all(stop),
+             "stop is not valid UTF-8: type it again":
+                 ends != ends.encode(errors="replace").decode(),
              "num-beams above 1 needs temperature 0": num_beams > 1 and temperature > 0,
              "top-p and top-k do nothing with num-beams above 1: leave them out":
                  num_beams > 1 and unused,
@@ -900,11 +903,20 @@ def remembered(model, turns, shown, max_new_tokens):
     return kept, shown
 
 
-def with_picture(model, shown, turn, path):
-    """`shown` with one more picture in this turn, behind those that it has.
+def check_room(model, picture):
+    """Raises data.Usage if a turn cannot hold these pictures, data.Failure if the model's context
+    cannot."""
+    taken = places(model, ask(["?"], model.template, model.words, numbers({0: picture})),
+                   picture[1])
+    if taken >= model.llm.config.context:
+        raise data.Failure(f"{', '.join(map(str, picture[2]))}: take {taken} places in one "
+                           f"question, the model's context has {model.llm.config.context}: give "
+                           "fewer pictures")
 
-    If the model takes no more, the new one alone. Raises data.Failure for pictures that leave the
-    question no room in the model's context."""
+
+def with_picture(model, shown, turn, path):
+    """`shown` with one more picture in this turn, behind those that it has; {0: the new one alone}
+    if the model takes no more. Raises as `check_room` does."""
     new = pictured(model, [path])
     both = new
     if turn in shown:
@@ -912,15 +924,11 @@ def with_picture(model, shown, turn, path):
         both = pixels, sizes, [*shown[turn][2], path]
     after = {**shown, turn: both}
     try:
-        ask([""] * (turn + 1), model.template, model.words, numbers(after))
+        ask(["?"] * (turn + 1), model.template, model.words, numbers(after))
     except data.Usage as error:
         note(f"note: {error}: the talk begins anew with this one")
         return {0: new}
-    alone = ask([""], model.template, model.words, numbers({0: both}))
-    taken, context = places(model, alone, both[1]), model.llm.config.context
-    if taken >= context:
-        raise data.Failure(f"{path}: with it the pictures of this question take {taken} places, the "
-                           f"model's context has {context}: ask about fewer at a time")
+    check_room(model, both)
     return after
 
 
@@ -953,7 +961,7 @@ def chat(model, picture, args):
                 turns, shown = [], {0: shown[max(shown)]}
             elif command == "/image":
                 shown = with_picture(model, shown, len(turns), path)
-                turns = turns if max(shown) == len(turns) else []
+                turns = turns if len(turns) in shown else []        # the talk began anew
             elif command == "/save" and path and turns:
                 saved(path, turns, shown)
             elif command.startswith("/"):
@@ -1026,8 +1034,8 @@ def main(args):
     for path in args.images:
         data.load_image(path)
     model = load(args, args.quantize)
-    ask([args.prompt or ""], model.template, model.words, [0] * len(args.images))   # so many?
     picture = pictured(model, args.images)
+    check_room(model, picture)
     if args.prompt is None:
         return chat(model, picture, args)
     answer(model, [args.prompt], {0: picture}, args)

@@ -42,9 +42,8 @@ def spell(tokens, tokenizer):
     for token in tokens:
         groups, pending = whole_groups(pending + [token], decode)
         for group, text in groups:
-            text = text if begun else tokenizer.decode(group)
+            yield text if begun else tokenizer.decode(group)
             begun = begun or bool(text)
-            yield text
     rest = getattr(tokens, "rest", "")
     text = decode(pending) if begun else tokenizer.decode(pending)
     yield text + rest if rest else text.rstrip("\ufffd")
