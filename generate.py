@@ -33,6 +33,7 @@ Next: evaluate.py, which keeps the score.
 import argparse
 import math
 import os
+import re
 
 DEFAULT = "runs/toy/llava-1.5/stage2/model"
 
@@ -48,6 +49,9 @@ def text_fault(text):
 def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
           repetition_penalty=1.0, stop=()):
     """What is wrong with these settings, or None; the defaults are everybody's."""
+    stop = [stop] if type(stop) is str else stop
+    ends = "".join(stop)
+    unused = temperature == 0 and (top_p != 1 or top_k != 0)
     wrong = {"max-new-tokens must be at least 1": max_new_tokens < 1,
              "temperature must be 0 or more": not 0 <= temperature < math.inf,
              "top-p must be above 0 and at most 1": not 0 < top_p <= 1,
@@ -55,14 +59,31 @@ def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
              "num-beams must be at least 1": num_beams < 1,
              "repetition-penalty must be above 0": not 0 < repetition_penalty < math.inf,
              "stop must be a text to end at, not an empty one": not all(stop),
-             "num-beams above 1 needs temperature 0": num_beams > 1 and temperature > 0}
+             "stop is not valid UTF-8: type it again":
+                 ends != ends.encode(errors="replace").decode(),
+             "num-beams above 1 needs temperature 0": num_beams > 1 and temperature > 0,
+             "top-p and top-k do nothing with num-beams above 1: leave them out":
+                 num_beams > 1 and unused,
+             "top-p and top-k do nothing at temperature 0: give --temperature above 0 as well, or "
+             "leave them out": unused}
     return next((line for line, true in wrong.items() if true), None)
+
+
+def named_picture(text):
+    """Is the last argument a picture, and not the question? A file that exists is one, and so is a
+    word that ends as pictures do: a missing picture is an error, not a question."""
+    folder = os.path.dirname(text)
+    suffix = re.search(r"\.(png|jpe?g|webp|gif|bmp|tiff?|heic|avif)$", text.strip(), re.I)
+    one_path = not re.search(r"\s", text.strip()) or bool(folder) and os.path.isdir(folder)
+    return os.path.exists(text) or bool(suffix) and one_path
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Talk to a model about an image.", allow_abbrev=False)
-    p.add_argument("image", help="a picture, or a folder of pictures (then with --out)")
-    p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
+    p.add_argument("images", nargs="+", metavar="image", help="one picture or several, or a folder "
+                   "of pictures (then with --out)")
+    p.add_argument("prompt", nargs="?", help="the question, which comes last; without it, a chat in "
+                   "the terminal")
     p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
     p.add_argument("--template", help="how the model is asked, instead of what its config says")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -82,24 +103,35 @@ def arguments(argv=None):
     p.add_argument("--layer", type=int, help="whose attention (default: the one that looks most)")
     p.add_argument("--verbose", action="store_true", help="tokens a second")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch-size", type=int, default=8, help="pictures of a folder at a time")
+    p.add_argument("--batch-size", type=int, help="pictures of a folder at a time (default: 8)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--debug", action="store_true", help="tracebacks")
     a = p.parse_args(argv)
     a.settings = {name: getattr(a, name) for name in
                   ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams",
                    "repetition_penalty", "stop")}
+    # argparse gives `images` all it gets: the last one is the question if it is no picture
+    if len(a.images) > 1 and not named_picture(a.images[-1]):
+        a.prompt = a.images.pop()
+    a.image = a.images[0]
     folder, wrong = os.path.isdir(a.image), fault(**a.settings)
     if a.prompt is not None:
         a.prompt, wrong = a.prompt.strip(), wrong or text_fault(a.prompt)
+    if not folder and a.batch_size is not None:
+        wrong = "--batch-size is for a folder of pictures: leave it out"
+    a.batch_size = 8 if a.batch_size is None else a.batch_size
     if a.batch_size < 1 or not 0 <= a.seed < 2 ** 62:
         wrong = "batch-size must be at least 1, seed 0 or more (below 2^62)"
-    if folder and not (a.prompt and a.out):
+    if len(a.images) > 1 and any(map(os.path.isdir, a.images)):
+        wrong = "a folder of pictures is asked about alone: give one folder, or pictures"
+    elif folder and not (a.prompt and a.out):
         wrong = wrong or f"{a.image} is a folder: give a question and --out FILE.json"
     if a.out and os.path.exists(a.image) and not folder:
         wrong = "--out is for a folder of pictures; the answer about one goes to stdout"
-    if a.attention and (folder or a.prompt is None):
+    if a.attention and (folder or a.prompt is None or len(a.images) > 1):
         wrong = "--attention is for one question about one picture"
+    if a.layer is not None and not a.attention:
+        wrong = "--layer says whose attention is drawn: give --attention FILE.png as well"
     if a.out and not os.path.isdir(os.path.dirname(a.out) or "."):
         wrong = f"--out {a.out}: no such folder: make it first"
     return p.error(wrong) if wrong else a
@@ -120,6 +152,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from decoding.stopping import StopTexts, spell
 from kernels import rope, rope_table
 from kernels.launch import SPEC
 from kernels.quantize import fast_bf16, lay, quantize
@@ -132,14 +165,24 @@ from projector import VLM
 def ask(turns, template, words, shown=(0,)):
     """Ids of a conversation about pictures, ending where the model starts to write.
 
-    turns: texts of person and model alternately, the person's first and last; a picture stands
-    before each turn whose number is in `shown`. A typed "<image>" is no picture (and gets spaces
-    around it where a picture follows later)."""
-    talk = [{"from": ("human", "gpt")[i % 2], "value": f"{data.MARK}\n" * (i in shown) + text}
-            for i, text in enumerate(turns)]
-    real = [here for i, text in enumerate(turns)
-            for here in [True] * (i in shown) + [False] * text.count(data.MARK)]
-    last = len(real) - real[::-1].index(True)           # marks behind the last picture are letters
+    turns: texts of person and model alternately, the person's first and last. shown: numbers of
+    turns, each for a picture at the front of that turn: (0, 0, 2) is two in the first and one in
+    the third. A typed "<image>" is no picture (and gets spaces around it where a picture follows
+    later). Raises data.Usage where the template has no place for so many."""
+    counts = [list(shown).count(i) for i in range(len(turns))]
+    style = data.TEMPLATES[template].style if template in data.TEMPLATES else None
+    if style in ("plain", "instruct") and sum(counts) > 1:
+        raise data.Usage(f"a model with the template {template} takes one picture: give one")
+    if style == "minigpt4" and max(counts) > 1:
+        raise data.Usage(f"a model with the template {template} takes one picture a turn: ask "
+                         "about one after the other")
+    talk = [{"from": ("human", "gpt")[i % 2], "value": f"{data.MARK}\n" * n + text}
+            for i, (n, text) in enumerate(zip(counts, turns))]
+    real = []                                           # of each mark: is it a picture?
+    for n, text in zip(counts, turns):
+        real += [True] * n + [False] * text.count(data.MARK)
+    # marks behind the last picture are letters
+    last = len(real) - real[::-1].index(True) if True in real else 0
     ids = data.chat_ids(talk, template, words, pictures=last)
     if all(real[:last]):
         return ids
@@ -204,19 +247,6 @@ def stop_text(model, eos=None):
     return template.end if model.words.added(template.end) is None else None
 
 
-def stopped(tokens, model, stops):
-    """How many tokens at the end hold a stop text (0: none), and whether they may yet become one.
-    A token that holds more than that goes with it. stops: texts, or one, or None."""
-    stops = [stops] if type(stops) is str else stops
-    if not stops:
-        return 0, False
-    longest, words = max(len(stop.encode()) for stop in stops), model.words
-    a = words.encode("a", bos=False)[-1:]               # a text's first space is dropped: `spell`
-    tails = [words.decode(a + tokens[-n:])[1:] for n in range(1, 2 + longest)]
-    return (next((n for n, text in enumerate(tails, 1) if any(s in text for s in stops)), 0),
-            any(tails[-1].endswith(s[:n]) for s in stops for n in range(1, len(s))))
-
-
 def penalise(scores, seen, penalty):
     """scores (B, V), logits or log-probabilities; seen (B, V) bool."""
     less = torch.where(scores < 0, scores * penalty, scores / penalty)
@@ -229,6 +259,11 @@ def seen_in(prompts, vocab, device):
     for row, ids in zip(seen, prompts):
         row[[i for i in ids if i >= 0]] = True
     return seen.to(device)
+
+
+def limit(room, max_new_tokens):
+    """Why an answer of `room` tokens goes on no further."""
+    return "length" if room == max_new_tokens else "context"
 
 
 def predict(llm, x, cache, positions=None, keep=None):
@@ -408,61 +443,78 @@ def replayed(llm, x, keep, memory, choose, count):
 
 
 @torch.inference_mode()
-def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0):
+def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0,
+          answer=None):
     """The tokens of the answer with the best mean log-probability, its end counted.
+    answer: is told why it ended, as in `decode`.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
     best `width` others go on, until `width` have ended and none that runs has a better mean:
     transformers' rule (length_penalty 1, early_stopping False)."""
     llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes])
     memory = Cache(llm.config, 1, x.shape[1] + room, x)
-    running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
+    stop = {stop: "stop"} if type(stop) is str else stop or {}
+    # (sum of log-probabilities, parent, tokens, what looks for stop texts in them)
+    running, done = [(0.0, 0, [], StopTexts(stop, getattr(model, "words", None)))], []
     for step in range(1, room + 1):
         scores = predict(llm, x, memory).log_softmax(-1)                             # (n, V)
         if scores.isnan().any():
             raise damaged()
         if penalty != 1:
-            seen = seen_in([ids + row for _, _, row in running], scores.shape[1], scores.device)
+            seen = seen_in([ids + row for _, _, row, _ in running], scores.shape[1], scores.device)
             scores = penalise(scores, seen, penalty)
-        scores = scores + scores.new_tensor([[score] for score, _, _ in running])
+        scores = scores + scores.new_tensor([[score] for score, *_ in running])
         wanted = width * (1 + len(ends) + bool(stop))
         best, heads = scores.flatten().topk(min(wanted, scores.numel())), []
         for rank, (score, at) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             parent, token = divmod(at, scores.shape[1])
-            tokens = running[parent][2] + [token]
-            over = token in ends or stopped(tokens, model, stop)[0]
-            if not over and len(heads) < width:
-                heads.append((score, parent, tokens))
-            elif over and rank < width:
-                done.append((score / step, tokens[:-over]))     # True is 1
+            tokens, watch = running[parent][2] + [token], running[parent][3].copy()
+            if token in ends:
+                reason = watch.finish()[1] or "end"
+            else:
+                _, reason = watch.add(token)
+            if not reason and len(heads) < width:
+                heads.append((score, parent, tokens, watch))
+            elif reason and rank < width:
+                done.append((score / step, tokens[:watch.count], reason, watch.rest))
         done, running = sorted(done, reverse=True)[:width], heads
         if not heads or len(done) == width and done[-1][0] >= heads[0][0] / step:
             break
-        parents = torch.tensor([parent for _, parent, _ in heads], device=x.device)
+        parents = torch.tensor([parent for _, parent, *_ in heads], device=x.device)
         memory.pick(parents)
-        x = torch.tensor([[tokens[-1]] for _, _, tokens in heads], device=x.device)  # (n, 1)
+        x = torch.tensor([[tokens[-1]] for _, _, tokens, _ in heads], device=x.device)  # (n, 1)
     else:
-        done += [(score / room, tokens) for score, _, tokens in running]
-    return max(done)[1]
+        for score, _, tokens, watch in running:
+            reason = watch.finish()[1] or limit(room, max_new_tokens)
+            done.append((score / room, tokens[:watch.count], reason, watch.rest))
+    _, tokens, *told = max(done)
+    if answer is not None:
+        answer.finish_reason, answer.rest = told
+    return tokens
 
 
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=()):
+           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=(),
+           answers=None):
     """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
 
-    Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
+    Row i draws from its own dice, seed + i: its neighbours cannot change what it says.
+    answers: for each row an object, which is told `finish_reason` and `rest`: see `Generation`."""
     if wrong := fault(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty,
                       stop):
         raise data.Usage(wrong)
     if stop and not hasattr(model, "words"):
         raise data.Usage("stop texts need a model with a tokenizer: give a VLM, or eos")
     ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
-    stop = [stop] if type(stop) is str else stop
-    stop = [text for text in (stop_text(model, eos), *stop) if text]
+    answers = answers or [Tokens() for _ in prompts]
+    stop = dict.fromkeys([stop] if type(stop) is str else stop, "stop")
+    if own := stop_text(model, eos):
+        stop[own] = "end"
     if num_beams > 1:
-        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty)
-               for p, x, size in zip(prompts, pictures, sizes, strict=True)]
+        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty,
+                     answer)
+               for p, x, size, answer in zip(prompts, pictures, sizes, answers, strict=True)]
         return
     llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
@@ -470,70 +522,89 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     # FSDP gathers weights on a stream of its own, which a graph cannot record
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     way = replayed if cache and x.is_cuda and alone else one_by_one
-    held, alive = [[] for _ in prompts], [True] * len(prompts)
+    watches = [StopTexts(stop, getattr(model, "words", None)) for _ in prompts]
+    alive = [True] * len(prompts)
     for step, new in enumerate(way(llm, x, keep, memory, choose, max(room))):
         if min(new) < 0:
             raise damaged()
         out = [[] for _ in prompts]
         for i, token in enumerate(new):
-            if alive[i]:
-                alive[i] = step < room[i] and token not in ends
-                held[i] += [token] * alive[i]
-                found, wait = stopped(held[i], model, stop)
-                if found:
-                    alive[i], held[i] = False, held[i][:-found]
-                if not (wait and alive[i]):
-                    out[i], held[i] = held[i], []
+            if not alive[i]:
+                continue
+            reason = "end" if token in ends else None
+            if not reason:
+                out[i], reason = watches[i].add(token)
+            if not reason and step + 1 == room[i]:
+                reason = limit(room[i], max_new_tokens)
+            if reason:
+                tokens, found = watches[i].finish()
+                out[i], alive[i] = out[i] + tokens, False
+                answers[i].finish_reason, answers[i].rest = found or reason, watches[i].rest
         if any(out) or any(alive):
             yield out
         if not any(alive):
             return
-    yield held
 
 
 # ------------------------------------------------------------------------------------- answers
 
+class Generation:
+    """Iterator of the token ids of an answer. After the last one:
+
+    finish_reason   "end"      the model has finished: its end token, or its template's end text
+                    "stop"     a text of `stop` came
+                    "length"   cut: max_new_tokens were written
+                    "context"  cut: the model's context is full
+    said, times     the ids so far, and when each came (time.perf_counter)
+    rest            characters before the stop text in the token in which it begins, which is not
+                    handed out; `spell` and `stream` write them"""
+
+    def __init__(self, decoded):
+        """decoded: a function of the answer to be told, which gives rows as `decode` does."""
+        self.finish_reason, self.rest, self.said, self.times = None, "", [], []
+        self.tokens = (token for row in decoded(self) for token in row[0])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.said.append(next(self.tokens))
+        self.times.append(time.perf_counter())
+        return self.said[-1]
+
+
+class Tokens(list):
+    """The token ids of an answer in a batch; finish_reason and rest: as in `Generation`."""
+    finish_reason, rest = None, ""
+
+
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
              num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0,
              stop=()):
-    """Iterator of the token ids that follow the prompt, without the end token.
+    """`Generation`: iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
     (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
     all at once, and always use the cache.
-    stop: texts before which the answer ends.
+    stop: texts before which the answer ends, and the token in which one begins is left out.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
-    rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
-                  seed, eos, cache, None if sizes is None else [sizes], repetition_penalty, stop)
-    return (token for row in rows for token in row[0])
+    return Generation(lambda answer: decode(
+        model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams, seed, eos,
+        cache, None if sizes is None else [sizes], repetition_penalty, stop, [answer]))
 
 
 def generate_batch(model, prompts, pictures=None, **settings):
-    """What `generate` says to each of many prompts, decoded side by side; row i has seed + i.
+    """`Tokens` of each of many prompts, what `generate` says to it, side by side; row i has seed
+    + i.
 
     pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
     settings as for `generate`."""
-    out = [[] for _ in prompts]
-    for row in decode(model, prompts, pictures or [None] * len(out), **settings) if out else ():
+    out, pictures = [Tokens() for _ in prompts], pictures or [None] * len(prompts)
+    for row in decode(model, prompts, pictures, **settings, answers=out) if out else ():
         for tokens, new in zip(out, row):
             tokens += new
     return out
-
-
-def spell(tokens, words):
-    """Token ids -> pieces of text as they come, each of whole characters only.
-
-    Bytes that never become a character are U+FFFD inside a text and nothing at its end."""
-    anchor, held = [], []
-    for token in tokens:
-        held.append(token)
-        # decoding drops a text's first space, so later pieces are decoded behind an "a"
-        text = words.decode(anchor + held)[len(anchor):]
-        if not text.endswith("\ufffd"):
-            yield text
-            anchor, held = words.encode("a", bos=False)[-1:], []
-    yield words.decode(anchor + held)[len(anchor):].rstrip("\ufffd")
 
 
 def stream(model, ids, pixels=None, **settings):
@@ -553,6 +624,8 @@ def looked(model, ids, tokens, pixels, layer=None):
     if model.kind == "qformer" or model.aspect == "anyres":
         raise data.Usage("--attention needs a model that reads a picture as one grid of patches: "
                          "LLaVA or LLaVA-1.5, no Q-Former and no tiles")
+    if ids.count(data.IMAGE) != 1:
+        raise data.Usage("--attention is for one question about one picture: give one")
     llm, at = model.llm, ids.index(data.IMAGE)
     if layer is not None and not 0 <= layer < llm.config.depth:
         raise data.Usage(f"--layer {layer}: the model has layers 0 to {llm.config.depth - 1}")
@@ -691,12 +764,21 @@ def see(path, model):
     return model.pixels(image), [image.size] if model.aspect == "anyres" else None
 
 
-def sample_of(name, turns):
-    """One LLaVA sample. In a file any <image> is a picture, so a typed one gets a space."""
+def sample_of(name, turns, shown=(0,)):
+    """One LLaVA sample. name: of its picture, or a list with one for each number in `shown`, which
+    are as for `ask`. In a file any <image> is a picture, so a typed one gets a space."""
+    shown = list(shown)
     turns = [t.replace(data.MARK, "< image>") for t in turns]
-    turns[0] = f"{data.MARK}\n{turns[0]}"
-    return {"id": name, "image": name, "conversations": [
+    turns = [f"{data.MARK}\n" * shown.count(i) + t for i, t in enumerate(turns)]
+    return {"id": name if type(name) is str else name[0], "image": name, "conversations": [
         {"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}
+
+
+def names_in(paths):
+    """The folder that holds all the pictures, and their names in it."""
+    paths = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return root, [Path(os.path.relpath(path, root)).as_posix() for path in paths]
 
 
 def write(path, samples):
@@ -715,6 +797,10 @@ def write(path, samples):
     except OSError as error:
         Path(aside).unlink(missing_ok=True)
         raise data.Failure(f"{path}: {error.strerror}: name another file") from None
+    except UnicodeEncodeError:
+        Path(aside).unlink(missing_ok=True)
+        raise data.Failure(f"{path}: not written: a picture's name is not valid UTF-8: rename "
+                           "it") from None
 
 
 def reading(device):
@@ -727,9 +813,13 @@ def reading(device):
     return x.nbytes / best / 1e9
 
 
-def speed(model, taken, first, times):
+def speed(model, taken, start, times, width=1):
     """One line: the prompt's tokens a second, the answer's, and those against what reading the
-    weights once a token would allow."""
+    weights once a token would allow. Beams come all at once: of those the whole time."""
+    first = (times[0] if times else time.perf_counter()) - start
+    if width > 1:
+        return (f"prompt: {taken} places; answer: {len(times)} tokens, {first:.2f} s for both with "
+                f"{width} beams")
     line = f"prompt: {taken} places in {first:.2f} s, {taken / first:,.0f}/s"
     times = times[EAGER if model.llm.embed.weight.is_cuda else 0:]      # those compile and record
     if len(times) > 1 and times[-1] > times[0]:
@@ -744,48 +834,65 @@ def speed(model, taken, first, times):
 
 
 def together(shown):
-    """{turn: (pixels, sizes)} -> all pixels, all sizes or None."""
-    pictures = [shown[i] for i in sorted(shown)]
+    """{turn: (pixels, sizes, ...)} -> all pixels, all sizes or None, in the order of the turns."""
+    pictures = [shown[i][:2] for i in sorted(shown)]
     sizes = [size for _, some in pictures for size in some or ()]
     return torch.cat([pixels for pixels, _ in pictures]), sizes or None
 
 
-def answer(model, turns, shown, args):
-    """Print the answer as it is written; returns it. shown: {turn: (pixels, sizes)}."""
-    said, ids = "", ask(turns, model.template, model.words, shown)
-    pixels, sizes = together(shown)
-    start, times, tokens_said = time.perf_counter(), [], []
+def numbers(shown):
+    """{turn: (pixels, sizes, ...)} -> the turns as `ask` takes them, one number for a picture."""
+    return [i for i, (pixels, sizes, *_) in sorted(shown.items()) for _ in sizes or pixels]
 
-    def noted():
-        for token in generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings):
-            times.append(time.perf_counter())
-            tokens_said.append(token)
-            yield token
-    for piece in filter(None, spell(noted(), model.words)):
+
+def pictured(model, paths):
+    """The pictures of one turn: (pixels (n, 3, S, S), sizes or None, their files)."""
+    return *together(dict(enumerate(see(path, model) for path in paths))), list(paths)
+
+
+def cut_at(reason, model, max_new_tokens):
+    """What to tell of an answer whose `finish_reason` says that it was cut; None for the others."""
+    return {"length": f"cut at --max-new-tokens {max_new_tokens}: give more",
+            "context": f"cut where the model's context of {model.llm.config.context} places is "
+            "full: use fewer words or pictures (/reset in a chat)"}.get(reason)
+
+
+def answer(model, turns, shown, args):
+    """Print the answer as it is written; returns it. shown: {turn: (pixels, sizes, ...)}."""
+    said, ids = "", ask(turns, model.template, model.words, numbers(shown))
+    pixels, sizes = together(shown)
+    start = time.perf_counter()
+    written = generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings)
+    for piece in filter(None, spell(written, model.words)):
         print(piece, end="", flush=True)
         said += piece
     print(flush=True)
+    tokens, times = written.said, written.times
+    if why := cut_at(written.finish_reason, model, args.max_new_tokens):
+        note(f"note: the answer is {why}")
+    if args.attention and not said.strip():
+        note(f"note: the answer has no words: {args.attention} is not drawn")
     if args.attention and said.strip():
-        parts = by_word(tokens_said, model.words)
+        parts = by_word(tokens, model.words)
         side = int(model.patches ** .5)
-        grids = looked(model, ids, tokens_said, pixels, args.layer).view(-1, side, side)
+        grids = looked(model, ids, tokens, pixels, args.layer).view(-1, side, side)
         sheet = attention_picture(model, data.load_image(args.image), [w for w, _ in parts],
-                                  [grids[numbers].mean(0) for _, numbers in parts])
+                                  [grids[rows].mean(0) for _, rows in parts])
         try:
             sheet.save(args.attention)
         except (OSError, ValueError) as error:          # no such folder; no such kind of picture
             raise data.Failure(f"--attention {args.attention}: {error}: name a .png") from None
-    if args.verbose and times and args.num_beams == 1:          # beams come all at once
-        note(speed(model, places(model, ids, sizes), times[0] - start, times))
+    if args.verbose:
+        note(speed(model, places(model, ids, sizes), start, times, args.num_beams))
     return said.strip()
 
 
 def remembered(model, turns, shown, max_new_tokens):
     """The newest turns that fit the context with an answer behind them, at least the last, and
-    their pictures {turn: (pixels, sizes)}: if they have none, the newest of those before."""
+    their pictures {turn: (pixels, sizes, ...)}: if they have none, the newest of those before."""
     context, kept = model.llm.config.context, turns
     room = context - min(max_new_tokens, context // 4)
-    while len(kept) > 1 and places(model, ask(kept, model.template, model.words, shown),
+    while len(kept) > 1 and places(model, ask(kept, model.template, model.words, numbers(shown)),
                                    together(shown)[1]) > room:
         kept, old = kept[2:], shown
         shown = {i - 2: picture for i, picture in old.items() if i >= 2}
@@ -796,10 +903,47 @@ def remembered(model, turns, shown, max_new_tokens):
     return kept, shown
 
 
+def check_room(model, picture):
+    """Raises data.Usage if a turn cannot hold these pictures, data.Failure if the model's context
+    cannot."""
+    taken = places(model, ask(["?"], model.template, model.words, numbers({0: picture})),
+                   picture[1])
+    if taken >= model.llm.config.context:
+        raise data.Failure(f"{', '.join(map(str, picture[2]))}: take {taken} places in one "
+                           f"question, the model's context has {model.llm.config.context}: give "
+                           "fewer pictures")
+
+
+def with_picture(model, shown, turn, path):
+    """`shown` with one more picture in this turn, behind those that it has; {0: the new one alone}
+    if the model takes no more. Raises as `check_room` does."""
+    new = pictured(model, [path])
+    both = new
+    if turn in shown:
+        pixels, sizes = together({0: shown[turn], 1: new})
+        both = pixels, sizes, [*shown[turn][2], path]
+    after = {**shown, turn: both}
+    try:
+        ask(["?"] * (turn + 1), model.template, model.words, numbers(after))
+    except data.Usage as error:
+        note(f"note: {error}: the talk begins anew with this one")
+        return {0: new}
+    check_room(model, both)
+    return after
+
+
+def saved(path, turns, shown):
+    """Write a talk as LLaVA JSON, with the pictures of the turns that have been asked."""
+    asked = {i: picture for i, picture in shown.items() if i < len(turns)}
+    root, names = names_in([name for i in sorted(asked) for name in asked[i][2]])
+    write(path, [sample_of(names if len(names) > 1 else names[0], turns, numbers(asked))])
+    note(f"saved: {path}" + (f", its pictures are in {root}" if len(names) > 1 else ""))
+
+
 def chat(model, picture, args):
     """Questions from stdin until it ends. What goes wrong in a turn ends that turn only."""
-    turns, shown, names = [], {0: picture}, {id(picture): args.image}
-    note("chat: /image PATH (another picture, beside the first)  /reset  /save FILE  /quit")
+    turns, shown = [], {0: picture}
+    note("chat: /image PATH (one more picture, behind those before)  /reset  /save FILE  /quit")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -816,21 +960,10 @@ def chat(model, picture, args):
             if command == "/reset":
                 turns, shown = [], {0: shown[max(shown)]}
             elif command == "/image":
-                new = see(path, model)
-                names[id(new)] = path
-                after = {**shown, len(turns): new}
-                if ask(turns + [""], model.template, model.words, after).count(
-                        data.IMAGE) < len(after):
-                    note("note: this model takes one picture: the talk begins anew")
-                    turns, after = [], {0: new}
-                shown = after
+                shown = with_picture(model, shown, len(turns), path)
+                turns = turns if len(turns) in shown else []        # the talk began anew
             elif command == "/save" and path and turns:
-                asked = [i for i in shown if i < len(turns)]
-                if asked != [0]:
-                    raise data.Usage("LLaVA's files hold one picture a talk, before its first "
-                                     "question, and here are others: /reset, and save then")
-                write(path, [sample_of(os.path.basename(names[id(shown[0])]), turns)])
-                note(f"saved: {path}")
+                saved(path, turns, shown)
             elif command.startswith("/"):
                 raise data.Usage("the commands are /image PATH, /reset, /save FILE (once something "
                                  "has been said), /quit")
@@ -852,6 +985,7 @@ def tokens_of(path, model):
 def captions(model, files, args):
     """Ask the same about every picture and write LLaVA JSON; bad pictures are passed over."""
     ids, samples, told = ask([args.prompt], model.template, model.words), [], time.time()
+    reasons, count, began = [], 0, time.perf_counter()
     if model.aspect == "anyres":            # elsewhere all pictures take the same places
         files = sorted(files, key=lambda path: (tokens_of(path, model), path))
     for start in tqdm(range(0, len(files), args.batch_size), disable=None):
@@ -865,6 +999,8 @@ def captions(model, files, args):
         said = generate_batch(model, [ids] * len(good), [x for _, (x, _) in good],
                               sizes=[size for _, (_, size) in good], seed=args.seed + start,
                               **args.settings)
+        reasons += [tokens.finish_reason for tokens in said]
+        count += sum(map(len, said))
         samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])
                     for (name, _), x in zip(good, said)]
         if not sys.stderr.isatty() and time.time() - told > 5:
@@ -876,6 +1012,13 @@ def captions(model, files, args):
                             "see the lines above")
     write(args.out, samples)
     note(f"{args.out}: {len(samples)} of {len(files)} pictures")
+    for reason in ("length", "context"):
+        if reason in reasons:
+            why = cut_at(reason, model, args.max_new_tokens)
+            note(f"note: {reasons.count(reason)} of {len(samples)} answers: {why}")
+    if args.verbose:
+        seconds = time.perf_counter() - began
+        note(f"{count} tokens in {seconds:.1f} s, {count / seconds:,.1f}/s")
 
 
 def main(args):
@@ -888,9 +1031,11 @@ def main(args):
         if not files:
             raise data.BadImage(f"{args.image}: holds no picture ({' '.join(kinds)})")
         return captions(load(args, args.quantize), files, args)
-    data.load_image(args.image)
+    for path in args.images:
+        data.load_image(path)
     model = load(args, args.quantize)
-    picture = see(args.image, model)
+    picture = pictured(model, args.images)
+    check_room(model, picture)
     if args.prompt is None:
         return chat(model, picture, args)
     answer(model, [args.prompt], {0: picture}, args)

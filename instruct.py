@@ -169,8 +169,7 @@ from tqdm import tqdm
 
 import data
 import world
-from generate import (ask, generate_batch, load, note, places, sample_of, see, spell,
-                      write)
+from generate import ask, generate_batch, load, note, sample_of, see, spell, write
 from llama import Llama
 
 # ------------------------------------------------------------------------- what is sent, our words
@@ -567,9 +566,8 @@ def local(args, jobs, journal):
                                        for i, text in enumerate(turns)], template, words, 0))
         said = generate_batch(llm, rows, max_new_tokens=args.max_tokens, eos=eos,
                               temperature=args.temperature or 0.0, seed=args.seed + start)
-        room = [min(args.max_tokens, llm.config.context - len(row)) for row in rows]
-        yield [(job, words.decode(x), "cut off" * (len(x) >= n))
-               for job, x, n in zip(some, said, room)]
+        yield [(job, words.decode(x), "" if x.finish_reason == "end" else "cut off")
+               for job, x in zip(some, said)]
 
 
 def eyes(args, jobs, journal):
@@ -585,10 +583,8 @@ def eyes(args, jobs, journal):
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               seed=seed, max_new_tokens=args.max_tokens,
                               temperature=args.temperature or 0.0)
-        room = [model.llm.config.context - places(model, row, size)
-                for row, (_, size) in zip(rows, seen)]
-        return [(len(x), len(x) < min(args.max_tokens, n), "".join(spell(x, model.words)).strip())
-                for x, n in zip(said, room)]
+        return [(len(x), x.finish_reason == "end", "".join(spell(x, model.words)).strip())
+                for x in said]
 
     for start, some in chunks(jobs, journal, args.batch_size):
         good, bad = [], []

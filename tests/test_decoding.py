@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import importlib
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -495,7 +496,8 @@ def test_chat_keeps_the_first_picture(folder, inside, tmp_path):
                             f"/save {tmp_path}/x.json", "/reset", "What?")
     said = out.splitlines()
     _, other, _ = inside(args_for(folder, blue), "What?")
-    assert code == 0 and len(said) == 3 and "hold one picture" in err
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    assert code == 0 and len(said) == 3 and row["image"] == ["0.png", "2.png"]
     assert said[2] == other.splitlines()[0]                 # reset keeps the newest
 
 

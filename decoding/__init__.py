@@ -1,0 +1,1 @@
+"""What generate.py can do besides its basic loop."""
