@@ -2,6 +2,7 @@
 
     ids (B, T) -> embed -> x (B, T, C)      or x comes in ready made: a picture's vectors do
     depth times:   x += attention(RMSNorm(x))        causal, RoPE, grouped keys and values
+                                                     (Mistral-7B-v0.1: the last 4,096 keys only)
                    x += SwiGLU-MLP(RMSNorm(x))
     RMSNorm -> head -> logits (B, T, V)
 
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 import data
-from kernels import attention, causal, decode, rms_norm, rope, rope_table, run, swiglu
+from kernels import attention, decode, rms_norm, rope, rope_table, run, sliding_window, swiglu
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Config:
     tied: bool = False
     head: int = 0                   # size of a head; 0: width / heads, as in all but a few
     scaling: tuple | None = None    # of rotary positions, see kernels/rope.py
+    window: int | None = None       # keys that a query sees, its own included; None: all before it
+    bos: int | None = 1             # kept for the file; the tokenizer says what is used
+    eos: int | tuple | None = 2     # the same; Llama-3 has several
 
     @property
     def head_dim(self):
@@ -54,9 +58,9 @@ class Config:
         """From the dict of a Hugging Face config.json (or its `text_config`).
 
         Fields left out, as old hub configs do, get the defaults that transformers documents."""
-        if type(c) is not dict or type(c.get("rope_parameters") or {}) is not dict:
-            raise data.BadModel("config.json: the language model's settings, and rope_parameters in"
-                                " them, must be objects; take the config.json of the weights")
+        if type(c) is not dict:
+            raise data.BadModel("config.json: the language model's settings must be an object; "
+                                "take the config.json of the weights")
         kind = c.get("model_type", "llama")
         if kind not in ("llama", "mistral") or c.get("hidden_act", "silu") != "silu" or any(
                 c.get(key, False) for key in ("attention_bias", "mlp_bias")):
@@ -64,29 +68,40 @@ class Config:
                                 "or biases: not a LLaMA; give a LLaMA or Mistral folder")
         d, mistral = cls(), kind == "mistral"
         heads = c.get("num_attention_heads", d.heads)
-        turning = c.get("rope_parameters") or {}
+        # as transformers does: a rope_scaling takes the place of rope_parameters
+        rotary = c.get("rope_scaling") or c.get("rope_parameters") or {}
         context = c.get("max_position_embeddings", 2 ** 17 if mistral else d.context)
-        if mistral and (window := c.get("sliding_window", 4096)) is not None:
-            # Mistral-7B-v0.1 sees the last 4,096 places only. Up to there both see all.
-            context = min(context, window) if type(window) is type(context) is int else window
+        scaling = cls.rope_scaling(rotary, context)
+        if scaling and scaling[0] == "linear":
+            context = cls.stretched(rotary, context)
+        if any(x.get("partial_rotary_factor") not in (None, 1) for x in (c, rotary)):
+            raise data.BadModel("config.json: partial_rotary_factor must be 1, a LLaMA turns all "
+                                "of a head; take another model")
+        eos = c.get("eos_token_id", d.eos)
         made = cls(c.get("vocab_size", d.vocab), c.get("hidden_size", d.width),
                    c.get("num_hidden_layers", d.depth), heads,
                    c.get("num_key_value_heads", 8 if mistral else None) or heads,
                    c.get("intermediate_size", 14336 if mistral else d.mlp),
                    c.get("rms_norm_eps", d.eps),
-                   c.get("rope_theta", turning.get("rope_theta", d.theta)), context,
-                   c.get("tie_word_embeddings", False), c.get("head_dim") or 0,
-                   cls.stretch(c.get("rope_scaling") or turning, context))
+                   c.get("rope_theta", d.theta), context,
+                   c.get("tie_word_embeddings", False), c.get("head_dim") or 0, scaling,
+                   c.get("sliding_window", 4096) if mistral else None,
+                   c.get("bos_token_id", d.bos), tuple(eos) if type(eos) is list else eos)
+        made.check()
+        made = replace(made, theta=rotary.get("rope_theta", made.theta))    # this one goes first
         made.check()
         return replace(made, head=0) if made.head * heads == made.width else made
 
     @staticmethod
-    def stretch(c, context):
-        """`scaling` from the object that says how rotary positions are stretched."""
-        kind = c.get("rope_type", c.get("type", "default")) if type(c) is dict else str(c)
+    def rope_scaling(c, context):
+        """`scaling` from the object rope_scaling (old files) or rope_parameters (new ones)."""
+        if type(c) is not dict or any(type(value) is dict for value in c.values()):
+            raise data.BadModel(f"config.json: rope_scaling or rope_parameters {str(c)[:80]} must "
+                                "be one object of numbers; take the config.json of the weights")
+        kind = c.get("rope_type", c.get("type", "default"))
         if kind == "default":
             return None
-        if type(c) is not dict or kind not in ("linear", "llama3"):
+        if kind not in ("linear", "llama3"):
             raise data.BadModel(f"config.json: rotary positions scaled by {kind!r} are not known "
                                 "here, only linear and llama3; take another model")
         wanted = ("factor",) if kind == "linear" else ("factor", "low_freq_factor",
@@ -99,6 +114,16 @@ class Config:
                                 "positive numbers; take the config.json of the weights")
         return (kind, *values)
 
+    @staticmethod
+    def stretched(c, context):
+        """The context of a model with linear scaling: max_position_embeddings is the length before,
+        and factor times as many positions are turned into it. Vicuna-16k: 4,096 · 4. A file that
+        names the length before apart may give the one after, too: the larger is right."""
+        before = c.get("original_max_position_embeddings", context)
+        if type(before) is not int or type(context) is not int:
+            return context                                  # `check` refuses it
+        return max(context, int(before * c["factor"]))
+
     def check(self):
         """BadModel before any memory is taken, if the numbers cannot be a model's."""
         for name, low, high in (("vocab", 1, 2 ** 20), ("width", 2, 2 ** 16), ("depth", 1, 2 ** 9),
@@ -108,6 +133,14 @@ class Config:
             if type(value) is not int or not low <= value <= high:
                 raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from "
                                     f"{low} to {high}; take the config.json of the weights")
+        if self.window is not None and (type(self.window) is not int
+                                        or not 1 <= self.window <= 2 ** 24):
+            raise data.BadModel(f"config.json: sliding_window = {self.window!r} is not null or a "
+                                "whole number from 1 on; take the config.json of the weights")
+        ids = (self.bos, *(self.eos if type(self.eos) is tuple else (self.eos,)))
+        if not all(i is None or type(i) is int and i >= 0 for i in ids):
+            raise data.BadModel("config.json: bos_token_id must be a whole number, eos_token_id "
+                                "one or a list of them; take the config.json of the weights")
         if type(self.head) is not int or not 0 <= self.head <= 2 ** 12 or (
                 not self.head and self.width % self.heads or self.heads % self.kv_heads
                 or self.head_dim % 2):
@@ -121,20 +154,32 @@ class Config:
                                 "weights")
 
     def to_hf(self):
-        """The dict that transformers writes for this model. A Mistral is written as a LLaMA: up to
-        its window, which is the context here, it is one."""
+        """The dict that transformers writes for this model. A Mistral without a window is written
+        as a LLaMA: it is one."""
         kind, *values = self.scaling or ("default",)
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        turning = {"rope_theta": self.theta, "rope_type": kind, **dict(zip(keys, values))}
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+        rotary = {"rope_theta": self.theta, "rope_type": kind, **dict(zip(keys, values))}
+        context = self.context
+        if kind == "linear" and values[0] > 1:      # the length before; see `stretched`
+            context = math.ceil(context / values[0] - 1e-6)
+        name = "Llama" if self.window is None else "Mistral"
+        return {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"],
+                **({} if self.window is None else {"sliding_window": self.window}),
                 "vocab_size": self.vocab, "hidden_size": self.width,
                 "num_hidden_layers": self.depth, "num_attention_heads": self.heads,
                 "num_key_value_heads": self.kv_heads, "intermediate_size": self.mlp,
                 "rms_norm_eps": self.eps, "rope_theta": self.theta, "hidden_act": "silu",
-                "rope_parameters": turning, "head_dim": self.head_dim,
-                **({"rope_scaling": turning} if self.scaling else {}),
-                "max_position_embeddings": self.context, "tie_word_embeddings": self.tied,
-                "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
+                "rope_parameters": rotary, "head_dim": self.head_dim,
+                **({"rope_scaling": rotary} if self.scaling else {}),
+                "max_position_embeddings": context, "tie_word_embeddings": self.tied,
+                "attention_bias": False, "mlp_bias": False, "bos_token_id": self.bos,
+                "eos_token_id": list(self.eos) if type(self.eos) is tuple else self.eos}
+
+    def rule(self, S):
+        """Which mask attention has over S keys: inside the window, as without one, it is causal."""
+        if self.window is None or S <= self.window:
+            return {}                               # causal is what attention and decode begin with
+        return {"allow": sliding_window, "n": self.window}
 
 
 class Cache:
@@ -228,12 +273,13 @@ class Block(nn.Module):
             start = cache.length
             k, v = cache.update(self.layer, k, v)                  # (B, S, G, D)
             keep = None if cache.keep is None else cache.keep[:, :k.shape[1]]
+        rule = self.c.rule(k.shape[1])
         if cache is not None and cache.end is not None:
-            y = decode(q, k, v, keep, cache.end)
+            y = decode(q, k, v, keep, cache.end, **rule)
         elif cache is not None and T == 1 and not torch.is_grad_enabled():
-            y = decode(q, k, v, keep)           # one query against a cache has a kernel of its own
+            y = decode(q, k, v, keep, **rule)   # one query against a cache has a kernel of its own
         else:
-            y = attention(q, k, v, causal, start=start, keep=keep, documents=documents)
+            y = attention(q, k, v, **rule, start=start, keep=keep, documents=documents)
         x = x + self.out(y.reshape(B, T, H * D))
         return x + self.down(swiglu(self.gate_up(self.norm2(x))))
 

@@ -19,7 +19,7 @@ a file says so (launch.py).
 
 import warnings
 
-from kernels.attention import attention, causal, full
+from kernels.attention import attention, causal, full, sliding_window
 from kernels.checkpoint import cheap, run, spared
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.decode import decode
@@ -37,6 +37,6 @@ attention = spared(attention)
 layer_norm, rms_norm, gelu, quick_gelu, swiglu = map(
     cheap, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
 
-__all__ = ["attention", "causal", "full", "cheap", "run", "spared", "linear_cross_entropy",
+__all__ = ["attention", "causal", "full", "sliding_window", "cheap", "run", "spared", "linear_cross_entropy",
            "decode", "fused", "layer_norm", "rms_norm", "rope", "rope_table", "gelu", "quick_gelu",
            "swiglu"]

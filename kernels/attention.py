@@ -84,6 +84,19 @@ def causal_queries(lo, hi, n, end):
     return lo, end, hi - 1, end
 
 
+def sliding_window(q, k, n):
+    """The last n keys, the query's own included: Mistral-7B-v0.1 has n = 4,096."""
+    return (k <= q) & (k > q - n)
+
+
+def window_keys(lo, hi, n, end):
+    return lo - n + 1, hi, hi - n, lo + 1
+
+
+def window_queries(lo, hi, n, end):
+    return lo, hi - 1 + n, hi - 1, lo + n
+
+
 def full(q, k, n):
     return (q >= 0) & (k >= 0)
 
@@ -98,6 +111,7 @@ def anywhere(lo, hi, n, end):
 
 
 causal.keys, causal.queries = causal_keys, causal_queries
+sliding_window.keys, sliding_window.queries = window_keys, window_queries
 full.keys = full.queries = full_span
 
 
@@ -140,12 +154,12 @@ def reference(q, k, v, allow, n, start, keep, documents):
     """The specification, and what runs without a GPU."""
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    if documents is not None and allow is causal and keep is None:
+    if documents is not None and allow in (causal, sliding_window) and keep is None:
         # a document sees itself alone: one short triangle each, not a matrix as wide as the row
         rows = []
         for *row, begin in zip(q, k, v, documents[0]):
             sizes = begin.unique_consecutive(return_counts=True)[1].tolist()
-            rows.append(torch.cat([reference(*(t[None] for t in text), causal, n, 0, None, None)
+            rows.append(torch.cat([reference(*(t[None] for t in text), allow, n, 0, None, None)
                                    for text in zip(*(t.split(sizes) for t in row))], dim=1))
         return torch.cat(rows)
     seen = None
@@ -170,7 +184,7 @@ def reference(q, k, v, allow, n, start, keep, documents):
 # ------------------------------------------------------------------------------------ tiles
 
 # (BLOCK of the rows that stay, BLOCK of the rows that are walked, warps, stages). For D up to 64
-# and 128: what compiles without spilling registers in a loop, on Triton 3.6 and 3.9 alike.
+# and 128: what compiles without spilling registers in a loop, on Triton 3.6, 3.7.1 and 3.9 alike.
 TILES = {
     (80, 64): {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkv": (64, 32, 4, 2)},
     (80, 128): {"forward": (128, 32, 8, 3), "dq": (128, 32, 8, 3), "dkv": (64, 64, 8, 2)},
@@ -426,14 +440,16 @@ def fold_dkv(dk, dv, k, v, offs_k, begin, end, q_ptr, do_ptr, lse_ptr, delta_ptr
             delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.)
         else:
             lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")      # (BLOCK_N, BLOCK_M): transposed
+        # dp first: with s first, Triton 3.7.1 spills in this loop (sm_90, D 128: 3 spills)
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")    # (BLOCK_N, BLOCK_M): transposed
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
         if MASKED:
             at = start + rows[None, :]
             seen = ask(allow, at, offs_k[:, None], n, begin, end, at, PACKED)
             s = tl.where(seen & (rows < T)[None, :], s, float("-inf"))
         p = tl.exp2(s * scale - lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -613,7 +629,7 @@ def compile_cases():
     cases = []
     for (sm, d), table in TILES.items():
         shapes = ((64, full, False), (64, causal, True)) if d == 64 else (
-            (88, full, False), (128, causal, True))
+            (88, full, False), (128, causal, True), (128, sliding_window, True))
         for kernel, name in ((forward_kernel, "forward"), (dq_kernel, "dq"), (dkv_kernel, "dkv")):
             block, step, warps, stages = table[name]
             for D, rule, data in shapes:

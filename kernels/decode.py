@@ -15,6 +15,8 @@ writing for the next, is small (scores: 32 · 4,096 · 4 bytes, five times over,
                 cache is copied H / G times first; here a program holds the H / G queries and
                 reads its keys once.
     ragged      rows of a batch have different lengths. A chunk behind a row's end reads nothing.
+    window      a model with a sliding window sees its last n keys. A chunk before them reads
+                nothing, either. The rule is attention.py's, asked for the newest position.
 
 A chunk c gives its own normalised answer oᶜ and Lᶜ = log₂ Σ 2^s over its keys. Softmax over the
 union weighs the answers by what each chunk summed ([Flash-Decoding], Dao et al. 2023):
@@ -46,18 +48,18 @@ import math
 import torch
 import torch.nn.functional as F
 
+from kernels.attention import causal, on_device, sliding_window
 from kernels.launch import INTERPRET, SPEC, fused, jit, tl, triton
 
 
 # ---- the specification ----
 
-def decode_spec(q, k, v, keep=None, lengths=None):
+def decode_spec(q, k, v, keep=None, lengths=None, allow=causal, n=0):
     """q (B, 1, H, D); k, v (B, S, G, D) -> (B, 1, H, D), in the dtype of q."""
     B, _, H, D = q.shape
     S, G = k.shape[1:3]
-    seen = torch.ones(B, S, dtype=torch.bool, device=q.device)
-    if lengths is not None:
-        seen = torch.arange(S, device=q.device) < lengths[:, None]
+    end = torch.full((B,), S, device=q.device) if lengths is None else lengths
+    seen = allow(end[:, None] - 1, torch.arange(S, device=q.device), n)             # (B, S)
     if keep is not None:
         seen = seen & keep
     v = v.masked_fill(~seen[:, :, None, None], 0)     # unwritten cache: 0 · NaN would be NaN
@@ -83,15 +85,15 @@ def decode_fused(q, k, v, seen=None):
 
 def sized(kernel):
     """triton.jit that compiles once for all lengths, not again for each multiple of 16."""
-    sizes = ("capacity", "keep_stride", "length", "chunk")
+    sizes = ("capacity", "keep_stride", "length", "n", "chunk")
     return triton.jit(kernel, do_not_specialize=sizes) if triton else kernel
 
 
 @sized
 def decode_chunk(q_ptr, k_ptr, v_ptr, keep_ptr, lengths_ptr, part_ptr, lse_ptr,
-                 capacity, keep_stride, length, chunk, scale,
-                 H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+                 capacity, keep_stride, length, n, chunk, scale,
+                 allow: tl.constexpr, keys: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+                 D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """One chunk of one key head's cache: its answer, and the log₂ of what it summed."""
     split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = H // G
@@ -102,10 +104,11 @@ def decode_chunk(q_ptr, k_ptr, v_ptr, keep_ptr, lengths_ptr, part_ptr, lse_ptr,
     real = offs_r < GROUP
     q = tl.load(q_ptr + head[:, None] * D + offs_d[None, :],
                 mask=real[:, None] & (offs_d < D)[None, :], other=0.)          # (ROWS, BLOCK_D)
-    first = split * chunk
-    last = tl.minimum(first + chunk, length)
+    end = length
     if lengths_ptr is not None:
-        last = tl.minimum(last, tl.load(lengths_ptr + batch))
+        end = tl.minimum(end, tl.load(lengths_ptr + batch))
+    first, last, _, _ = keys(end - 1, end, n, end)
+    first, last = tl.maximum(first, split * chunk), tl.minimum(last, split * chunk + chunk)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -113,7 +116,7 @@ def decode_chunk(q_ptr, k_ptr, v_ptr, keep_ptr, lengths_ptr, part_ptr, lse_ptr,
     for j in range(first, last, BLOCK_N):
         # in 64 bits: a batch of long caches holds more than 2³¹ numbers
         row = (batch.to(tl.int64) * capacity + j) * (G * D) + group * D
-        seen = j + offs_n < last
+        seen = allow(end - 1, j + offs_n, n) & (j + offs_n < last)
         inside = seen[:, None] & (offs_d < D)[None, :]
         k = tl.load(k_ptr + row + tile, mask=inside, other=0.)                 # (BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale             # (ROWS, BLOCK_N)
@@ -165,7 +168,7 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def check(q, k, v, keep, lengths, kernel=True):
+def check(q, k, v, keep, lengths, kernel=True, allow=causal, n=0):
     """ValueError unless the kernel can run; nothing here waits for the GPU."""
     B, T, H, D = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     S, G = k.shape[1:3] if k.dim() == 4 else (0, 0)
@@ -190,20 +193,23 @@ def check(q, k, v, keep, lengths, kernel=True):
                                 or not lengths.is_contiguous()):
         raise ValueError(f"decode: lengths {lengths.dtype} {tuple(lengths.shape)}; it takes int32 "
                          f"{(B,)}")
+    if allow not in (causal, sliding_window) or allow is sliding_window and n < 1:
+        raise ValueError(f"decode: rule {allow.__name__} with n = {n}; it takes causal, or "
+                         "sliding_window with n from 1 on")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("decode: gradients are wanted and it has none; use attention, or "
                          "torch.no_grad")
     # on a GPU the answer would cost a wait for it
     if q.device.type == "cpu" and (keep is not None or lengths is not None):
-        seen = torch.ones(B, S, dtype=torch.bool) if keep is None else keep
-        if lengths is not None:
-            seen = seen & (torch.arange(S) < lengths[:, None])
+        end = torch.full((B,), S) if lengths is None else lengths
+        seen = allow(end[:, None] - 1, torch.arange(S), n)
+        seen = seen if keep is None else seen & keep
         blind = (~seen.any(1)).nonzero()[:, 0].tolist()
         if blind:
             raise ValueError(f"decode: rows {blind} see no key; each row must see one at least")
 
 
-def decode(q, k, v, keep=None, lengths=None, splits=None):
+def decode(q, k, v, keep=None, lengths=None, splits=None, allow=causal, n=0):
     """Attention of the newest token to everything in the cache.
 
     q (B, 1, H, D); k, v (B, S, G, D), the first S places of a cache.
@@ -211,12 +217,16 @@ def decode(q, k, v, keep=None, lengths=None, splits=None):
     0 .. lengths[b]-1; with lengths on the device and S the capacity, shapes never change and the
     whole step can live in one CUDA graph.
     splits: programs that share one head's cache; None: enough to fill the GPU.
+    allow, n: causal, or sliding_window and how many of these keys each row sees at most.
     Returns (B, 1, H, D) in q's dtype. Every row must see a key. On a CPU that is checked; asking a
     GPU would stall it, and a row that sees nothing gets zeros there."""
     kernel = fused(q, k, v, keep, lengths)          # refuses tensors on different devices
-    check(q, k, v, keep, lengths, kernel)
+    check(q, k, v, keep, lengths, kernel, allow, n)
+    if lengths is None:                     # the host knows where the window begins
+        first = max(allow.keys(k.shape[1] - 1, k.shape[1], n, k.shape[1])[0], 0)
+        k, v, keep = k[:, first:], v[:, first:], None if keep is None else keep[:, first:]
     if not kernel and (SPEC or lengths is not None):
-        return decode_spec(q, k, v, keep, lengths)
+        return decode_spec(q, k, v, keep, lengths, allow, n)
     if not kernel:
         return decode_fused(q, k, v, keep)
     B, _, H, D = q.shape
@@ -233,8 +243,8 @@ def decode(q, k, v, keep=None, lengths=None, splits=None):
     lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
     decode_chunk[(splits, G, B)](
         q, k, v, keep, lengths, part, lse, k.stride(0) // (G * D),
-        0 if keep is None else keep.stride(0), S, chunk, D ** -0.5 * math.log2(math.e),
-        H=H, G=G, D=D, **size, num_warps=4, num_stages=3, enable_fp_fusion=True)
+        0 if keep is None else keep.stride(0), S, n, chunk, D ** -0.5 * math.log2(math.e),
+        on_device(allow), on_device(allow.keys), H=H, G=G, D=D, **size, num_warps=4, num_stages=3, enable_fp_fusion=True)
     decode_merge[(B * H,)](part, lse, out, splits, D=D, SPLITS=triton.next_power_of_2(splits),
                            BLOCK_D=size["BLOCK_D"], num_warps=4, enable_fp_fusion=True)
     return out
@@ -246,19 +256,22 @@ def compile_cases():
     """The shipped tiles at the heads of LLaVA-1.5 7B, Mistral-7B and a small LLaMA; no launch."""
     cases = []
     pointers = ("q_ptr", "k_ptr", "v_ptr", "keep_ptr", "lengths_ptr", "part_ptr", "lse_ptr")
-    for H, G, D, dtype, padded in ((32, 32, 128, "bf16", False), (32, 8, 128, "bf16", True),
-                                   (32, 4, 64, "fp16", True), (25, 5, 88, "bf16", False),
-                                   (32, 32, 128, "fp32", False)):
+    for H, G, D, dtype, padded, rule in (
+            (32, 32, 128, "bf16", False, causal), (32, 8, 128, "bf16", True, causal),
+            (32, 8, 128, "bf16", True, sliding_window), (32, 4, 64, "fp16", True, causal),
+            (25, 5, 88, "bf16", False, causal), (32, 32, 128, "fp32", False, causal)):
         signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}",
                      "part_ptr": "*fp32", "lse_ptr": "*fp32", "capacity": "i32",
-                     "keep_stride": "i32", "length": "i32", "chunk": "i32", "scale": "fp32",
-                     "lengths_ptr": "*i32"}
-        constexprs = {"H": H, "G": G, "D": D, **tiles(H // G, D, 4 if dtype == "fp32" else 2)}
+                     "keep_stride": "i32", "length": "i32", "n": "i32", "chunk": "i32",
+                     "scale": "fp32", "lengths_ptr": "*i32"}
+        constexprs = {"allow": on_device(rule), "keys": on_device(rule.keys), "H": H, "G": G,
+                      "D": D, **tiles(H // G, D, 4 if dtype == "fp32" else 2)}
         if padded:
             signature["keep_ptr"] = "*i1"
         else:
             constexprs["keep_ptr"] = None
-        cases.append({"name": f"decode_chunk H{H} G{G} D{D} {dtype}" + " keep" * padded,
+        cases.append({"name": f"decode_chunk H{H} G{G} D{D} {dtype}" + " keep" * padded
+                      + " window" * (rule is sliding_window),
                       "kernel": decode_chunk, "signature": signature, "constexprs": constexprs,
                       # the capacity and the length are any numbers: nothing is promised of them
                       "divisible": set(pointers) & set(signature), "num_warps": 4, "num_stages": 3,
