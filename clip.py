@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+from formats.checkpoints import POSITIONS
 from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
 
 
@@ -221,7 +222,7 @@ class ViT(nn.Module):
         "blocks.{}.qkv.bias": ("visual_encoder.blocks.{}.attn.q_bias", data.ZEROS,
                                "visual_encoder.blocks.{}.attn.v_bias"),
     }
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
+    IGNORE = {**POSITIONS,
               r"(text_model\.|text_projection|visual_projection|logit_scale).*":
                   "the half of CLIP that reads text"}
     checkpoint = None           # what blocks keep for backward: see kernels/checkpoint.py
@@ -339,7 +340,7 @@ class CLIP(nn.Module):
              **prefixed(Text.NAMES, "text.", "text_model."),
              "to_shared.weight": "visual_projection.weight",
              "text_to_shared.weight": "text_projection.weight", "scale": "logit_scale"}
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ..."}
+    IGNORE = POSITIONS
 
     def __init__(self, vision, text, shared):
         super().__init__()

@@ -63,6 +63,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats.checkpoints import Claim
 from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, TrainingFailed, Usage,
                             guarded)
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
@@ -1026,8 +1027,8 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
     """Copy `weights` into the parameters of `module` in place; returns it.
 
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
-    (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}. A
-    module built on the meta device is given memory on the CPU, in dtype or the file's own; another
+    (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}, of
+    which a formats.checkpoints.Claim is checked. A module built on the meta device is given memory on the CPU, in dtype or the file's own; another
     keeps its own dtype. Nothing is copied unless all fits: BadModel names the tensor that is
     missing, left over, or of the wrong shape, with both shapes."""
     table, used = expand(module, names), set()
@@ -1043,8 +1044,14 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
             raise BadModel(f"tensor {', '.join(theirs)}: shape {' + '.join(map(str, shapes))}, but "
                            f"{name} needs {want}: config.json and weights disagree")
         used.update(theirs)
-    rest = [t for t in weights if t not in used
-            and not any(re.fullmatch(pattern, t) for pattern in ignore or {})]
+    rest = []
+    for name in (t for t in weights if t not in used):
+        reason = next((r for pattern, r in (ignore or {}).items() if re.fullmatch(pattern, name)),
+                      None)
+        if isinstance(reason, Claim):
+            reason.check(name, weights)
+        elif reason is None:
+            rest.append(name)
     if rest:
         raise BadModel(f"tensor {rest[0]} (and {len(rest) - 1} more) has no place in "
                        f"{type(module).__name__}: wrong kind of model?")

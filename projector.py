@@ -234,8 +234,9 @@ def settings(folder, c):
                 "instructblip" if c["model_type"] == "instructblip" else "blip2")
     eye = ViTConfig.from_hf(c["vision_config"]) if "vision_config" in c else ViTConfig(image=336)
     tongue = LlamaConfig.from_hf(text)
-    if c.get("tie_word_embeddings"):
-        tongue = replace(tongue, tied=True)
+    # quirk: a tie said in text_config alone counts in LLaVA, not in LLaVA-NeXT (transformers 5)
+    heard = tongue.tied and c["model_type"] == "llava"
+    tongue = replace(tongue, tied=c.get("tie_word_embeddings", False) or heard)
     # quirk: the hub's LLaVA-1.5 processors crop, though the model was trained on padded pictures
     aspect = "pad" if processor.get("do_pad") else "square"
     grids = data.TRANSPOSED
@@ -568,6 +569,8 @@ class VLM(nn.Module):
         eye, tongue, bridge, aspect, grids, default = made
         words, weights = data.Tokenizer(folder), data.load_weights(folder)
         known = spelled(weights)
+        embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
+        tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
         template = c.get("template", default or (
             "v1" if words.added("<|im_start|>") is None else "chatml_direct"))
         if template not in list(data.TEMPLATES):
@@ -587,8 +590,10 @@ class VLM(nn.Module):
             raise data.BadModel(f"{folder}: tokenizer.json has {len(words)} tokens, the model "
                                 f"{tongue.vocab} rows; take both from one place")
         ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
-        if tongue.tied:
-            ignore[r"(language_model\.)?lm_head\.weight"] = "tied: the embedding once more"
+        ignore |= Llama.ignored(tongue)
+        if tongue.tied and head in known:
+            ignore[re.escape(known[head])] = "tied: the embedding once more, see settle_tie"
+            known.setdefault(embed, known[head])        # the one name a tied file has it under
         if bridge == "linear" and "multi_modal_projector.linear_2.weight" in known:
             ignore |= identity(weights, known, tongue.width)
         if official and apart:

@@ -55,6 +55,7 @@ from torch import nn
 import data
 from clip import LayerNorm, ViT, block_names, prefixed
 from clip import Config as ViTConfig
+from formats.checkpoints import POSITIONS, tied_decoder
 from kernels import attention, full, gelu, linear_cross_entropy
 from kernels.attention import visible
 
@@ -254,8 +255,7 @@ class QFormer(nn.Module):
                            "qformer.embeddings.layernorm", "qformer.embeddings")
     LAVIS_NAMES = table(block_table("Qformer.bert.encoder.layer.{}.", "self"),
                         "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings")
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
-              r"Qformer\.cls\..*": "the head of the captions; Retriever has it",
+    IGNORE = {**POSITIONS, r"Qformer\.cls\..*": "the head of the captions; Retriever has it",
               r"(?!Qformer\.|qformer\.|embeddings\.|query_tokens).*": "not of the Q-Former"}
     IGNORE_WORDS = {r".*encoder\.layer\.\d+\.(intermediate|output)\..*|.*(word|position)_emb.*":
                     "the words' part, which a language model in front does without"}
@@ -565,8 +565,9 @@ class Retriever(nn.Module):
         **prefixed(ViT.LAVIS_NAMES, "vision.", ""), **prefixed(QFormer.LAVIS_NAMES, "qformer.", ""),
         **layers(ln_vision="ln_vision", to_shared="vision_proj", text_to_shared="text_proj",
                  match="itm_head"), **REST_NAMES}
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
-              r"Qformer\.cls\.predictions\.decoder\..*": "tied: word embeddings and bias once more"}
+    IGNORE = {**POSITIONS, **tied_decoder(
+        r"Qformer\.cls\.predictions\.decoder", "Qformer.bert.embeddings.word_embeddings.weight",
+        "Qformer.cls.predictions.bias")}
 
     def __init__(self, eye, config, shared=256, eps=None):
         """eye, config: settings of ViT and QFormer; shared: E; eps: ln_vision's."""
@@ -816,10 +817,11 @@ def begin_as_bert(model, folder):
         names = {k: v if type(v) is tuple else v.replace("LayerNorm.weight", "LayerNorm.gamma")
                  .replace("LayerNorm.bias", "LayerNorm.beta") for k, v in names.items()}
     data.fill(parts, names, weights, {
-        r".*position_ids": "a buffer: 0, 1, 2 ...",
+        **POSITIONS,
         r".*token_type_embeddings\..*": "first or second sentence: a Q-Former knows one",
         r".*pooler\..*|cls\.seq_relationship\..*": "the task of which sentence follows",
-        r"cls\.predictions\.decoder\..*": "tied: the word embeddings and bias once more"})
+        **tied_decoder(r"cls\.predictions\.decoder", at + "embeddings.word_embeddings.weight",
+                       "cls.predictions.bias")})
     with torch.no_grad():
         q.word.weight[:rows] = parts["word"].weight
         model.head.bias[:rows] = head.bias
