@@ -44,6 +44,7 @@ from torch import nn
 
 import data
 from formats.checkpoints import POSITIONS
+from formats.processors import Processor
 from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
 
 
@@ -292,6 +293,7 @@ class ViT(nn.Module):
         c, weights = data.read_config(folder), data.load_weights(folder)
         with torch.device("meta"):
             model = cls(Config.eye(c))
+        Processor(folder, c.get("model_type")).aspect(model.config.image)
         prefix = next((p for p in ("vision_model.", "visual_encoder.")
                        if any(k.startswith(p) for k in weights)), "")
         ignore, names = dict(cls.IGNORE), prefixed(model.names(), "", prefix)
@@ -374,6 +376,7 @@ class CLIP(nn.Module):
                                 f"from 1 to {2 ** 15}; take the config.json of the weights")
         with torch.device("meta"):
             model = cls(Config.from_hf(c.get("vision_config", {})), text, shared)
+        Processor(folder, "clip").aspect(model.vision.config.image)
         return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE, dtype).eval()
 
     def save_pretrained(self, folder):

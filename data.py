@@ -66,6 +66,7 @@ from torch import Tensor
 from formats.checkpoints import Claim
 from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, TrainingFailed, Usage,
                             guarded)
+from formats.processors import MEAN, STD
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
@@ -658,8 +659,6 @@ def picture_path(root, name: str) -> Path:
 # ---------------------------------------------------------------- pictures
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MEAN = 0.48145466, 0.4578275, 0.40821073            # CLIP's, of RGB in 0 .. 1
-STD = 0.26862954, 0.26130258, 0.27577711
 PAD = (122, 116, 104)               # quirk: 255 × MEAN cut to integers, not rounded
 # What Pillow raises on damaged files, found by mutating some; Failure is none of these.
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,

@@ -56,6 +56,7 @@ import data
 from clip import LayerNorm, ViT, block_names, prefixed
 from clip import Config as ViTConfig
 from formats.checkpoints import POSITIONS, tied_decoder
+from formats.processors import Processor
 from kernels import attention, full, gelu, linear_cross_entropy
 from kernels.attention import visible
 
@@ -713,6 +714,7 @@ class Retriever(nn.Module):
         c, weights, words = data.read_config(folder), data.load_weights(folder), Words(folder)
         lavis = any(k.startswith("Qformer.bert.") for k in weights)
         eye, config = ViTConfig.eye(c), config_of(c)
+        Processor(folder, c["model_type"]).expect(eye.image, "squash", "a Q-Former's are squashed")
         shared, eps = c.get("image_text_hidden_size", 256), c.get("ln_vision_eps")
         eps = 1e-5 if lavis and eps is None else eye.eps if eps is None else eps
         if type(shared) is not int or not 1 <= shared <= 2 ** 15 or not (
