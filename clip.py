@@ -43,6 +43,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+from formats.checkpoints import POSITIONS
+from formats.processors import Processor
 from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
 
 
@@ -221,7 +223,7 @@ class ViT(nn.Module):
         "blocks.{}.qkv.bias": ("visual_encoder.blocks.{}.attn.q_bias", data.ZEROS,
                                "visual_encoder.blocks.{}.attn.v_bias"),
     }
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
+    IGNORE = {**POSITIONS,
               r"(text_model\.|text_projection|visual_projection|logit_scale).*":
                   "the half of CLIP that reads text"}
     checkpoint = None           # what blocks keep for backward: see kernels/checkpoint.py
@@ -291,6 +293,7 @@ class ViT(nn.Module):
         c, weights = data.read_config(folder), data.load_weights(folder)
         with torch.device("meta"):
             model = cls(Config.eye(c))
+        Processor(folder, c.get("model_type")).aspect(model.config.image)
         prefix = next((p for p in ("vision_model.", "visual_encoder.")
                        if any(k.startswith(p) for k in weights)), "")
         ignore, names = dict(cls.IGNORE), prefixed(model.names(), "", prefix)
@@ -339,7 +342,7 @@ class CLIP(nn.Module):
              **prefixed(Text.NAMES, "text.", "text_model."),
              "to_shared.weight": "visual_projection.weight",
              "text_to_shared.weight": "text_projection.weight", "scale": "logit_scale"}
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ..."}
+    IGNORE = POSITIONS
 
     def __init__(self, vision, text, shared):
         super().__init__()
@@ -373,6 +376,7 @@ class CLIP(nn.Module):
                                 f"from 1 to {2 ** 15}; take the config.json of the weights")
         with torch.device("meta"):
             model = cls(Config.from_hf(c.get("vision_config", {})), text, shared)
+        Processor(folder, "clip").aspect(model.vision.config.image)
         return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE, dtype).eval()
 
     def save_pretrained(self, folder):

@@ -63,10 +63,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats.checkpoints import Claim
 from formats.conversations import (MARK, ROLES, at_an_edge, images_of, parse_row,
                                    read_conversations, read_rows)
 from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn, Offline,
                             TrainingFailed, Usage, guarded)
+from formats.processors import MEAN, STD
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
@@ -703,8 +705,6 @@ def picture_path(root, name: str) -> Path:
 # ---------------------------------------------------------------- pictures
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MEAN = 0.48145466, 0.4578275, 0.40821073            # CLIP's, of RGB in 0 .. 1
-STD = 0.26862954, 0.26130258, 0.27577711
 PAD = (122, 116, 104)               # quirk: 255 × MEAN cut to integers, not rounded
 # What Pillow raises on damaged files, found by mutating some; Failure is none of these.
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
@@ -1072,8 +1072,8 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
     """Copy `weights` into the parameters of `module` in place; returns it.
 
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
-    (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}. A
-    module built on the meta device is given memory on the CPU, in dtype or the file's own; another
+    (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}, of
+    which a formats.checkpoints.Claim is checked. A module built on the meta device is given memory on the CPU, in dtype or the file's own; another
     keeps its own dtype. Nothing is copied unless all fits: BadModel names the tensor that is
     missing, left over, or of the wrong shape, with both shapes."""
     table, used = expand(module, names), set()
@@ -1089,8 +1089,14 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
             raise BadModel(f"tensor {', '.join(theirs)}: shape {' + '.join(map(str, shapes))}, but "
                            f"{name} needs {want}: config.json and weights disagree")
         used.update(theirs)
-    rest = [t for t in weights if t not in used
-            and not any(re.fullmatch(pattern, t) for pattern in ignore or {})]
+    rest = []
+    for name in (t for t in weights if t not in used):
+        reason = next((r for pattern, r in (ignore or {}).items() if re.fullmatch(pattern, name)),
+                      None)
+        if isinstance(reason, Claim):
+            reason.check(name, weights)
+        elif reason is None:
+            rest.append(name)
     if rest:
         raise BadModel(f"tensor {rest[0]} (and {len(rest) - 1} more) has no place in "
                        f"{type(module).__name__}: wrong kind of model?")

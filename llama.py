@@ -20,6 +20,7 @@ Next: projector.py, which puts a picture's vectors between the words.
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 import data
+from formats.checkpoints import head_is_embedding, rotary
 from kernels import attention, decode, rms_norm, rope, rope_table, run, sliding_window, swiglu
 
 
@@ -333,7 +335,7 @@ class Llama(nn.Module):
         "norm.weight": "model.norm.weight",
         "head.weight": "lm_head.weight",
     }
-    IGNORE = {r".*rotary_emb\.inv_freq": "recomputed from rope_theta"}
+    IGNORE = {r".*rotary_emb\.inv_freq": "recomputed from rope_theta"}     # see `ignored`
     # what blocks keep for backward: None, "none", "attention", "full"; and whether on the host
     checkpoint, offload = None, False           # kernels/checkpoint.py
 
@@ -423,12 +425,34 @@ class Llama(nn.Module):
 
         Raises data.BadModel, data.Offline."""
         folder = data.resolve(folder)
+        config, weights = Config.from_hf(data.read_config(folder)), data.load_weights(folder)
+        embed, head = cls.NAMES["embed.weight"], cls.NAMES["head.weight"]
+        config = cls.settle_tie(config, weights, embed, head)
         with torch.device("meta"):
-            model = cls(Config.from_hf(data.read_config(folder)))
-        weights = data.load_weights(folder)
-        # quirk: some tied files hold the head as well; it is the embedding once more
-        ignore = cls.IGNORE | ({r"lm_head\.weight": "tied"} if model.config.tied else {})
-        return data.fill(model, model.names(), weights, ignore, dtype).eval()
+            model = cls(config)
+        names, ignore = model.names(), cls.ignored(config)
+        if config.tied and embed not in weights:
+            names["embed.weight"] = head                # the one name a tied file has it under
+        elif config.tied:
+            ignore[re.escape(head)] = "tied: the embedding once more, see settle_tie"
+        return data.fill(model, names, weights, ignore, dtype).eval()
+
+    @staticmethod
+    def settle_tie(config, weights, embed, head):
+        """The config, no longer tied where the file's head is not its embedding. embed, head: their
+        names in the file."""
+        if config.tied and not head_is_embedding(weights, embed, head):
+            return replace(config, tied=False)
+        return config
+
+    @classmethod
+    def ignored(cls, config):
+        """IGNORE with its checks: inv_freq must be what config says, stretched or (as files from
+        before 2023-12 have it) not yet."""
+        tables = (rope_table(torch.ones(1), config.head_dim, config.theta, scaling)
+                  for scaling in (config.scaling, None))
+        angles = [torch.atan2(sin, cos)[0] for cos, sin in tables]      # of position 1: theta
+        return cls.IGNORE | rotary(*angles)
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors, as transformers reads them."""

@@ -39,6 +39,7 @@ from torch import nn
 import data
 from clip import Config as ViTConfig
 from clip import LayerNorm, ViT, prefixed
+from formats.processors import Processor
 from kernels import gelu, linear_cross_entropy
 from kernels.attention import packed
 from llama import Config as LlamaConfig
@@ -211,15 +212,11 @@ def settings(folder, c):
         raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, not "
                             "'llava', 'llava_next', 'blip-2' or 'instructblip'; give the model/ "
                             "folder of a run")
-    text, aspects = c.get("text_config", {}), ("squash",) if asks else ("square", "pad", "anyres")
-    known_values(folder, c, vision_feature_layer=(-2,), vision_feature_select_strategy=("default",),
+    text, aspects = c.get("text_config", {}), ("squash",) if asks else (
+        "square", "pad", "squash", "anyres")
+    known_values(folder, c, vision_feature_select_strategy=("default",),
                  projector_hidden_act=("gelu", "linear"), tie_word_embeddings=(True, False),
                  image_aspect_ratio=aspects)
-    processor = data.read_config(folder, "preprocessor_config.json", missing_ok=True) or (
-        data.read_config(folder, "processor_config.json", missing_ok=True).get("image_processor"))
-    processor = processor if type(processor) is dict else {}
-    known_values(folder, processor, image_mean=(list(data.MEAN),), image_std=(list(data.STD),),
-                 resample=(3,))
     if asks and "text_config" not in c:
         raise data.BadModel(f"{folder}: a Q-Former without a language model, BLIP-2's first stage: "
                             "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
@@ -230,22 +227,33 @@ def settings(folder, c):
                 f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
                 "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from FOLDER), "
                 "or Salesforce/instructblip-vicuna-7b, which has one")
-        return (ViTConfig.eye(c), LlamaConfig.from_hf(text), "qformer", "squash", data.OFFICIAL,
+        eye, processor = ViTConfig.eye(c), Processor(folder, c["model_type"])
+        processor.expect(eye.image, "squash", "a Q-Former's are squashed")
+        processor.places(None, c.get("num_query_tokens", 32))
+        return (eye, LlamaConfig.from_hf(text), "qformer", "squash", data.OFFICIAL,
                 "instructblip" if c["model_type"] == "instructblip" else "blip2")
     eye = ViTConfig.from_hf(c["vision_config"]) if "vision_config" in c else ViTConfig(image=336)
+    layers = -2, eye.depth - 1                      # the same one, counted from either end
+    known_values(folder, c, vision_feature_layer=(*layers, *([layer] for layer in layers)))
     tongue = LlamaConfig.from_hf(text)
-    if c.get("tie_word_embeddings"):
-        tongue = replace(tongue, tied=True)
+    # quirk: a tie said in text_config alone counts in LLaVA, not in LLaVA-NeXT (transformers 5)
+    heard = tongue.tied and c["model_type"] == "llava"
+    tongue = replace(tongue, tied=c.get("tie_word_embeddings", False) or heard)
     # quirk: the hub's LLaVA-1.5 processors crop, though the model was trained on padded pictures
-    aspect = "pad" if processor.get("do_pad") else "square"
-    grids = data.TRANSPOSED
-    if c["model_type"] == "llava_next":
-        aspect = "anyres"
-        if c.get("image_grid_pinpoints"):           # (height, width) here
-            pairs = grids_of(folder, c["image_grid_pinpoints"], eye.image)
-            grids = tuple((across, down) for down, across in pairs)
+    processor = Processor(folder, c["model_type"])
+    aspect, grids = processor.aspect(eye.image), data.TRANSPOSED
+    if (aspect == "anyres") != (c["model_type"] == "llava_next"):
+        processor.refuse("image_processor_type", f"{processor.kind}ImageProcessor",
+                         f"config.json says model_type {c['model_type']}")
+    aspect = c.get("image_aspect_ratio", aspect)    # ours; transformers goes by the processor
+    processor.expect(eye.image, aspect, f"config.json says image_aspect_ratio {aspect}")
+    processor.places(eye.patch)
+    if aspect == "anyres" and c.get("image_grid_pinpoints"):        # (height, width) here
+        processor.pinpoints(c["image_grid_pinpoints"])
+        pairs = grids_of(folder, c["image_grid_pinpoints"], eye.image)
+        grids = tuple((across, down) for down, across in pairs)
     return (eye, tongue, "linear" if c.get("projector_hidden_act") == "linear" else "mlp",
-            c.get("image_aspect_ratio", aspect), grids,
+            aspect, grids,
             "mistral_instruct" if text.get("model_type") == "mistral" else None)
 
 
@@ -268,8 +276,10 @@ def official_settings(folder, c):
     if large:                                       # no need to fetch what everybody knows
         eye = ViTConfig(image=336 if large[1] else 224)
     else:
-        config = data.read_config(data.resolve(tower))
+        tower = data.resolve(tower)
+        config = data.read_config(tower)
         eye = ViTConfig.from_hf(config.get("vision_config", config))
+        Processor(tower, "clip").aspect(eye.image)
     pinpoints = c.get("image_grid_pinpoints")       # (width, height) here
     return (eye, LlamaConfig.from_hf({**c, "model_type": kind}),
             "mlp" if c.get("mm_projector_type") == "mlp2x_gelu" else "linear", aspect,
@@ -568,6 +578,8 @@ class VLM(nn.Module):
         eye, tongue, bridge, aspect, grids, default = made
         words, weights = data.Tokenizer(folder), data.load_weights(folder)
         known = spelled(weights)
+        embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
+        tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
         template = c.get("template", default or (
             "v1" if words.added("<|im_start|>") is None else "chatml_direct"))
         if template not in list(data.TEMPLATES):
@@ -587,8 +599,10 @@ class VLM(nn.Module):
             raise data.BadModel(f"{folder}: tokenizer.json has {len(words)} tokens, the model "
                                 f"{tongue.vocab} rows; take both from one place")
         ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
-        if tongue.tied:
-            ignore[r"(language_model\.)?lm_head\.weight"] = "tied: the embedding once more"
+        ignore |= Llama.ignored(tongue)
+        if tongue.tied and head in known:
+            ignore[re.escape(known[head])] = "tied: the embedding once more, see settle_tie"
+            known.setdefault(embed, known[head])        # the one name a tied file has it under
         if bridge == "linear" and "multi_modal_projector.linear_2.weight" in known:
             ignore |= identity(weights, known, tongue.width)
         if official and apart:
@@ -675,8 +689,9 @@ class VLM(nn.Module):
             shared = {"processor_class": kind, "num_query_tokens": self.places()}
         else:
             kind = "LlavaNext" if self.aspect == "anyres" else "Llava"
-            picture |= {"size": {"shortest_edge": self.image_size}, "do_center_crop": True,
-                        "crop_size": S, "do_pad": self.aspect != "square",
+            side = S if self.aspect == "squash" else {"shortest_edge": self.image_size}
+            picture |= {"size": side, "do_center_crop": True, "crop_size": S,
+                        "do_pad": self.aspect in ("pad", "anyres"),
                         "image_processor_type": f"{kind}ImageProcessor",
                         **({"image_grid_pinpoints": self.pinpoints} if kind != "Llava" else {})}
             shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch,

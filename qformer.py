@@ -55,6 +55,8 @@ from torch import nn
 import data
 from clip import LayerNorm, ViT, block_names, prefixed
 from clip import Config as ViTConfig
+from formats.checkpoints import POSITIONS, tied_decoder
+from formats.processors import Processor
 from kernels import attention, full, gelu, linear_cross_entropy
 from kernels.attention import visible
 
@@ -254,8 +256,7 @@ class QFormer(nn.Module):
                            "qformer.embeddings.layernorm", "qformer.embeddings")
     LAVIS_NAMES = table(block_table("Qformer.bert.encoder.layer.{}.", "self"),
                         "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings")
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
-              r"Qformer\.cls\..*": "the head of the captions; Retriever has it",
+    IGNORE = {**POSITIONS, r"Qformer\.cls\..*": "the head of the captions; Retriever has it",
               r"(?!Qformer\.|qformer\.|embeddings\.|query_tokens).*": "not of the Q-Former"}
     IGNORE_WORDS = {r".*encoder\.layer\.\d+\.(intermediate|output)\..*|.*(word|position)_emb.*":
                     "the words' part, which a language model in front does without"}
@@ -565,8 +566,9 @@ class Retriever(nn.Module):
         **prefixed(ViT.LAVIS_NAMES, "vision.", ""), **prefixed(QFormer.LAVIS_NAMES, "qformer.", ""),
         **layers(ln_vision="ln_vision", to_shared="vision_proj", text_to_shared="text_proj",
                  match="itm_head"), **REST_NAMES}
-    IGNORE = {r".*position_ids": "a buffer of old files: 0, 1, 2 ...",
-              r"Qformer\.cls\.predictions\.decoder\..*": "tied: word embeddings and bias once more"}
+    IGNORE = {**POSITIONS, **tied_decoder(
+        r"Qformer\.cls\.predictions\.decoder", "Qformer.bert.embeddings.word_embeddings.weight",
+        "Qformer.cls.predictions.bias")}
 
     def __init__(self, eye, config, shared=256, eps=None):
         """eye, config: settings of ViT and QFormer; shared: E; eps: ln_vision's."""
@@ -712,6 +714,7 @@ class Retriever(nn.Module):
         c, weights, words = data.read_config(folder), data.load_weights(folder), Words(folder)
         lavis = any(k.startswith("Qformer.bert.") for k in weights)
         eye, config = ViTConfig.eye(c), config_of(c)
+        Processor(folder, c["model_type"]).expect(eye.image, "squash", "a Q-Former's are squashed")
         shared, eps = c.get("image_text_hidden_size", 256), c.get("ln_vision_eps")
         eps = 1e-5 if lavis and eps is None else eye.eps if eps is None else eps
         if type(shared) is not int or not 1 <= shared <= 2 ** 15 or not (
@@ -816,10 +819,11 @@ def begin_as_bert(model, folder):
         names = {k: v if type(v) is tuple else v.replace("LayerNorm.weight", "LayerNorm.gamma")
                  .replace("LayerNorm.bias", "LayerNorm.beta") for k, v in names.items()}
     data.fill(parts, names, weights, {
-        r".*position_ids": "a buffer: 0, 1, 2 ...",
+        **POSITIONS,
         r".*token_type_embeddings\..*": "first or second sentence: a Q-Former knows one",
         r".*pooler\..*|cls\.seq_relationship\..*": "the task of which sentence follows",
-        r"cls\.predictions\.decoder\..*": "tied: the word embeddings and bias once more"})
+        **tied_decoder(r"cls\.predictions\.decoder", at + "embeddings.word_embeddings.weight",
+                       "cls.predictions.bias")})
     with torch.no_grad():
         q.word.weight[:rows] = parts["word"].weight
         model.head.bias[:rows] = head.bias
