@@ -55,6 +55,8 @@ SHARED = {              # of all five; then of those that may ask an endpoint
     "--device": dict(default="auto", help="of a local model: auto, cpu, cuda, cuda:1 ..."),
     "--dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto"),
     "--template": dict(help="how a local model is asked (LLaMA: v1; else as its config says)"),
+    "--follow-links": dict(action="store_true", help="links in the folder of pictures may lead out "
+                           "of it"),
     "--debug": dict(action="store_true", help="tracebacks")}
 ASKING = {
     "--endpoint": dict(help="URL before /chat/completions, such as https://host/v1"),
@@ -390,7 +392,7 @@ def coco(args):
     note(f"{len(told):,} of {len(pictures):,} pictures: those with captions, up to --limit")
     for where, row, *_ in told.values():
         try:
-            data.picture_path(args.images, field(where, row, "file_name"))
+            data.picture_path(args.images, field(where, row, "file_name"), args.follow_links)
         except data.BadData as error:
             raise data.BadData(f"{where}.file_name: {error}") from None
     if args.what != "conversation":
@@ -432,14 +434,16 @@ def toy(args):
 def photos(args):
     """A job for every picture of a folder and of those below it, by name."""
     root = Path(args.source)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in
-                   (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+    files, others = data.list_pictures(root, below=True, follow_links=args.follow_links)
+    for line in others:
+        note(f"note: {line}")
     who = (args.what, weights_of(args.model), args.template, args.prompt, args.seed, args.dtype,
            args.temperature, args.max_tokens, getattr(args, "short", None))
     for path in files:
         name = path.relative_to(root).as_posix()
         # a picture is told by its name and size: times change when a folder is copied
-        yield Job(name, name, key_of(*who, name, path.lstat().st_size))
+        size = path.stat() if args.follow_links and path.exists() else path.lstat()
+        yield Job(name, name, key_of(*who, name, size.st_size))
 
 
 # ---------------------------------------------------------------------------- answers on the disk
@@ -595,7 +599,8 @@ def eyes(args, jobs, journal):
         for job in some:
             try:
                 job.image.encode()                          # a name may be no text
-                good.append((job, see(data.picture_path(args.source, job.image), model)))
+                good.append((job, see(data.picture_path(
+                    args.source, job.image, args.follow_links), model)))
             except (data.BadImage, data.BadData, UnicodeEncodeError) as error:
                 note(f"skipped: {error}")
                 bad.append((job, "", "not a usable picture"))

@@ -139,6 +139,8 @@ def arguments(argv=None):
     p.add_argument("--from", dest="start", help="model to start stage 2 from; 'none' skips stage 1")
     p.add_argument("--data", help="LLaVA JSON or JSONL; without it, the toy world")
     p.add_argument("--images", default=".", help="folder that the data's pictures are relative to")
+    p.add_argument("--follow-links", action="store_true", help="links in --images may lead out of "
+                   "it")
     p.add_argument("--projector", help="start the bridge from this file or folder, where it is new")
     p.add_argument("--official-quirks", action="store_true",
                    help="learn nothing from samples that the official code masks with a warning")
@@ -896,7 +898,8 @@ class Samples:
         """`read`, and the picture itself."""
         picture, talk = self.read(index)
         if type(picture) is str:
-            picture = data.load_image(data.picture_path(self.args.images, picture))
+            picture = data.load_image(data.picture_path(
+                self.args.images, picture, getattr(self.args, "follow_links", False)))
         return picture, talk
 
 
@@ -1875,7 +1878,7 @@ def resolved(args):
     """What decides the finished bits: the content of config.json."""
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-            "checkpoint", "offload", "on_bad_sample", "most_bad", *(f.name for f in fields(Stage))}
+            "checkpoint", "offload", "on_bad_sample", "most_bad", "follow_links", *(f.name for f in fields(Stage))}
     size = {}
     if args.data and os.path.exists(args.data):             # a name stays while its file changes
         size["data_bytes"] = os.path.getsize(args.data)

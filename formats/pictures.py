@@ -124,35 +124,43 @@ def _is_picture(path):
 def _names(paths, root):
     """The first few, in printable letters."""
     names = ["".join(c if c.isprintable() else "?" for c in p.relative_to(root).as_posix())
-             for p in paths[:3]]
+             for p in sorted(paths)[:3]]
     return ", ".join(names) + " ..." * (len(paths) > 3)
 
 
 def list_pictures(folder, below=False, follow_links=False):
     """(paths of the pictures of a folder by name, lines about what else is there).
 
-    below: those of the folders in it too; links to folders are entered with follow_links."""
-    root, pictures, others, unread, passed = Path(folder), [], [], {}, []
-    entered = {os.path.realpath(root)}                  # a link may lead back
+    below: those of the folders in it too. A link to a folder is entered with follow_links only, and
+    no folder twice. A link to a file counts by its ending; one without is opened only if it stays
+    inside the folder, or with follow_links."""
+    root, real = Path(folder), os.path.realpath(folder)
+    pictures, others, unread, closed, links, entered = [], [], {}, [], [], {real}
     for top, folders, files in os.walk(root, followlinks=follow_links):
-        again = {name for name in folders if os.path.realpath(os.path.join(top, name)) in entered}
-        links = {name for name in folders if os.path.islink(os.path.join(top, name))}
-        out = set(folders) if not below else again if follow_links else links
-        passed += [Path(top, name) for name in sorted(out)]
-        folders[:] = sorted(set(folders) - out)
-        entered |= {os.path.realpath(os.path.join(top, name)) for name in folders}
+        inside, folders[:] = sorted(folders), []
+        for path in (Path(top, name) for name in inside):
+            target = os.path.realpath(path)
+            if not below:
+                closed.append(path)
+            elif path.is_symlink() and not follow_links or target in entered:
+                links.append(path)
+            else:
+                entered.add(target)
+                folders.append(path.name)
         for path in (Path(top, name) for name in files):
+            out = path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real)
+            if out and not follow_links and not path.suffix:
+                links.append(path)
+                continue
             good, kind = _is_picture(path)
             (pictures if good else unread.setdefault(kind, []) if kind else others).append(path)
-    lines = [f"{len(paths)} {kind} file(s) passed over, {_names(sorted(paths), root)}: "
-             f"{NOT_READ[kind]}" for kind, paths in sorted(unread.items())]
-    if others:
-        lines.append(f"{len(others)} file(s) are no pictures: {_names(sorted(others), root)}")
-    if passed:
-        why = ("folder(s) below are not entered" if not below else
-               "link(s) lead to a folder that has been entered" if follow_links else
-               "link(s) to folders are not entered without --follow-links")
-        lines.append(f"{len(passed)} {why}: {_names(sorted(passed), root)}")
+    lines = [f"{len(paths)} {kind} file(s) passed over, {_names(paths, root)}: {NOT_READ[kind]}"
+             for kind, paths in sorted(unread.items())]
+    why = "lead where has been looked" if follow_links else "are not followed without --follow-links"
+    for paths, what in ((others, "file(s) are no pictures"), (links, f"link(s) {why}"),
+                        (closed, "folder(s) in it are not entered")):
+        if paths:
+            lines.append(f"{len(paths)} {what}: {_names(paths, root)}")
     return sorted(pictures), lines
 
 
