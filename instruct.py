@@ -171,6 +171,7 @@ from tqdm import tqdm
 
 import data
 import world
+from formats import replies
 from generate import (ask, generate_batch, load, note, places, sample_of, see, spell,
                       write)
 from llama import Llama
@@ -296,31 +297,47 @@ def parse(kind, reply):
     """The turns of an answer: [question, answer, ...]; for detail, [description].
 
     Raises data.BadData with the reason, one of a few, so that reasons can be counted."""
-    reply = reply.replace("\r\n", "\n").strip()
+    reply = replies.without_thinking(reply.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
+    if reply is None:
+        raise data.BadData("thinking that does not end")
     if not reply:
         raise data.BadData("empty")
     if broken(reply):
         raise data.BadData("not Unicode text")
-    if CONTROL.search(reply):
+    turns = parse_detail(reply) if kind == "detail" else parse_blocks(replies.unfenced(reply))
+    if any(map(CONTROL.search, turns)):
         raise data.BadData("holds a control token")
-    if SOURCE.search(reply):
+    if any(map(SOURCE.search, turns)):
         raise data.BadData("speaks of captions or boxes")
-    parts = [x.strip() for x in re.split(r"^[ \t]*={3,}[ \t]*$", reply, flags=re.M)]
-    if kind == "detail":
-        if len(parts) > 1:
-            raise data.BadData("blocks in a description")
-        return parts
-    if len(parts) == 1:
-        raise data.BadData("no === blocks")
-    parts = parts[not parts[0]:len(parts) - (not parts[-1])]    # a === may open and close the whole
-    names = [x.lower().rstrip(": ") for x in parts[::2]]
-    if len(parts) % 4 or names != ["question", "answer"] * (len(parts) // 4):
-        raise data.BadData("blocks are not question and answer by turns")
-    if not all(parts):
-        raise data.BadData("an empty block")
-    if kind == "reasoning" and len(parts) != 4:
+    if kind == "reasoning" and len(turns) != 2:
         raise data.BadData("more than one question")
-    return parts[1::2]
+    return turns
+
+
+def parse_detail(reply):
+    """[description]."""
+    if replies.SPLIT.search(reply):
+        raise data.BadData("blocks in a description")
+    text = replies.description(reply)
+    if text is None:
+        raise data.BadData("a code fence in a description")
+    return [text]
+
+
+def parse_blocks(reply):
+    """[question, answer, ...]: in the form that was asked for, or in one that is as clear."""
+    parts = [x.strip() for x in replies.SPLIT.split(reply)]
+    ruled = len(parts) > 1
+    parts = parts[not parts[0]:len(parts) - (not parts[-1])]    # a === may open and close the whole
+    names = [replies.label(x) for x in parts[::2]]
+    if ruled and not len(parts) % 4 and names == [("question", ""), ("answer", "")] * (
+            len(parts) // 4):
+        if not all(parts):
+            raise data.BadData("an empty block")
+        return parts[1::2]
+    if turns := replies.questions_and_answers(reply):
+        return turns
+    raise data.BadData("blocks are not question and answer by turns" if ruled else "no === blocks")
 
 
 # ------------------------------------------------------------------------------------ the input
