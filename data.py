@@ -42,11 +42,9 @@ import math
 import mmap
 import os
 import re
-import struct
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +56,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -68,6 +66,7 @@ from formats.conversations import (MARK, ROLES, at_an_edge, images_of, parse_row
                                    read_conversations, read_rows)
 from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn, Offline,
                             TrainingFailed, Usage, guarded)
+from formats.pictures import FORMATS, check_pixels, list_pictures, load_image, picture_path
 from formats.processors import MEAN, STD
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
 
@@ -686,66 +685,11 @@ def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
 
 # ---------------------------------------------------------------- conversations on disk
 
-def picture_path(root, name: str) -> Path:
-    """The regular file `name` inside the folder `root`, links resolved; else BadData."""
-    windows = PureWindowsPath(name)         # also splits at "/", so one look serves both worlds
-    if not name or "\0" in name or windows.anchor or ".." in windows.parts:
-        raise BadData(f"image {name!r}: must be a plain path inside {root}: correct the sample")
-    try:
-        path = Path(os.path.realpath(os.path.join(root, name)))     # half the time of resolve()
-        inside, regular = path.is_relative_to(os.path.realpath(root)), path.is_file()
-    except (OSError, ValueError) as error:
-        raise BadData(f"image {name!r}: {error}: correct the sample") from None
-    if not (inside and regular):
-        what = "is not a file" if inside else "leads outside"
-        raise BadData(f"image {name!r}: {what} of {root}: correct the sample or the folder")
-    return path
 
 
 # ---------------------------------------------------------------- pictures
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 PAD = (122, 116, 104)               # quirk: 255 × MEAN cut to integers, not rounded
-# What Pillow raises on damaged files, found by mutating some; Failure is none of these.
-_DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
-           OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
-           Image.DecompressionBombError)
-
-
-def _rgb(image):
-    """Any mode to RGB as a viewer would show it: alpha on white, 16 bits scaled to 8."""
-    if image.mode.startswith("I"):              # convert() would clip 16 bits to white
-        deep = np.asarray(image).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError("its numbers lie outside 0 .. 65535")
-        return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pictures do not say which number is white")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def load_image(path) -> Image.Image:
-    """A picture as RGB: upright by its EXIF tag, alpha on white, first frame of an animation.
-
-    path: a file name or a binary file object. PNG, JPEG, WEBP, GIF, BMP or TIFF, at most 50
-    megapixels (checked before decoding). Raises BadImage for every other file, however damaged."""
-    name = path if isinstance(path, (str, Path)) else getattr(path, "name", "picture")
-    try:
-        if isinstance(path, (str, Path)) and not Path(path).is_file():  # opening a pipe would hang
-            raise OSError("no such file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > 50_000_000:
-                    raise ValueError(f"{image.width}×{image.height} is over 50 megapixels")
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
-    except _DAMAGE as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise BadImage(f"{name}: {why}: give a whole PNG, JPEG, WEBP, GIF, BMP or TIFF") from None
 
 
 class Grid(NamedTuple):
@@ -789,18 +733,12 @@ def anyres_grid(width: int, height: int, size: int = 336, patches: int = 24,
                 patches ** 2 + rows * (columns + 1))
 
 
-def _room(width, height):
-    """Refuse an intermediate picture that would fill the memory."""
-    if width * height > 2 ** 28:
-        raise BadImage(f"a {width}×{height} intermediate is too large: crop the picture first")
-
-
 def _clip(image, size) -> np.ndarray:
     """CLIP's own steps on an RGB picture: (3, size, size) float32."""
     w, h = image.size
     short = min(w, h)
     new = (size, int(size * h / short)) if w <= h else (int(size * w / short), size)
-    _room(*new)
+    check_pixels(*new)
     if new != image.size:
         image = image.resize(new, Image.Resampling.BICUBIC)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
@@ -816,12 +754,12 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
     aspect: square | pad | squash | anyres, with grids as in `anyres_grid`. Pillow's bicubic on
     uint8 is the reference: a resize of tensors is close but not equal. Raises BadImage for shapes
     that would fill the memory."""
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")      # a copy is 4 bytes a pixel
     if aspect == "square":
         tiles = [image]
     elif aspect == "pad":
         side = max(image.size)
-        _room(side, side)
+        check_pixels(side, side)
         canvas = Image.new("RGB", (side, side), PAD)
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         tiles = [canvas]
@@ -1240,9 +1178,9 @@ def _opened(path, template):
     try:
         short, long = sorted(load_image(path).size)
         if template == "plain":
-            _room(336, 336 * long // short)         # cropped to a square, its short side first
+            check_pixels(336, 336 * long // short)         # cropped to a square, its short side first
         elif not template.startswith(("blip2", "instructblip", "minigpt4")):
-            _room(long, long)                       # padded to a square; those are squashed
+            check_pixels(long, long)                       # padded to a square; those are squashed
     except BadImage as error:
         return str(error).removeprefix(f"{path}: ")
 
@@ -1268,6 +1206,7 @@ def check(args) -> int:
         raise Usage(f"--images {args.images}: no such folder: give the one that names start from")
     lengths = _Lengths(Tokenizer(resolve(args.llm))) if args.llm else None
     kinds, sizes, pictures, rows, samples = Counter(), [], {}, 0, 0
+    find = partial(picture_path, follow_links=True) if args.follow_links else picture_path
     warnings.simplefilter("ignore")                 # Pillow's; its errors are what counts
 
     def fault(where, field, why):
@@ -1292,7 +1231,7 @@ def check(args) -> int:
             if not args.images:
                 raise Usage(f"{where} has a picture: give --images, the folder of the pictures")
             try:
-                pictures.setdefault(picture_path(args.images, name), (where, name))
+                pictures.setdefault(find(args.images, name), (where, name))
             except BadData as error:
                 fault(where, f"image {name!r}: ", str(error).removeprefix(f"image {name!r}: "))
     read, start = time.monotonic() - start, time.monotonic()
@@ -1396,6 +1335,8 @@ def arguments(argv=None):
             q.add_argument("--sample", type=int, default=1, metavar="N", help="row, from 1")
             continue
         q.add_argument("--images", metavar="DIR", help="folder that the pictures' names start from")
+        q.add_argument("--follow-links", action="store_true", help="links in that folder may lead "
+                       "out of it")
         q.add_argument("--open", action=argparse.BooleanOptionalAction, default=True,
                        help="decode the pictures too, each once (default: yes)")
         q.add_argument("--pack", type=int, default=6144, metavar="N",

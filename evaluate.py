@@ -49,6 +49,7 @@ def benchmark_flags(sub):
     for q in made:
         q.add_argument("--model", required=True, help="folder or hub id")
         q.add_argument("--images", required=True, help="folder of the pictures")
+        q.add_argument("--follow-links", action="store_true", help="links in it may lead out of it")
         q.add_argument("--out", required=True, help="JSON lines: the answers")
         q.add_argument("--max-new-tokens", type=int, default=128 if q is pope else 1024)
         q.add_argument("--batch-size", type=int, default=8)

@@ -1026,10 +1026,12 @@ def main(args):
     sys.stdin.reconfigure(errors="surrogateescape")      # a bad byte is a complaint, not a crash
     sys.stdout.reconfigure(errors="replace")
     if os.path.isdir(args.image):
-        kinds = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"
-        files = sorted(p for p in Path(args.image).iterdir() if p.suffix.lower() in kinds)
+        files, others = data.list_pictures(args.image)
+        for line in others:
+            note(f"note: {line}")
         if not files:
-            raise data.BadImage(f"{args.image}: holds no picture ({' '.join(kinds)})")
+            raise data.BadImage(f"{args.image}: holds no picture: give a folder with some "
+                                f"({', '.join(data.FORMATS)})")
         return captions(load(args, args.quantize), files, args)
     for path in args.images:
         data.load_image(path)

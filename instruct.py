@@ -55,6 +55,8 @@ SHARED = {              # of all five; then of those that may ask an endpoint
     "--device": dict(default="auto", help="of a local model: auto, cpu, cuda, cuda:1 ..."),
     "--dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto"),
     "--template": dict(help="how a local model is asked (LLaMA: v1; else as its config says)"),
+    "--follow-links": dict(action="store_true", help="links in the folder of pictures may lead out "
+                           "of it"),
     "--debug": dict(action="store_true", help="tracebacks")}
 ASKING = {
     "--endpoint": dict(help="URL before /chat/completions, such as https://host/v1"),
@@ -169,6 +171,7 @@ from tqdm import tqdm
 
 import data
 import world
+from formats import replies
 from generate import ask, generate_batch, load, note, sample_of, see, spell, write
 from llama import Llama
 
@@ -293,31 +296,47 @@ def parse(kind, reply):
     """The turns of an answer: [question, answer, ...]; for detail, [description].
 
     Raises data.BadData with the reason, one of a few, so that reasons can be counted."""
-    reply = reply.replace("\r\n", "\n").strip()
+    reply = replies.without_thinking(reply.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
+    if reply is None:
+        raise data.BadData("thinking that does not end")
     if not reply:
         raise data.BadData("empty")
     if broken(reply):
         raise data.BadData("not Unicode text")
-    if CONTROL.search(reply):
+    turns = parse_detail(reply) if kind == "detail" else parse_blocks(replies.unfenced(reply))
+    if any(map(CONTROL.search, turns)):
         raise data.BadData("holds a control token")
-    if SOURCE.search(reply):
+    if any(map(SOURCE.search, turns)):
         raise data.BadData("speaks of captions or boxes")
-    parts = [x.strip() for x in re.split(r"^[ \t]*={3,}[ \t]*$", reply, flags=re.M)]
-    if kind == "detail":
-        if len(parts) > 1:
-            raise data.BadData("blocks in a description")
-        return parts
-    if len(parts) == 1:
-        raise data.BadData("no === blocks")
-    parts = parts[not parts[0]:len(parts) - (not parts[-1])]    # a === may open and close the whole
-    names = [x.lower().rstrip(": ") for x in parts[::2]]
-    if len(parts) % 4 or names != ["question", "answer"] * (len(parts) // 4):
-        raise data.BadData("blocks are not question and answer by turns")
-    if not all(parts):
-        raise data.BadData("an empty block")
-    if kind == "reasoning" and len(parts) != 4:
+    if kind == "reasoning" and len(turns) != 2:
         raise data.BadData("more than one question")
-    return parts[1::2]
+    return turns
+
+
+def parse_detail(reply):
+    """[description]."""
+    if replies.SPLIT.search(reply):
+        raise data.BadData("blocks in a description")
+    text = replies.description(reply)
+    if text is None:
+        raise data.BadData("a code fence in a description")
+    return [text]
+
+
+def parse_blocks(reply):
+    """[question, answer, ...]: in the form that was asked for, or in one that is as clear."""
+    parts = [x.strip() for x in replies.SPLIT.split(reply)]
+    ruled = len(parts) > 1
+    parts = parts[not parts[0]:len(parts) - (not parts[-1])]    # a === may open and close the whole
+    names = [replies.label(x) for x in parts[::2]]
+    if ruled and not len(parts) % 4 and names == [("question", ""), ("answer", "")] * (
+            len(parts) // 4):
+        if not all(parts):
+            raise data.BadData("an empty block")
+        return parts[1::2]
+    if turns := replies.questions_and_answers(reply):
+        return turns
+    raise data.BadData("blocks are not question and answer by turns" if ruled else "no === blocks")
 
 
 # ------------------------------------------------------------------------------------ the input
@@ -389,7 +408,7 @@ def coco(args):
     note(f"{len(told):,} of {len(pictures):,} pictures: those with captions, up to --limit")
     for where, row, *_ in told.values():
         try:
-            data.picture_path(args.images, field(where, row, "file_name"))
+            data.picture_path(args.images, field(where, row, "file_name"), args.follow_links)
         except data.BadData as error:
             raise data.BadData(f"{where}.file_name: {error}") from None
     if args.what != "conversation":
@@ -431,14 +450,16 @@ def toy(args):
 def photos(args):
     """A job for every picture of a folder and of those below it, by name."""
     root = Path(args.source)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in
-                   (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+    files, others = data.list_pictures(root, below=True, follow_links=args.follow_links)
+    for line in others:
+        note(f"note: {line}")
     who = (args.what, weights_of(args.model), args.template, args.prompt, args.seed, args.dtype,
            args.temperature, args.max_tokens, getattr(args, "short", None))
     for path in files:
         name = path.relative_to(root).as_posix()
         # a picture is told by its name and size: times change when a folder is copied
-        yield Job(name, name, key_of(*who, name, path.lstat().st_size))
+        size = path.stat() if args.follow_links and path.exists() else path.lstat()
+        yield Job(name, name, key_of(*who, name, size.st_size))
 
 
 # ---------------------------------------------------------------------------- answers on the disk
@@ -591,7 +612,8 @@ def eyes(args, jobs, journal):
         for job in some:
             try:
                 job.image.encode()                          # a name may be no text
-                good.append((job, see(data.picture_path(args.source, job.image), model)))
+                good.append((job, see(data.picture_path(
+                    args.source, job.image, args.follow_links), model)))
             except (data.BadImage, data.BadData, UnicodeEncodeError) as error:
                 note(f"skipped: {error}")
                 bad.append((job, "", "not a usable picture"))

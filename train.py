@@ -139,6 +139,8 @@ def arguments(argv=None):
     p.add_argument("--from", dest="start", help="model to start stage 2 from; 'none' skips stage 1")
     p.add_argument("--data", help="LLaVA JSON or JSONL; without it, the toy world")
     p.add_argument("--images", default=".", help="folder that the data's pictures are relative to")
+    p.add_argument("--follow-links", action="store_true", help="links in --images may lead out of "
+                   "it")
     p.add_argument("--projector", help="start the bridge from this file or folder, where it is new")
     p.add_argument("--official-quirks", action="store_true",
                    help="learn nothing from samples that the official code masks with a warning")
@@ -990,7 +992,8 @@ class Samples:
         """The pictures themselves, in order. Raises data.Failure."""
         if self.rows is None:
             return data.images_of(sample)
-        return [data.load_image(data.picture_path(self.args.images, name))
+        links = getattr(self.args, "follow_links", False)
+        return [data.load_image(data.picture_path(self.args.images, name, links))
                 for name in data.images_of(sample)]
 
     def __getitem__(self, index):
@@ -1984,7 +1987,8 @@ def resolved(args):
     """What decides the finished bits: the content of config.json."""
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-            "checkpoint", "offload", "on_bad_sample", "most_bad", *(f.name for f in fields(Stage))}
+            "checkpoint", "offload", "on_bad_sample", "most_bad", "follow_links",
+            *(f.name for f in fields(Stage))}
     return json.loads(json.dumps({**{k: v for k, v in sorted(vars(args).items()) if k not in skip},
                                   "stage_row": vars(args.row)}))
 
