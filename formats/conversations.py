@@ -313,6 +313,11 @@ def read_rows(path):
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
                       "lines") from None
+    except BadData as error:                    # UTF-16: no row of it can be told from the others
+        why = str(error).removeprefix(f"{path}: ")
+        yield 1, f"{path}: line 1, row 1", BadData(f"cannot be read as JSON ({why}); what follows "
+                                                   "was not read")
+        return
     for row, place, value in json_values(text):
         where = f"{path}: {place}"
         try:

@@ -35,7 +35,10 @@ def parse_json(text: str, **options):
 def _other_unicode(raw: bytes) -> str:
     """UTF-16 or UTF-32, if the bytes of a JSON file are one of them; else "".
 
-    A BOM tells it. Without one, zero bytes tell it: JSON begins with ASCII and holds none."""
+    A BOM tells it. Without one, zero bytes tell it: JSON begins with ASCII and holds none. Half a
+    character more is neither."""
+    if len(raw) % 2:
+        return ""
     if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         return "UTF-32"
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -51,7 +54,7 @@ def _other_unicode(raw: bytes) -> str:
 def _text_of(path, kind, errors: str = "strict") -> str:
     """A file's text without its BOM. Raises `kind` where it is written in UTF-16 or UTF-32."""
     raw = Path(path).read_bytes()
-    if other := _other_unicode(raw[:4]):
+    if other := _other_unicode(raw):
         raise kind(f"{path}: is {other}: save it as UTF-8")
     return raw.decode("utf-8-sig", errors)
 
