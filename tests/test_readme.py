@@ -141,20 +141,26 @@ def source(program):
 # values and what that function checks were accepted. Exit status 0 then, 2 where it refuses.
 READ = """
 import argparse, os, runpy, sys
-read = argparse.ArgumentParser.parse_args
+inside = []
 
-def parse_args(self, *args, **kwargs):
-    result, caller = read(self, *args, **kwargs), sys._getframe(1)
-    if caller.f_code.co_name in ("<module>", "main"):
-        os._exit(0)
-
-    def returned(frame, event, value):
-        if event == "return" and frame is caller and value is not None:
+def watched(read):
+    def call(self, *args, **kwargs):
+        inside.append(read)
+        result, caller = read(self, *args, **kwargs), sys._getframe(1)
+        inside.pop()
+        if not inside and caller.f_code.co_name in ("<module>", "main"):
             os._exit(0)
-    sys.setprofile(returned)
-    return result
 
-argparse.ArgumentParser.parse_args = parse_args
+        def returned(frame, event, value):
+            if event == "return" and frame is caller and value is not None:
+                os._exit(0)
+        if not inside:
+            sys.setprofile(returned)
+        return result
+    return call
+
+for name in ("parse_args", "parse_known_args"):         # the first calls the second
+    setattr(argparse.ArgumentParser, name, watched(getattr(argparse.ArgumentParser, name)))
 sys.path.insert(0, os.getcwd())
 if sys.argv[1] == "-m":
     sys.argv = sys.argv[2:]
