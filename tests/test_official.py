@@ -2,7 +2,7 @@
 
 Random tiny models, fp32: logits within 1e-5 of the largest, 32 of 32 greedy tokens equal. The names
 and shapes of the real checkpoints are in tests/keys/, one file a family.
-Alone: `python tests/test_official.py` prints the parity table of the README.
+Alone: `python tests/test_official.py` prints the parity table of docs/weights.md.
 """
 import json
 import math
@@ -817,7 +817,7 @@ def test_the_table_of_the_readme(family):
     used, ignored, _, worst, equal = row(family)
     assert worst <= LIMIT and equal in (32, None)
     told = re.search(rf"^\| `{re.escape(family)}` \| (\d+) \| (\d+)",
-                     (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+                     (ROOT / "docs/weights.md").read_text(encoding="utf-8"), re.M)
     assert (int(told[1]), int(told[2])) == (used, ignored)
 
 
