@@ -1878,7 +1878,8 @@ def resolved(args):
     """What decides the finished bits: the content of config.json."""
     skip = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
             "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-            "checkpoint", "offload", "on_bad_sample", "most_bad", "follow_links", *(f.name for f in fields(Stage))}
+            "checkpoint", "offload", "on_bad_sample", "most_bad", "follow_links",
+            *(f.name for f in fields(Stage))}
     size = {}
     if args.data and os.path.exists(args.data):             # a name stays while its file changes
         size["data_bytes"] = os.path.getsize(args.data)
