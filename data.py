@@ -1178,9 +1178,9 @@ def _opened(path, template):
     try:
         short, long = sorted(load_image(path).size)
         if template == "plain":
-            check_pixels(336, 336 * long // short)         # cropped to a square, its short side first
+            check_pixels(336, 336 * long // short)      # cropped to a square, its short side first
         elif not template.startswith(("blip2", "instructblip", "minigpt4")):
-            check_pixels(long, long)                       # padded to a square; those are squashed
+            check_pixels(long, long)                    # padded to a square; those are squashed
     except BadImage as error:
         return str(error).removeprefix(f"{path}: ")
 

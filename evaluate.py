@@ -158,6 +158,7 @@ import torch.nn.functional as F
 import data
 import instruct
 import world
+from formats.replies import without_thinking
 from clip import ViT
 import generate
 from generate import generate_batch
@@ -785,22 +786,39 @@ def write_lines(path, rows):
         aside.unlink(missing_ok=True)
 
 
+def asked_of(args, model, job):
+    """(ids, (pixels, sizes)) of a question. Raises BadImage, or BadData if it is too long."""
+    if job.image:
+        row = generate.ask([job.request], model.template, model.words)
+        path = data.picture_path(args.images, job.image, args.follow_links)
+        picture = generate.see(path, model)
+    else:
+        row, picture = data.chat_ids([{"from": "human", "value": job.request}], model.template,
+                                     model.words, pictures=0), (None, None)
+    if generate.places(model, row, picture[1]) >= model.llm.config.context:
+        raise data.BadData("longer than the model's context: take another model")
+    return row, picture
+
+
 def replies(args, jobs, journal):
     """The model's answers, greedy as in LLaVA-1.5's tables; the picture stands first."""
     model = generate.load(args)
     if data.TEMPLATES[model.template].style == "plain":
         raise data.Usage(f"{args.model}: has learnt to caption, not to answer: take a model of "
                          "stage 2, or ask this one with --template v1")
-    for _, some in instruct.chunks(jobs, journal, args.batch_size):
-        seen = [generate.see(data.picture_path(args.images, job.image), model) if job.image
-                else (None, None) for job in some]
-        rows = [generate.ask([job.request], model.template, model.words) if job.image else
-                data.chat_ids([{"from": "human", "value": job.request}], model.template,
-                              model.words, pictures=0) for job in some]
-        for job, row, (_, size) in zip(some, rows, seen):
-            if generate.places(model, row, size) >= model.llm.config.context:
-                raise data.BadData(f"question {job.name}: longer than the model's context: take it "
-                                   "out, or take another model")
+    for _, chunk in instruct.chunks(jobs, journal, args.batch_size):
+        some, rows, seen = [], [], []
+        for job in chunk:
+            try:
+                row, picture = asked_of(args, model, job)
+            except (data.BadImage, data.BadData) as error:
+                journal.put_off([(job, str(error))], "it could not be asked")
+                continue
+            some.append(job)
+            rows.append(row)
+            seen.append(picture)
+        if not some:
+            continue
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               max_new_tokens=args.max_new_tokens)
         yield [(job, "".join(generate.spell(x, model.words)).strip(), "")
@@ -809,32 +827,45 @@ def replies(args, jobs, journal):
 
 def answered(args, asked):
     """Answers in the official form, written to --out, to questions {where, id, image, text, shown
-    (the prompt as it is written down), metadata}.
+    (the prompt as it is written down), metadata}: ([(question, answer)], [questions left out]).
 
-    POPE's files share many of their questions: what is equal is put once."""
+    POPE's files share many of their questions: what is equal is put once. A question whose picture
+    is damaged, or that is longer than the context, is left out and named; if a picture is not
+    there at all, none is asked."""
     who = (args.what, instruct.weights_of(data.resolve(args.model)), args.template, args.dtype,
            args.max_new_tokens)
-    jobs, size = [], {None: 0}
+    jobs, size, missing = [], {None: 0}, []
     for q in asked:
         try:
             if q["image"] not in size:
-                size[q["image"]] = data.picture_path(args.images, q["image"]).stat().st_size
+                size[q["image"]] = data.picture_path(args.images, q["image"],
+                                                     args.follow_links).stat().st_size
         except data.BadData as error:
-            raise data.BadData(f"{q['where']}: {error}") from None
+            missing.append(f"{q['where']}: {error}")
+            continue
         key = instruct.key_of(*who, q["image"], size[q["image"]], q["text"])
         jobs.append(instruct.Job(str(q["id"]), q["image"], key, q["text"]))
+    if missing:
+        more = f" (so are those of {len(missing) - 1:,} more question(s))" * (len(missing) > 1)
+        raise data.BadData(missing[0] + more)
     once, journal = list({job.key: job for job in jobs}.values()), instruct.Journal(args.out)
     with journal.file:
         if any(job not in journal for job in once):
             instruct.collect(once, replies(args, once, journal), journal, args.what)
-        said = [text for _, text, _ in instruct.answered(jobs, journal)]
+        said = [(text, lost) for _, text, lost in instruct.answered(jobs, journal)]
+    left_out = [(q, lost) for q, (_, lost) in zip(asked, said) if lost]
+    for q, lost in left_out[:10]:
+        generate.note(f"left out: {q['where']}: {lost}")
+    if len(left_out) == len(asked):
+        raise data.BadData(f"none of the {len(asked)} questions could be asked: see the lines above")
     rows = [{"question_id": q["id"], "prompt": q.get("shown", q["text"]), "text": text,
              # theirs is drawn; ours is a hash, so that another answer has another id
              "answer_id": instruct.key_of(job.key, q["id"], q.get("metadata"), text),
              "model_id": str(args.model), "metadata": q.get("metadata", {})}
-            for q, job, text in zip(asked, jobs, said)]
+            for q, job, (text, lost) in zip(asked, jobs, said) if not lost]
     write_lines(args.out, rows)
-    return rows
+    kept = [q for q, (_, lost) in zip(asked, said) if not lost]
+    return list(zip(kept, rows)), [q for q, _ in left_out]
 
 
 def exam_question(problem, form):
@@ -860,8 +891,29 @@ def chosen(text, choices):
     return LETTERS.index(letter) if letter in LETTERS[:choices] else -1
 
 
+def chosen_leniently(text, choices):
+    """The choice that an answer takes for a reader: what `chosen` reads, and "(B)", "b.", "B) yes",
+    "Answer: B", or the words of exactly one choice. -1: one cannot tell."""
+    if (pick := chosen(text, len(choices))) >= 0:
+        return pick
+    text = re.sub(r"[*_`\"“”]", "", text).strip()
+    behind = re.fullmatch(r"(?:.*\b)?(?:answer|option|choice)(?: is)?:?\s+(.*)", text, re.I | re.S)
+    letters, words = set(), []
+    for part in (text, behind[1] if behind else text):
+        alone = re.match(r"\(?([A-Ea-e])(?:\)|[.:](?=\s|$)|$)|([A-E])\s*[-–—]\s", part)
+        if alone:
+            letters.add((alone[1] or alone[2]).upper())
+        words.append(part.casefold().strip(" .!\n"))
+    letters |= set(re.findall(r"\b(?:answer|option|choice)(?: is)?:?\s+\(?([A-E])\b(?! \w)", text))
+    named = [i for i, choice in enumerate(choices) if choice.casefold().strip(" .!\n") in words]
+    picks = {LETTERS.index(letter) for letter in letters} or set(named)
+    return picks.pop() if len(picks) == 1 and max(picks) < len(choices) else -1
+
+
 def scienceqa(args):
-    """Print the accuracy by ScienceQA's own groups; an answer without a letter is wrong.
+    """Print the accuracy by ScienceQA's own groups. An answer that the official rule does not read
+    (see `chosen`) is wrong; how many there are, and the accuracy if they are read leniently, stand
+    beside it.
 
     [ScienceQA] 2209.09513. The columns of LLaVA's table; its test split has 4,241 questions."""
     problems, splits = data.read_json(args.problems), data.read_json(args.splits)
@@ -881,22 +933,31 @@ def scienceqa(args):
         asked.append({**p, "id": name, "text": text, "image": p["image"] and f"{name}/{p['image']}",
                       "shown": f"{data.MARK}\n{text}" if p["image"] else text})
     groups, failed = {"all": []}, 0
-    for q, row in zip(asked, answered(args, asked)):
+    pairs, left_out = answered(args, asked)
+    for q, row in pairs:
         pick = chosen(row["text"], len(q["choices"]))
         failed += pick < 0
+        hit = pick == q["answer"], chosen_leniently(row["text"], q["choices"]) == q["answer"]
         low = q["grade"] in [f"grade{n}" for n in range(1, 7)]
         for group in (q["subject"], "text context" * bool(q["hint"]),
                       "image context" * bool(q["image"]),
                       "no context" * (not q["hint"] and not q["image"]),
                       "grades 1-6" if low else "grades 7-12", "all"):
-            groups.setdefault(group, []).append(pick == q["answer"])
+            groups.setdefault(group, []).append(hit)
     groups.pop("", None)
-    made = {group: {"accuracy": sum(hits) / len(hits), "questions": len(hits)}
+    made = {group: {"accuracy": sum(hit for hit, _ in hits) / len(hits), "questions": len(hits),
+                    "lenient": sum(hit for _, hit in hits) / len(hits)}
             for group, hits in groups.items()}
-    print(f"ScienceQA, {args.split}, {args.form}; {failed} answer(s) without a letter are wrong")
+    print(f"ScienceQA, {args.split}, {args.form}; {failed} answer(s) are wrong because the official "
+          "rule reads no choice in them")
     for group, row in made.items():
-        print(f"  {group:<20}{row['accuracy']:.4f} of {row['questions']:,}")
-    return {"split": args.split, "form": args.form, "without a letter": failed, "groups": made}
+        print(f"  {group:<20}{row['accuracy']:.4f} of {row['questions']:,}   "
+              f"read leniently {row['lenient']:.4f}")
+    if left_out:
+        print(f"  {len(left_out)} question(s) could not be asked and are in no figure")
+    # "without a letter": what the count is called in older files
+    return {"split": args.split, "form": args.form, "rejected by the official rule": failed,
+            "without a letter": failed, "left out": len(left_out), "groups": made}
 
 
 def denies(text):
@@ -907,34 +968,53 @@ def denies(text):
     return any(no in words for no in ("No", "not", "no"))
 
 
+def says_neither(text):
+    """Is there neither yes nor no in it? The official rule counts it as a yes."""
+    return not re.search(r"\b(yes|no|not|\w+n['’]t)\b", text, re.I)
+
+
 def pope(args):
     """Print a row for each file. [POPE] 2305.10355. Precision and recall are those of yes.
 
-    Ours: a rate of nothing is 0."""
-    asked, counts = [], {}
+    Ours: a rate of nothing is 0, and notes where the figures do not speak of the pictures."""
+    asked, counts, notes = [], {}, {}
     for path in args.questions:
         kind = Path(path).stem.removeprefix("coco_pope_")
         if kind in counts:
             raise data.Usage(f"--questions: two files would be the row {kind}: rename one")
-        counts[kind] = Counter()
+        counts[kind], notes[kind] = Counter(), Counter()
         for q in table(path, "question_id", question_id="a whole number or text", image="text",
                        text="text", label="text").values():
             if q["label"] not in ("yes", "no"):
                 raise data.BadData(f"{q['where']}.label: must be yes or no: correct the row")
             asked.append({**q, "id": q["question_id"], "text": f"{q['text']}\n{SHORT}",
                           "metadata": {"category": kind}})
-    for q, row in zip(asked, answered(args, asked)):
-        counts[q["metadata"]["category"]][not denies(row["text"]), q["label"] == "yes"] += 1
+    pairs, left_out = answered(args, asked)
+    for q, row in pairs:
+        kind = q["metadata"]["category"]
+        counts[kind][not denies(row["text"]), q["label"] == "yes"] += 1
+        notes[kind]["neither yes nor no"] += says_neither(row["text"])
+    for q in left_out:
+        notes[q["metadata"]["category"]]["left out"] += 1
     made, names = {}, ("accuracy", "precision", "recall", "F1", "yes rate")
     for kind, n in counts.items():
         hit, total = n[True, True], n.total()
         yes, there = hit + n[True, False], hit + n[False, True]
-        rates = ((hit + n[False, False]) / total, hit / max(1, yes), hit / max(1, there),
-                 2 * hit / max(1, yes + there), yes / total)
-        made[kind] = {"questions": total, **dict(zip(names, rates))}
+        rates = ((hit + n[False, False]) / max(1, total), hit / max(1, yes), hit / max(1, there),
+                 2 * hit / max(1, yes + there), yes / max(1, total))
+        made[kind] = {"questions": total, **dict(zip(names, rates)), **+notes[kind]}
     print(f"{'POPE':<16}{'questions':>10}" + "".join(f"{name:>11}" for name in names))
     for kind, row in made.items():
         print(f"{kind:<16}{row['questions']:>10,}" + "".join(f"{row[n]:>11.4f}" for n in names))
+    for kind, row in made.items():
+        if unclear := row.get("neither yes nor no"):
+            print(f"note: {kind}: {unclear:,} of {row['questions']:,} answers hold neither yes nor "
+                  "no; the official rule counts them as yes")
+        if row["questions"] and row["yes rate"] in (0, 1):
+            print(f"note: {kind}: every answer counts as {'yes' if row['yes rate'] else 'no'}: "
+                  "these figures need no picture")
+        if lost := row.get("left out"):
+            print(f"note: {kind}: {lost:,} question(s) could not be asked and are in no figure")
     return made
 
 
@@ -975,13 +1055,53 @@ def grades(review):
 
 def relative(pairs):
     """The answers' mean grade in percent of the references', and both means, as rounded by
-    summarize_gpt_review.py. quirk: what has no grades counts as -1 in both."""
+    summarize_gpt_review.py. quirk: what has no grades counts as -1 in both. The score is None if
+    the references have no grades."""
     reference, answer = (round(sum(column) / len(pairs), 3) for column in zip(*pairs))
-    if reference <= 0:
-        raise data.BadData("the references have no grades: read the reviews; is the judge up to "
-                           "it, or cut off by --max-tokens?")
-    return {"score": round(100 * answer / reference, 1), "reference": reference, "answer": answer,
-            "questions": len(pairs)}
+    score = round(100 * answer / reference, 1) if reference > 0 else None
+    return {"score": score, "reference": reference, "answer": answer, "questions": len(pairs)}
+
+
+TRIES = 3       # of a review in one run, while it has no two grades
+
+
+def tries_of(job, journal):
+    """(the next try's job, the reviews so far). A review without two grades is followed by another
+    try, under a key of its own; where there are grades, the job of the last try."""
+    now, reviews = job, []
+    while now in journal:
+        text = journal.rows[now.key]["text"]
+        reviews.append(without_thinking(text) or "")
+        if grades(reviews[-1]) != [-1, -1]:
+            break
+        key = instruct.key_of(job.key, "again", len(reviews))
+        now = instruct.Job(job.name, None, key, job.request)
+    return now, reviews
+
+
+def reviewed(args, jobs, journal):
+    """[a review, or None if there is none] of the jobs; None if only the cost was asked for.
+
+    One without two grades is asked for again, TRIES times in a run. If those requests fail, the
+    others count all the same."""
+    for i in range(TRIES):
+        tries = [tries_of(job, journal) for job in jobs]
+        again = [now for now, reviews in tries if reviews and now not in journal]
+        if i and not again:
+            break
+        if again:
+            generate.note(f"asked for again: {len(again)} review(s) without two grades, first that "
+                          f"of question {again[0].name}")
+        try:
+            if not instruct.over_http(args, again if i else [now for now, _ in tries], journal):
+                return None
+        except data.Failure as error:
+            if not i and not all(reviews for _, reviews in tries):
+                raise
+            generate.note(f"not asked for again: {error}")
+            break
+    done = [tries_of(job, journal)[1] for job in jobs]
+    return [reviews[-1] if reviews else None for reviews in done]
 
 
 def llava_bench(args):
@@ -997,9 +1117,8 @@ def llava_bench(args):
     like = {**vars(args), "what": "conversation", "captions": True, "toy": None, "llm": None}
     if wrong := instruct.fault(argparse.Namespace(**like)):     # of an endpoint: the same there
         raise data.Usage(wrong)
-    asked, jobs = bench_questions(args), []
-    rows = answered(args, asked)
-    for q, row in zip(asked, rows):
+    jobs, (pairs, left_out) = [], answered(args, bench_questions(args))
+    for q, row in pairs:
         # quirk: they have a rule for each category, all three the same
         sent = (("system", JUDGE), ("user", (
             f"[Context]\n{q['known']}\n\n[Question]\n{q['text']}\n\n"
@@ -1010,31 +1129,41 @@ def llava_bench(args):
         jobs.append(instruct.Job(str(q["id"]), None, key, sent))
     journal = instruct.Journal(f"{args.out}.reviews")
     with journal.file:
-        if not instruct.over_http(args, jobs, journal):
+        if (said := reviewed(args, jobs, journal)) is None:
             return None
-        if lost := [job.name for job in jobs if job not in journal]:
-            raise data.BadData(f"{len(lost)} review(s) are missing, first that of question "
-                               f"{lost[0]}: run the same command again")
-        said = [text for _, text, _ in instruct.answered(jobs, journal)]
+    missing = [job.name for job, text in zip(jobs, said) if text is None]
     reviews = [{"id": i, "question_id": q["id"], "answer1_id": q["best"].get("answer_id", q["id"]),
                 "answer2_id": row["answer_id"], "content": text, "tuple": grades(text),
                 "category": ("" if q["boxes"] else "llava_bench_") + q["category"]}
-               for i, (q, row, text) in enumerate(zip(asked, rows, said), 1)]
+               for i, ((q, row), text) in enumerate(zip(pairs, said), 1) if text is not None]
     write_lines(f"{args.out}.reviews.jsonl", reviews)
-    groups = {}
+    groups, failed = {}, [row for row in reviews if row["tuple"] == [-1, -1]]
     for row in reviews:
         for group in (row["category"], "all"):
             groups.setdefault(group, []).append(row["tuple"])
-    graded = [pair for pair in groups["all"] if pair != [-1, -1]]
+    graded = [row["tuple"] for row in reviews if row["tuple"] != [-1, -1]]
+    if reviews and not graded:
+        raise data.BadData("the references have no grades: read the reviews; is the judge up to "
+                           "it, or cut off by --max-tokens?")
     made = {group: relative(pairs) for group, pairs in sorted(groups.items())}
     print(f"LLaVA-Bench, judged by {args.endpoint_model}: percent of the references")
     for group, row in made.items():
-        print(f"  {group:<22}{row['score']:6.1f}   {row['answer']:.3f} to {row['reference']:.3f}, "
+        score = "  none" if row["score"] is None else f"{row['score']:6.1f}"
+        print(f"  {group:<22}{score}   {row['answer']:.3f} to {row['reference']:.3f}, "
               f"{row['questions']} questions")
-    if len(graded) < len(reviews):
-        print(f"  {len(reviews) - len(graded)} review(s) without two grades count as -1 to -1, the "
-              f"official way; without them, all: {relative(graded)['score']:.1f}")
-    return {"judge": args.endpoint_model, "graded": len(graded), "groups": made}
+    if failed:
+        names = ", ".join(f"{row['question_id']} ({row['category']})" for row in failed)
+        without = relative(graded)["score"]
+        print(f"  {len(failed)} review(s) without two grades count as -1 to -1, the official way; "
+              f"without them, all: {without if without is None else format(without, '.1f')}; they "
+              f"are those of question {names}, and are asked for again on the next run")
+    if left_out:
+        print(f"  {len(left_out)} question(s) could not be asked and are in no figure")
+    if missing:
+        raise data.BadData(f"{len(missing)} review(s) are missing, first that of question "
+                           f"{missing[0]}: run the same command again")
+    return {"judge": args.endpoint_model, "graded": len(graded), "left out": len(left_out),
+            "groups": made}
 
 
 def main(args):

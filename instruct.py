@@ -296,7 +296,8 @@ def parse(kind, reply):
     """The turns of an answer: [question, answer, ...]; for detail, [description].
 
     Raises data.BadData with the reason, one of a few, so that reasons can be counted."""
-    reply = replies.without_thinking(reply.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
+    reply = reply.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    reply = replies.without_thinking(reply)
     if reply is None:
         raise data.BadData("thinking that does not end")
     if not reply:
@@ -494,17 +495,31 @@ class Journal:
         self.file.truncate(whole)
 
     def __contains__(self, job):
-        return job.key in self.rows
+        return job.key in self.rows and "again" not in self.rows[job.key]
+
+    def failed(self, job):
+        """What an earlier run wrote about a request that nobody answered: "others were answered",
+        "nobody was", or None. It is asked again."""
+        return self.rows.get(job.key, {}).get("again")
+
+    def put_off(self, failed, why):
+        """[(job, reason)] that are dropped for now; `why`: see `failed`."""
+        if failed:
+            self._write({job.key: {"key": job.key, "id": job.name, "text": "", "reject": reason,
+                                   "again": why} for job, reason in failed})
 
     def add(self, answers):
         """[(job, text, reason of a rejection or "")]; those that are there already are not new."""
         new = {job.key: {"key": job.key, "id": job.name, "text": text, "reject": reason}
                for job, text, reason in answers if job not in self}
+        self._write(new)
+
+    def _write(self, rows):
         # ASCII: half a surrogate pair in a bad answer must not stop the run
-        self.file.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows.values()).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.rows |= new
+        self.rows |= rows
 
 
 def collect(jobs, answers, journal, what):
@@ -513,9 +528,9 @@ def collect(jobs, answers, journal, what):
     bar = tqdm(total=len(jobs), initial=len(jobs) - left, desc=what, disable=None, mininterval=.5)
     told = time.monotonic()
     for some in answers:
-        before = len(journal.rows)
+        new = sum(job not in journal for job, *_ in some)
         journal.add(some)
-        bar.update(len(journal.rows) - before)
+        bar.update(new)
         if bar.disable and time.monotonic() - told > 5:
             told = time.monotonic()
             note(f"{what}: {sum(job in journal for job in jobs)}/{len(jobs)}")
@@ -638,6 +653,17 @@ class Refused(Exception):
     """A request that the server will never take."""
 
 
+class GaveUp(Exception):
+    """A request that failed as often as it may: the failure that ends the run if it has to end, the
+    reason to be counted if not, and whether others were answered while it was tried."""
+
+    def __init__(self, failure, why, others):
+        super().__init__(str(failure))
+        self.failure, self.others, self.ends = failure, others, False
+        status = re.match(r"HTTP \d+", why)
+        self.why = f"no answer ({status[0] if status else why})"
+
+
 class Stay(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another host, and turn POST into GET."""
 
@@ -664,6 +690,7 @@ class Endpoint:
         self.http = urllib.request.build_opener(Stay)
         self.lock, self.over, self.used = threading.Lock(), threading.Event(), Counter()
         self.next = self.quiet = 0.0        # when the rate, and when the server, lets us ask again
+        self.answered = self.in_a_row = self.doubtful = 0       # see `must_end`
 
     def turn(self):
         """Wait until this request may go out."""
@@ -685,7 +712,7 @@ class Endpoint:
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
 
     def post(self, body):
-        """The parsed reply. Raises Again, Refused, or data.Failure where asking on is useless."""
+        """The parsed reply. Raises Again, Refused, or data.Failure where a retry is useless."""
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         until, got = time.monotonic() + self.args.timeout, b""
@@ -707,16 +734,26 @@ class Endpoint:
                 raise Again(why, seconds(error.headers.get("Retry-After"))) from None
             if error.code in (400, 413, 422):
                 raise Refused(why) from None
-            raise data.Failure(f"{self.url}: {why}: check --endpoint, --endpoint-model and the key "
-                               f"in {self.args.key_env}") from None
+            raise data.Failure(why) from None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise Again(self.plain(str(error)) or type(error).__name__, 0.0) from None
 
     def read(self, reply):
-        """(text, reason of a rejection or "") of a parsed reply; its tokens are counted."""
+        """(text, reason of a rejection or "") of a parsed reply; its tokens are counted.
+
+        A content may be a list of parts. Some servers put all that a model writes into its thinking
+        if it forgets to end it: an answer in a form of its own can be found there, others not."""
         try:
-            text, end = reply["choices"][0]["message"]["content"] or "", \
-                reply["choices"][0].get("finish_reason")
+            message, end = reply["choices"][0]["message"], reply["choices"][0].get("finish_reason")
+            text, lost = message["content"] if "content" in message else None, ""
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text
+                               if part.get("type") in ("text", "output_text"))
+            thought = message.get("reasoning_content") or message.get("reasoning")
+            if not text and thought:
+                text = thought
+                lost = "thinking without an answer" * (self.args.what in ("detail", "curate"))
+            text = text or ""
             used = reply.get("usage") or {}
             counts = {name: used.get(name) for name in ("prompt_tokens", "completion_tokens")}
         except (AttributeError, LookupError, TypeError):
@@ -725,11 +762,13 @@ class Endpoint:
             raise Again("a reply whose content is no text", 0.0)
         with self.lock:
             self.used.update({name: n for name, n in counts.items() if type(n) is int})
-        return text, "cut off" if end == "length" else "filtered" * (end == "content_filter")
+            self.answered += 1
+            self.in_a_row = self.doubtful = 0
+        return text, {"length": "cut off", "content_filter": "filtered"}.get(end, lost)
 
     def ask(self, job):
-        """(text, reason of a rejection or ""). Raises Refused, data.Failure, data.Offline."""
-        a = self.args
+        """(text, reason of a rejection or ""). Raises Refused or GaveUp."""
+        a, before = self.args, self.answered
         body = {"model": a.endpoint_model, a.token_field: a.max_tokens,
                 "messages": [{"role": role, "content": text} for role, text in job.request]}
         body |= {} if a.temperature is None else {"temperature": a.temperature}
@@ -741,48 +780,84 @@ class Endpoint:
                 return self.read(self.post(json.dumps(body).encode()))
             except Again as again:
                 why, after = again.args
+            except data.Failure as error:
+                raise GaveUp(data.Failure(
+                    f"{self.url}: {error}: check --endpoint, --endpoint-model and the key in "
+                    f"{a.key_env}"), str(error), self.answered > before) from None
             if after > a.longest_wait:
                 break
             if attempt < a.retries:
                 with self.lock:
                     self.quiet = max(self.quiet, time.monotonic() + after)  # for all threads
                 self.over.wait(self.pause(job.key, attempt))
-        raise data.Offline(f"{self.url}: no answer in {attempt + 1} attempts ({why}): run the same "
-                           "command later, it goes on where it stopped")
+        raise GaveUp(data.Offline(
+            f"{self.url}: no answer in {attempt + 1} attempts ({why}): run the same command later, "
+            "it goes on where it stopped"), why, self.answered > before)
 
-    def answers(self, jobs):
-        """[(job, text, reason)], one by one as they come, of those the server takes."""
-        todo, done, refused = queue.Queue(), queue.Queue(), 0
-        for job in jobs:
+    def must_end(self, gave_up, failed, most, few):
+        """Is it the server that fails, and not one request? `failed`: see Journal.
+
+        It is the request if others were answered while it was tried, or in an earlier run, or if it
+        failed in two runs and is one of a few that are left. If not, one cannot know; the run ends
+        when the requests under way (`most`, or 5 and more once somebody was answered) have all
+        failed with no answer in between."""
+        with self.lock:
+            self.in_a_row += 1
+            if gave_up.others or failed == "others were answered" or failed and (
+                    self.answered or few):
+                return self.in_a_row >= 20 + self.args.workers
+            self.doubtful += 1
+            return self.doubtful >= (max(5, self.args.workers + 1) if self.answered else most)
+
+    def answers(self, jobs, journal, known=False):
+        """[(job, text, reason)], one by one as they come, of those the server takes; what gets no
+        answer while others do is put off. known: has this server answered in an earlier run?"""
+        todo, done, refused, unsure = queue.Queue(), queue.Queue(), 0, []
+        for job in sorted(jobs, key=lambda job: bool(journal.failed(job))):
             todo.put(job)
+        most = min(self.args.workers, sum(
+            journal.failed(job) != "others were answered" for job in jobs))
+        few = known and len(jobs) <= max(5, self.args.workers + 1)
 
         def work():
             while not self.over.is_set():
                 job, result = todo.get(), None
                 try:
                     result = self.ask(job)
-                except (Refused, data.Failure) as error:
+                except Refused as error:
                     result = error
+                except GaveUp as error:
+                    result, error.ends = error, self.must_end(
+                        error, journal.failed(job), most, few)
                 finally:
-                    done.put((job, result))     # None: a fault of ours, its traceback is printed
-                    if isinstance(result, data.Failure):
+                    if isinstance(result, GaveUp) and result.ends:
                         self.over.set()
+                    done.put((job, result))     # None: a fault of ours, its traceback is printed
 
         for _ in range(min(self.args.workers, len(jobs))):
             threading.Thread(target=work, daemon=True).start()      # Ctrl-C does not wait for them
         try:
             for _ in jobs:
                 job, result = done.get()
-                if isinstance(result, data.Failure):
-                    raise result
+                if isinstance(result, GaveUp):
+                    note(f"{job.name}: {result}")
+                    unsure.append((job, result.why))
+                    if result.ends:
+                        journal.put_off(unsure, "nobody was")
+                        raise result.failure
+                    continue
+                if not isinstance(result, Refused):
+                    journal.put_off(unsure, "others were answered")
+                    unsure.clear()
                 refused = refused + 1 if isinstance(result, Refused) else 0
-                if refused == 20:
+                if refused == 20 and not self.answered and not known:
                     raise data.Failure(f"{self.url}: took none of 20 requests in a row ({result}): "
                                        "check --endpoint-model and --token-field")
                 if refused:
                     note(f"{job.name}: {result}")
                 else:
                     yield [(job, *result)]
+            journal.put_off(unsure, "others were answered")
         finally:
             self.over.set()                     # nobody asks, and pays, for what nobody will read
 
@@ -805,7 +880,11 @@ def over_http(args, jobs, journal):
     todo, endpoint = [job for job in jobs if job not in journal], Endpoint(args)
     endpoint.estimate(todo, len(jobs))
     if not args.estimate:
-        collect(jobs, endpoint.answers(todo), journal, args.what)
+        collect(jobs, endpoint.answers(todo, journal, known=len(todo) < len(jobs)), journal,
+                args.what)
+        if left := sum(job not in journal and bool(journal.failed(job)) for job in jobs):
+            note(f"{left} request(s) got no answer while others did: dropped for now, and asked "
+                 "again when the same command is run")
         print("used: {:,} tokens read, {:,} written, as the server counts them".format(
             endpoint.used["prompt_tokens"], endpoint.used["completion_tokens"]))
     return not args.estimate
@@ -920,6 +999,8 @@ def turns_of(args, name, text, taken):
     dice = random.Random(f"{args.seed}:{name}")         # the question is drawn, as in the papers
     if args.what == "detail":
         return [dice.choice(world.DESCRIBE), *parse("detail", text)]
+    if args.endpoint and (text := replies.without_thinking(text)) is None:
+        raise data.BadData("thinking that does not end")
     text, out = mended(text, args.min_words)
     taken += out
     return [dice.choice(data.INSTRUCTIONS), text]

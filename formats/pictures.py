@@ -156,7 +156,7 @@ def list_pictures(folder, below=False, follow_links=False):
             (pictures if good else unread.setdefault(kind, []) if kind else others).append(path)
     lines = [f"{len(paths)} {kind} file(s) passed over, {_names(paths, root)}: {NOT_READ[kind]}"
              for kind, paths in sorted(unread.items())]
-    why = "lead where has been looked" if follow_links else "are not followed without --follow-links"
+    why = "lead to a folder read already" if follow_links else "not followed without --follow-links"
     for paths, what in ((others, "file(s) are no pictures"), (links, f"link(s) {why}"),
                         (closed, "folder(s) in it are not entered")):
         if paths:
@@ -341,7 +341,9 @@ def _decoded(file, name):
     file.seek(0)
     kind = kind_of(file.read(64))
     if kind not in READERS:
-        raise BadImage(f"{name}: {NOT_READ[kind]}") if kind else ValueError("cannot identify it as a picture")
+        if kind in NOT_READ:
+            raise BadImage(f"{name}: {NOT_READ[kind]}")
+        raise ValueError("cannot identify it as a picture")
     image = READERS[kind](_without_metadata(file, kind), "")
     width, height = image.size
     pixels, large = width * height, f"{name}: {width}×{height} is {width * height / 1e6:.0f}"

@@ -20,10 +20,10 @@ _LABEL = re.compile(
     r"(?P<close2>[*_]{1,3})?[ \t]*(?P<rest>.*)", re.I)
 _BEFORE = re.compile(
     r"\#{1,6}[ \t].{1,60}|[*_]{2,3}[^*_]{1,60}[*_]{2,3}:?|[A-Z][\w ]{0,40}:|"
-    r"(?:sure|certainly|of course|okay|ok|absolutely|great|here (?:is|are)|here['’]s|below (?:is|are)|"
-    r"the following|this is)\b.{0,200}[:.!]", re.I)
-_AFTER = re.compile(r"(?:please )?(?:let me know|i hope|feel free|would you like|if you(?:['’]d| would|"
-                    r" need| want| have)|is there anything)\b", re.I)
+    r"(?:sure|certainly|of course|okay|ok|absolutely|great|here (?:is|are)|here['’]s|"
+    r"below (?:is|are)|the following|this is)\b.{0,200}[:.!]", re.I)
+_AFTER = re.compile(r"(?:please )?(?:let me know|i hope|feel free|would you like|is there anything|"
+                    r"if you(?:['’]d| would| need| want| have))\b", re.I)
 
 
 def without_thinking(text):
