@@ -61,7 +61,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.checkpoints import Claim
+from formats.checkpoints import Claim, refuse_folder, shard_set
 from formats.conversations import (MARK, ROLES, at_an_edge, images_of, parse_row,
                                    read_conversations, read_rows)
 from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn, Offline,
@@ -69,6 +69,7 @@ from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn
 from formats.pictures import FORMATS, check_pixels, list_pictures, load_image, picture_path
 from formats.processors import MEAN, STD
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
+from formats.tokenizers import add_tokens, refuse_sentencepiece, token_dict, tokenizer_config
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 ZEROS = "(zeros)"               # in a weight table: a piece that is in no file
@@ -90,28 +91,26 @@ class Tokenizer:
 
     def __init__(self, folder):
         path = Path(folder) / "tokenizer.json"
-        config = read_config(folder, "tokenizer_config.json", missing_ok=True)
-        spec = _json(path, 64_000_000)
+        refuse_sentencepiece(path)
+        config, spec = tokenizer_config(folder), _json(path, 64_000_000)
         try:
-            added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-            vocabulary = {**spec["model"]["vocab"], **added}
-            ids = set(vocabulary.values())
-            if not ids or not all(type(i) is int and 0 <= i < len(ids) for i in ids):
-                raise ValueError("token ids must be 0, 1, 2 ... without gaps")
-            if not all(type(token) is str for token in added):
-                raise ValueError("an added token is not text")
             prefix = self._take_prefix(spec)
             spec["truncation"] = spec["padding"] = None     # CLIP's file cuts at 77 by itself
+            self._load(spec, path)
+            self.more = add_tokens(self._lib, config)       # those that are not in tokenizer.json
+            vocabulary = self._lib.get_vocab()
+            if sorted(vocabulary.values()) != list(range(len(vocabulary))) or not vocabulary:
+                raise ValueError("token ids must be 0, 1, 2 ... without gaps")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadModel(f"{path}: not a tokenizer ({error!r}): replace the file") from None
-        self.size, self.folder = len(ids), Path(folder)
+        added = {token.content: i for i, token in self._lib.get_added_tokens_decoder().items()}
+        self.size, self.folder = len(vocabulary), Path(folder)
         # The slow tokeniser of the official code obeys the config, not the file.
         legacy = config.get("legacy")
         self.legacy = prefix == "every" if legacy is None else bool(legacy)
         self.prefix = prefix and ("every" if self.legacy else "first")
-        longest_first = sorted(filter(None, added), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._added = added
+        self._look_for(added)
         config = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
 
         def find(key, default):
@@ -123,11 +122,30 @@ class Tokenizer:
         self.pad = next(i for i in (pad, self.unk, self.eos, 0) if i is not None)
         length = config.get("model_max_length", 2048)
         self.max_length = length if isinstance(length, (int, float)) else 2048
-        self._load(spec, path)
         # quirk: LLaMA-3's config does not say it, its post-processor writes it
         opens = self._lib.encode("").ids[:1] == [self.bos]
         self.add_bos = self.bos is not None and bool(
             config.get("add_bos_token", bool(prefix) or opens))
+
+    def _look_for(self, tokens):
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def fit(self, rows: int, template: str):
+        """Settle for a model of `rows` embeddings: special tokens beyond them, such as an unused
+        [PAD] or <image>, are read as letters from now on. Raises BadModel if one is in use."""
+        beyond = {token: i for token, i in self._lib.get_vocab().items() if i >= rows}
+        if not beyond:
+            return
+        t, decoder = TEMPLATES[template], self._lib.get_added_tokens_decoder()
+        needed = "".join((t.system, *t.roles, t.sep, t.end))
+        for token, i in sorted(beyond.items()):
+            unused = i in decoder and decoder[i].special and token not in needed
+            if not unused or i in (self.bos, self.eos, self.unk):
+                raise BadModel(f"{self.folder}: the tokenizer's {token!r} is number {i}, the model "
+                               f"has {rows} rows; take both from one place")
+        self._look_for(set(self._added) - set(beyond))
+        self.pad = next(i for i in (self.pad, self.unk, self.eos, 0) if i is not None and i < rows)
 
     @staticmethod
     def _take_prefix(spec) -> str:
@@ -810,8 +828,11 @@ class Weights(Mapping):
     The library checks the file; the tensors are views of a memory map of ours, so that `release`
     can hand pages back: else a loaded model and its file would stand in memory side by side."""
 
-    def __init__(self, paths):
-        self._where = {}                                # name → (map, path, shape, dtype, offset)
+    def __init__(self, paths, listed=None):
+        """listed: {name: file} of an index. A tensor of two files is the last file's, as in
+        transformers; if the index names another, they must agree."""
+        self._where, clashes = {}, []                   # name → (map, path, shape, dtype, offset)
+        self.listed = listed or {}
         for path in paths:
             start, entries = self._header(path)
             try:
@@ -821,13 +842,21 @@ class Weights(Mapping):
             except (SafetensorError, OSError, ValueError) as error:
                 raise BadModel(f"{path}: damaged ({error}): download it again") from None
             for name, (shape, dtype, offset) in entries.items():
-                if name in self._where:
-                    raise BadModel(f"{path}: tensor {name} is in two files: remove one")
+                file = Path(path).name
+                if name in self._where and self.listed.get(name, file) != file:
+                    clashes.append((name, self._where[name]))
                 if dtype not in DTYPES:
                     raise BadModel(f"{path}: tensor {name} has dtype {dtype}, which is not read "
                                    "here: take the checkpoint in float32, float16 or bfloat16")
                 self._where[name] = pages, path, shape, DTYPES[dtype], start + offset
         self._where = dict(sorted(self._where.items()))
+        for name, (_, path, *_) in clashes:
+            older = Weights([path])[name]
+            if older.shape != self[name].shape or not bool((older == self[name]).all()):
+                last = Path(self._where[name][1]).name
+                raise BadModel(f"{path}: tensor {name} is in {last} too, with other values, and the "
+                               f"index names the first: make it name {last}, if that is to be "
+                               "loaded, or take the tensor out of that file")
 
     @staticmethod
     def _header(path) -> tuple:
@@ -919,23 +948,17 @@ def load_weights(folder_or_hub_id) -> Weights:
         return Weights([single])
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
-        if len(files) == 1:
+        if (len(files) == 1 or shard_set(files)) and not (folder / "adapter_config.json").exists():
             return Weights(files)
-        old = next((f.name for end in ("bin", "pt", "pth") for f in folder.glob(f"*.{end}")), None)
-        raise BadModel(
-            f"{folder}: only pickled weights ({old}), which can run code: get the safetensors "
-            "version (llava-hf has them), or convert once with transformers' save_pretrained"
-            if old else f"{folder}: no model.safetensors: give the folder that holds it")
+        refuse_folder(folder)
     table = _json(index, 64_000_000)
     table = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(table, dict) or not table or not all(
             type(f) is str and PureWindowsPath(f).name == f and f.endswith(".safetensors")
             for f in table.values()):
         raise BadModel(f"{index}: weight_map must name files beside it: download it again")
-    weights = Weights([folder / file for file in sorted(set(table.values()))])
-    if odd := set(table) ^ set(weights):
-        raise BadModel(f"{index}: disagrees with its files about {min(odd)}: download them again")
-    return weights
+    # as transformers: all that is in these files, listed or not
+    return Weights([folder / file for file in sorted(set(table.values()))], table)
 
 
 def save_weights(folder, tensors: Mapping, max_bytes: int = 5_000_000_000):
@@ -1018,7 +1041,10 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
     ours = dict(module.named_parameters())
     for name, theirs in table.items():
         if lost := [t for t in theirs if t not in weights and t != ZEROS]:
-            raise BadModel(f"tensor {lost[0]} is missing (needed for {name}): wrong kind of model?")
+            file = getattr(weights, "listed", {}).get(lost[0])
+            raise BadModel(f"tensor {lost[0]} is missing (needed for {name}): " + (
+                f"the index names {file}, which does not hold it: download that file again" if file
+                else "wrong kind of model?"))
         shapes = [tuple(weights.shape(t) if hasattr(weights, "shape") else weights[t].shape)
                   for t in (theirs[0] if t == ZEROS else t for t in theirs)]
         want = tuple(ours[name].shape)
@@ -1076,10 +1102,15 @@ def save_tokenizer(words: Tokenizer, folder, extra=()):
     """Copy tokenizer.json and its config; `extra` tokens get the next free ids."""
     folder = Path(folder)
     spec = _json(words.folder / "tokenizer.json", 64_000_000)
-    config = read_config(words.folder, "tokenizer_config.json", missing_ok=True)
-    have = {token["content"] for token in spec.get("added_tokens") or []}
+    config = tokenizer_config(words.folder)
+    config.pop("added_tokens_decoder", None)        # all are in tokenizer.json, with their ids
+    spec["added_tokens"] = spec.get("added_tokens") or []
+    for token in spec["added_tokens"]:
+        token["id"] = words.added(token["content"], token["id"])
+    spec["added_tokens"] += [{"id": words.added(token.content), **token_dict(token)}
+                             for token in words.more]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    new = [token for token in extra if token not in have]
+    new = [token for token in extra if words.added(token) is None]
     for i, token in enumerate(new):
         spec["added_tokens"].append({"id": len(words) + i, "content": token, **flags,
                                      "special": True})

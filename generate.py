@@ -85,6 +85,8 @@ def arguments(argv=None):
     p.add_argument("prompt", nargs="?", help="the question, which comes last; without it, a chat in "
                    "the terminal")
     p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
+    p.add_argument("--model-base", metavar="MODEL", help="what --model, a LoRA adapter, is added to "
+                   "(default: the one it names)")
     p.add_argument("--template", help="how the model is asked, instead of what its config says")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the weights in memory; auto: as they are in the file, but on a CPU 16 "
@@ -745,7 +747,7 @@ def load(args, codes=None):
     if there.is_cuda:
         torch.cuda.set_device(there.device)             # kernels start on the current one
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
-    model = VLM.from_pretrained(args.model, dtype)
+    model = VLM.from_pretrained(args.model, dtype, args.model_base)
     if dtype is None and there.device.type == "cpu":
         model = at_home(model)
     if args.template and args.template not in data.TEMPLATES:

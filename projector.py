@@ -39,6 +39,7 @@ from torch import nn
 import data
 from clip import Config as ViTConfig
 from clip import LayerNorm, ViT, prefixed
+from formats.adapters import Adapted, Adapter, is_adapter
 from formats.processors import Processor
 from kernels import gelu, linear_cross_entropy
 from kernels.attention import packed
@@ -168,18 +169,41 @@ SPELLINGS = [(re.compile(old), new) for old, new in (
     (r"^mm_projector\.2\.", "multi_modal_projector.linear_2."))]
 
 
+def canonical(name):
+    """A tensor's name in the first spelling."""
+    for old, new in SPELLINGS:
+        name = old.sub(new, name)
+    return name
+
+
 def spelled(weights):
     """{our spelling of a tensor's name: the file's}. Raises data.BadModel if two are the same."""
     table = {}
     for name in weights:
-        ours = name
-        for old, new in SPELLINGS:
-            ours = old.sub(new, ours)
+        ours = canonical(name)
         if ours in table:
             raise data.BadModel(f"tensors {table[ours]} and {name} are the same one in two "
                                 "spellings: take the checkpoint from one source")
         table[ours] = name
     return table
+
+
+def sources(folder, base):
+    """(the tokenizer's folder, config.json's, the weights) of a model, or of an adapter's folder
+    and its base. LLaVA's adapters hold the config.json of the whole model, PEFT's none."""
+    if not is_adapter(folder):
+        if base is not None:
+            raise data.Usage(f"--model-base {base}: {folder} is a whole model, no LoRA adapter; "
+                             "leave the base out")
+        return folder, folder, data.load_weights(folder)
+    adapter = Adapter(folder, data.load_weights)
+    if base is None and adapter.base is None:
+        raise data.Usage(f"{folder}: a LoRA adapter that does not name its base; give it as well "
+                         "(--model-base)")
+    base = data.resolve(base or adapter.base)
+    home = folder if (folder / "tokenizer.json").exists() else base
+    whole = folder if (folder / "config.json").exists() else base
+    return home, whole, Adapted(data.load_weights(base), adapter, canonical)
 
 
 def known_values(folder, c, **allowed):
@@ -563,21 +587,22 @@ class VLM(nn.Module):
         data.fill(self.bridge, table, weights, {rest: "not of the bridge"})
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None):
+    def from_pretrained(cls, folder, dtype=None, base=None):
         """From a folder or hub id, in `dtype` or, if None, the file's own: transformers' LLaVA and
         LLaVA-NeXT in any spelling, the official safetensors (liuhaotian/llava-v1.6-*), InstructBLIP
         with Vicuna, and BLIP-2 and MiniGPT-4 of ours (with OPT or T5: refused).
 
         Where transformers and the official code cut a picture differently (data.anyres_grid), a
         model in transformers' layout is shown it as transformers does, and an official one as the
-        official code does: each answers as it does at home. Raises data.BadModel, data.Offline."""
+        official code does: each answers as it does at home. A LoRA adapter is added to its base,
+        which it names itself if `base` is None. Raises data.BadModel, data.Offline, data.Usage."""
         folder = data.resolve(folder)
+        home, folder, weights = sources(folder, base)
         c, reader = data.read_config(folder), None
         official = "mm_projector_type" in c or "mm_vision_tower" in c
         made = (official_settings if official else settings)(folder, c)
         eye, tongue, bridge, aspect, grids, default = made
-        words, weights = data.Tokenizer(folder), data.load_weights(folder)
-        known = spelled(weights)
+        words, known = data.Tokenizer(home), spelled(weights)
         embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
         tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
         template = c.get("template", default or (
@@ -595,9 +620,7 @@ class VLM(nn.Module):
                 norm = LayerNorm(eye.width, norm_eps(folder, c, eye.eps))
                 bridge = Queries(norm, QFormer(config_of(c)), tongue.width)
             model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids, reader)
-        if len(words) > tongue.vocab:
-            raise data.BadModel(f"{folder}: tokenizer.json has {len(words)} tokens, the model "
-                                f"{tongue.vocab} rows; take both from one place")
+        words.fit(tongue.vocab, template)
         ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
         ignore |= Llama.ignored(tongue)
         if tongue.tied and head in known:

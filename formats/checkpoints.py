@@ -4,6 +4,9 @@ A tensor that is not loaded needs a reason. Some reasons say something about its
 embedding once more", "positions 0, 1, 2 ..."). Such a reason is a `Claim`, and `data.fill` checks
 it: a file that says something else is refused by name. A reason that says what a tensor is for
 ("the half of CLIP that reads text") needs no check, and is a plain str."""
+import re
+from pathlib import Path
+
 import torch
 
 from formats.errors import BadModel
@@ -75,3 +78,46 @@ def head_is_embedding(weights, embed, head) -> bool:
     equal = same_as(embed)(weights[head], weights)
     release(weights, head)
     return equal
+
+
+# ------------------------------------------------------------------------------- files
+
+# weights_only: the restricted unpickler, on the user's own machine; clone: shared memory is split
+CONVERT = ("python -c \"import glob, torch; from safetensors.torch import save_file as s; "
+           "[s({k: v.clone() for k, v in torch.load(f, 'cpu', weights_only=True).items()}, "
+           "f[:-3] + 'safetensors') for f in glob.glob('%s')]\"")
+
+
+def shard_set(files) -> bool:
+    """Are these all shards of one model, NAME-00001-of-00003.safetensors ...? Then they need no
+    index."""
+    found = [re.fullmatch(r"(.+)-(\d+)-of-(\d+)\.safetensors", Path(f).name) for f in files]
+    if not found or None in found:
+        return False
+    name, count = found[0][1], int(found[0][3])
+    return [(m[1], int(m[2]), int(m[3])) for m in found] == [
+        (name, i, count) for i in range(1, count + 1)]
+
+
+def refuse_folder(folder):
+    """Say in one line why a folder without model.safetensors cannot be loaded, and what to do."""
+    if (folder / "adapter_config.json").exists():
+        raise BadModel(f"{folder}: a LoRA adapter, no whole model: give it to generate.py --model "
+                       "ADAPTER --model-base BASE, or to VLM.from_pretrained(ADAPTER, base=BASE), "
+                       "whose save_pretrained writes the whole")
+    for end in ("bin", "pt", "pth"):
+        old = sorted(folder.glob(f"*.{end}"))
+        if old and end == "bin":
+            several = "pytorch_model*.bin" if old[0].match("pytorch_model*.bin") else old[0].name
+            raise BadModel(f"{folder}: only pickled weights ({old[0].name}), which can run code: "
+                           f"convert them once: {CONVERT % (folder / several)}")
+        if old:
+            raise BadModel(f"{folder}: only pickled weights ({old[0].name}), which can run code: "
+                           "save its dict of tensors once by safetensors.torch.save_file, as "
+                           "model.safetensors")
+    several = sorted(f.name for f in folder.glob("*.safetensors"))
+    if several:
+        raise BadModel(f"{folder}: {several[0]} and {len(several) - 1} more, without "
+                       "model.safetensors.index.json and not a whole set of shards: download the "
+                       "index and all its files")
+    raise BadModel(f"{folder}: no model.safetensors: give the folder that holds it")

@@ -504,8 +504,7 @@ def test_damaged_index(tmp_path):
     data.save_weights(tmp_path, {"a": torch.ones(9), "b": torch.ones(9)}, 40)
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())["weight_map"]
-    for table in ({**good, "c": good["a"]}, {"x": good["a"]}, {"a": "../x.safetensors"}, {"a": 3},
-                  [], {}, {**good, "b": "gone.safetensors"}):
+    for table in ({"a": "../x.safetensors"}, {"a": 3}, [], {}, {**good, "b": "gone.safetensors"}):
         index.write_text(json.dumps({"weight_map": table}))
         with pytest.raises(data.BadModel):
             data.load_weights(tmp_path)

@@ -3,10 +3,12 @@ from transformers, or from the rule that the test states."""
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -375,3 +377,397 @@ def test_the_layer_may_be_counted_from_either_end(published, layer):
         with pytest.raises(data.BadModel, match="vision_feature_layer"):
             projector.VLM.from_pretrained(folder)
     edit(folder, vision_feature_layer=-2)
+
+
+# ------------------------------------------------------------------------------- B15: indexes
+
+def write_index(folder, table):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def put(tensors, file):
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+def shards(folder, *parts):
+    """model-1.safetensors ..., without an index."""
+    (folder / "model.safetensors").unlink()
+    for i, part in enumerate(parts, 1):
+        put(part, folder / f"model-{i}.safetensors")
+
+
+@pytest.fixture
+def tiny_llama(tmp_path):
+    model = shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(**official.TONGUE)))
+    model.save_pretrained(tmp_path)
+    return tmp_path, {k: v.clone() for k, v in data.load_weights(tmp_path).items()}
+
+
+def llama_gap(folder):
+    with torch.no_grad():
+        return gap(llama.Llama.from_pretrained(folder)(IDS), theirs(folder)(IDS).logits)
+
+
+def test_tensors_that_the_index_does_not_list_are_loaded(tiny_llama):
+    folder, table = tiny_llama
+    first = {k: table[k] for k in list(table)[::2]}
+    second = {k: table[k] for k in list(table)[1::2]}
+    shards(folder, first, second)
+    listed = {k: f"model-{i}.safetensors" for i, part in ((1, first), (2, second)) for k in part}
+    del listed["model.norm.weight"], listed["lm_head.weight"]
+    write_index(folder, listed)
+    assert llama_gap(folder) <= LIMIT
+
+
+def test_index_entries_that_nobody_needs(tiny_llama):
+    folder, table = tiny_llama
+    shards(folder, table)
+    ghost = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write_index(folder, dict.fromkeys([*table, ghost], "model-1.safetensors"))
+    assert llama_gap(folder) <= LIMIT
+    lost = {k: v for k, v in table.items() if k != "model.norm.weight"}     # but one that we need
+    put(lost, folder / "model-1.safetensors")
+    with pytest.raises(data.BadModel, match="norm.weight is missing.* names model-1.safetensors"):
+        llama.Llama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name_it", [True, False])
+def test_an_overlay_wins(tiny_llama, name_it):
+    folder, table = tiny_llama
+    over = {"model.norm.weight": -table["model.norm.weight"]}
+    shards(folder, table, over)
+    listed = dict.fromkeys(table, "model-1.safetensors")
+    listed["model.norm.weight" if name_it else "anything"] = "model-2.safetensors"
+    if not name_it:
+        del listed["model.norm.weight"]
+    write_index(folder, listed)
+    assert llama_gap(folder) <= LIMIT
+    loaded = llama.Llama.from_pretrained(folder)
+    assert torch.equal(loaded.norm.weight, over["model.norm.weight"])
+    # an index that names the other file: transformers takes the last all the same
+    write_index(folder, listed | {"model.norm.weight": "model-1.safetensors"})
+    with pytest.raises(data.BadModel, match="norm.weight is in model-2.safetensors too"):
+        llama.Llama.from_pretrained(folder)
+    put({"model.norm.weight": table["model.norm.weight"]}, folder / "model-2.safetensors")
+    assert llama_gap(folder) <= LIMIT                   # the same values: no matter
+
+
+def test_a_whole_set_of_shards_needs_no_index(tiny_llama):
+    """What the one-line conversion of pytorch_model-00001-of-00002.bin ... leaves."""
+    folder, table = tiny_llama
+    (folder / "model.safetensors").unlink()
+    for i in range(2):
+        part = {k: table[k] for k in list(table)[i::2]}
+        safetensors.torch.save_file(part, folder / f"pytorch_model-0000{i + 1}-of-00002.safetensors")
+    assert all(torch.equal(v, table[k]) for k, v in data.load_weights(folder).items())
+    (folder / "pytorch_model-00002-of-00002.safetensors").unlink()
+    (folder / "pytorch_model-00003-of-00003.safetensors").write_bytes(
+        (folder / "pytorch_model-00001-of-00002.safetensors").read_bytes())
+    with pytest.raises(data.BadModel, match="not a whole set of shards"):
+        data.load_weights(folder)
+
+
+# ------------------------------------------------------------------------------- B15: tokens
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+TEXTS = "a<image>b[PAD]<pad>c<x>d", "plain words", "<x><x> <image>"
+
+
+def write_added(folder, added=(), decoder=(), older=None, **config):
+    """Tokens of tokenizer.json, of added_tokens_decoder, of added_tokens.json: [(token, id)]."""
+    folder.mkdir(exist_ok=True)
+    write_words(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"] += [{"id": i, "content": t, "special": True, **FLAGS} for t, i in added]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    said = json.loads((folder / "tokenizer_config.json").read_text()) | config
+    if decoder:
+        said["added_tokens_decoder"] = {str(i): {"content": t, "special": True, **FLAGS}
+                                        for t, i in decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    if older:
+        (folder / "added_tokens.json").write_text(json.dumps(older))
+    return folder
+
+
+ADDED = [dict(), dict(added=[("<image>", 120)]), dict(added=[("<image>", 120), ("<pad>", 121)]),
+         dict(added=[("[PAD]", 110)], pad_token="[PAD]"), dict(decoder=[("<image>", 110)]),
+         dict(decoder=[("<image>", 120), ("<pad>", 115)]), dict(older={"<image>": 110, "<x>": 111}),
+         dict(older={"<image>": 120}), dict(pad_token="[PAD]"),
+         dict(additional_special_tokens=["<image>", "<x>"]),
+         dict(extra_special_tokens={"image_token": "<image>"}),
+         dict(added=[("<image>", 110)], decoder=[("<image>", 110), ("<x>", 111)]),
+         dict(decoder=[("<image>", 110)], pad_token="[PAD]"),
+         dict(decoder=[("<image>", 110)], pad_token={"__type": "AddedToken", "content": "<pad>",
+                                                    **FLAGS})]
+
+
+@pytest.mark.parametrize("how", ADDED, ids=str)
+def test_added_tokens_have_transformers_ids(tmp_path, how):
+    folder = write_added(tmp_path / "a", **how)
+    ours, hf = data.Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+    def agree(ours, hf):
+        for text in TEXTS:
+            ids = hf(text, add_special_tokens=False)["input_ids"]
+            assert ours.encode(text, bos=False) == ids
+        assert len(ours) == len(hf) and ours.pad == hf.pad_token_id
+        for token in ("<image>", "<pad>", "[PAD]", "<x>"):
+            assert ours.added(token) == hf.get_added_vocab().get(token)
+    agree(ours, hf)
+    (tmp_path / "b").mkdir()
+    data.save_tokenizer(ours, tmp_path / "b")           # and both read the same from ours
+    agree(data.Tokenizer(tmp_path / "b"),
+          transformers.AutoTokenizer.from_pretrained(tmp_path / "b"))
+    assert ours.encode("<image>", bos=False, special=False) != [ours.added("<image>")]
+
+
+def test_special_tokens_map_of_older_folders(tmp_path):
+    folder = write_added(tmp_path / "a", added=[("<pad>", 110)])
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    hf = transformers.AutoTokenizer.from_pretrained(folder)
+    assert data.Tokenizer(folder).pad == hf.pad_token_id == 110
+
+
+@pytest.mark.parametrize("token", ["[PAD]", "<image>", "<other>"])
+def test_tokens_without_a_row_are_unused_or_refused(tmp_path, token):
+    """The model has 128 rows; 18 tokens fill them, one more has none."""
+    write_vlm(tmp_path, "llava")
+    fill = [(f"<f{i}>", 110 + i) for i in range(18)]
+    write_added(tmp_path, fill + [(token, 128)], pad_token=token)
+    ours = projector.VLM.from_pretrained(tmp_path)
+    assert len(ours.words) == 129 and ours.words.pad == 0
+    ids = ours.words.encode(f"a {token} b")
+    assert max(ids) < 128 and ids[:3] == ours.words.encode("a ")[:3]
+    assert vlm_gap(ours, theirs(tmp_path)) <= LIMIT
+    for used in (dict(eos_token=token), dict(bos_token=token)):
+        write_added(tmp_path, fill + [(token, 128)], **used)
+        with pytest.raises(data.BadModel, match=re.escape(repr(token)) + " is number 128, the mod"):
+            projector.VLM.from_pretrained(tmp_path)
+    write_added(tmp_path, fill + [("<|im_start|>", 128)])               # the template writes it
+    with pytest.raises(data.BadModel, match="im_start.* is number 128"):
+        projector.VLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("what", [{"added_tokens_decoder": {"x": {"content": "a"}}},
+                                  {"added_tokens_decoder": {"110": "a"}},
+                                  {"added_tokens_decoder": {"110": {"content": 3}}},
+                                  {"pad_token": 3}, {"additional_special_tokens": 7},
+                                  {"added_tokens_decoder": 3}], ids=str)
+def test_what_is_no_token_is_refused(tmp_path, what):
+    write_added(tmp_path, **what)
+    with pytest.raises(data.BadModel, match="not a tokenizer"):
+        data.Tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------- B17
+
+def test_a_folder_with_the_older_tokenizer_alone(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"any")
+    with pytest.raises(data.BadModel, match="only tokenizer.model.*AutoTokenizer") as info:
+        data.Tokenizer(tmp_path)
+    code = re.search(r'python -c "(.*)"', str(info.value))[1]
+    compile(code, "line", "exec")
+    assert f"T.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')" in code
+
+
+@pytest.mark.parametrize("names", [["pytorch_model.bin"], ["pytorch_model-00001-of-00002.bin",
+                                                           "pytorch_model-00002-of-00002.bin"]])
+def test_the_conversion_that_is_named_works(tiny_llama, names):
+    """What a user is told to run is run here: with it the folder loads."""
+    folder, table = tiny_llama
+    (folder / "model.safetensors").unlink()
+    for i, name in enumerate(names):
+        torch.save({k: table[k] for k in list(table)[i::len(names)]}, folder / name)
+    torch.save([1], folder / "training_args.bin")
+    with pytest.raises(data.BadModel, match="only pickled weights") as info:
+        llama.Llama.from_pretrained(folder)
+    line = str(info.value)
+    assert "\n" not in line
+    subprocess.run([sys.executable, "-c", re.search(r'python -c "(.*)"', line)[1]], check=True)
+    loaded = data.load_weights(folder)
+    assert loaded.keys() == table.keys() and all(torch.equal(loaded[k], table[k]) for k in table)
+    llama.Llama.from_pretrained(folder)
+
+
+MODULES = {"q_proj": "self_attn.q_proj", "v_proj": "self_attn.v_proj", "down_proj": "mlp.down_proj"}
+
+
+def write_adapter(folder, prefix="language_model.model.", base=None, rank=4, **config):
+    """PEFT's layout, by hand; returns {module: (A, B)}."""
+    folder.mkdir(exist_ok=True)
+    dice, pairs = torch.Generator().manual_seed(3), {}
+    shapes = {"q_proj": (32, 32), "v_proj": (16, 32), "down_proj": (32, 48)}
+    for layer in range(3):
+        for name, path in MODULES.items():
+            out, into = shapes[name]
+            pairs[f"{prefix}layers.{layer}.{path}"] = (
+                torch.randn(rank, into, generator=dice) * into ** -.5,
+                torch.randn(out, rank, generator=dice))
+    table = {}
+    for module, (A, B) in pairs.items():
+        table[f"base_model.model.{module}.lora_A.weight"] = A
+        table[f"base_model.model.{module}.lora_B.weight"] = B
+    safetensors.torch.save_file(table, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "fan_in_fan_out": False,
+            "bias": "none", "base_model_name_or_path": base and str(base), "use_rslora": False,
+            "target_modules": list(MODULES), "task_type": "CAUSAL_LM", "modules_to_save": None}
+    (folder / "adapter_config.json").write_text(json.dumps(said | config))
+    return pairs
+
+
+def by_hand(folder, pairs, scale):
+    """transformers' model of the folder, with scale(module) B A added to its weights."""
+    model = theirs(folder)
+    modules = {projector.canonical(f"{k}.weight"): m for k, m in model.named_modules()}
+    with torch.no_grad():
+        for name, (A, B) in pairs.items():
+            modules[projector.canonical(f"{name}.weight")].weight += scale(name) * (B @ A)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llava", "next"])
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.",
+                                    "model."])
+def test_an_adapter_is_added_to_its_base(tmp_path, family, prefix):
+    base = write_vlm(tmp_path / "base", family)
+    pairs = write_adapter(tmp_path / "lora", prefix, base)
+    right = by_hand(base, pairs, lambda module: 2)
+    plain = theirs(base)
+    for ours in (projector.VLM.from_pretrained(tmp_path / "lora"),
+                 projector.VLM.from_pretrained(tmp_path / "lora", base=base)):
+        assert vlm_gap(ours, right) <= LIMIT
+        assert vlm_gap(ours, plain) > 100 * LIMIT       # control: the adapter is heard
+    ours.save_pretrained(tmp_path / "whole")            # merged, once and for all
+    assert vlm_gap(projector.VLM.from_pretrained(tmp_path / "whole"), right) <= LIMIT
+
+
+@pytest.mark.parametrize("config, scale", [
+    ({"use_rslora": True}, lambda m: 8 / 2), ({"lora_alpha": 3}, lambda m: 3 / 4),
+    ({"alpha_pattern": {"q_proj": 1}}, lambda m: .25 if m.endswith("q_proj") else 2),
+    ({"alpha_pattern": {r"layers\.0\..*q_proj": 1}},
+     lambda m: .25 if "layers.0." in m and m.endswith("q_proj") else 2),
+    ({"rank_pattern": {".*": 4}, "r": 64}, lambda m: 2),
+    ({"rank_pattern": {"q_proj": 4, "v_proj": 4, "mlp.down_proj": 4}, "r": 9, "lora_alpha": 4},
+     lambda m: 1)], ids=str)
+def test_the_scale_of_an_adapter(tmp_path, config, scale):
+    base = write_vlm(tmp_path / "base", "llava")
+    pairs = write_adapter(tmp_path / "lora", base=base, **config)
+    ours = projector.VLM.from_pretrained(tmp_path / "lora")
+    assert vlm_gap(ours, by_hand(base, pairs, scale)) <= 3 * LIMIT      # large weights: more sums
+
+
+@pytest.mark.parametrize("config", [
+    {"use_dora": True}, {"fan_in_fan_out": True}, {"peft_type": "IA3"}, {"lora_bias": True},
+    {"init_lora_weights": "pissa"}, {"r": 8}, {"r": "4"}, {"lora_alpha": 0}, {"rank_pattern": 7},
+    {"layer_replication": [[0, 2]]}, {"alpha_pattern": {"q_proj": -1}}, {"rank_pattern": {"(": 4}},
+    {"target_parameters": ["a"]}], ids=str)
+def test_adapters_of_another_kind_are_refused_by_name(tmp_path, config):
+    base = write_vlm(tmp_path / "base", "llava")
+    write_adapter(tmp_path / "lora", base=base)
+    projector.VLM.from_pretrained(tmp_path / "lora")                    # control
+    write_adapter(tmp_path / "lora", base=base, **config)
+    key = next(iter(config)).replace("alpha_pattern", "lora_alpha|alpha_pattern")
+    with pytest.raises(data.BadModel, match=key) as info:
+        projector.VLM.from_pretrained(tmp_path / "lora")
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("extra, told", [
+    ({"base_model.model.language_model.model.layers.9.self_attn.q_proj.lora_A.weight":
+      torch.ones(4, 32), "base_model.model.language_model.model.layers.9.self_attn.q_proj.lora_B."
+      "weight": torch.ones(32, 4)}, "layers.9.self_attn.q_proj"),
+    ({"base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight":
+      torch.ones(4, 32)}, "up_proj has lora_A alone"),
+    ({"base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight":
+      torch.ones(4, 48), "base_model.model.language_model.model.layers.0.mlp.up_proj.lora_B.weight":
+      torch.ones(32, 4)}, "up_proj is .32, 48., the base's .48, 32."),
+    ({"base_model.model.language_model.model.layers.0.mlp.up_proj.lora_magnitude_vector":
+      torch.ones(4)}, "lora_magnitude_vector"),
+    ({"base_model.model.language_model.model.layers.0.mlp.up_proj.bias": torch.ones(48)},
+     "up_proj.bias")], ids=lambda x: x if type(x) is str else "")
+def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path, extra, told):
+    base = write_vlm(tmp_path / "base", "llava")
+    write_adapter(tmp_path / "lora", base=base)
+    file = tmp_path / "lora/adapter_model.safetensors"
+    table = {k: v.clone() for k, v in data.load_weights(file).items()}
+    safetensors.torch.save_file(table | extra, file)
+    with pytest.raises(data.BadModel, match=told):
+        projector.VLM.from_pretrained(tmp_path / "lora")
+
+
+def test_modules_saved_whole_and_embeddings(tmp_path):
+    base = write_vlm(tmp_path / "base", "llava")
+    pairs = write_adapter(tmp_path / "lora", base=base)
+    file = tmp_path / "lora/adapter_model.safetensors"
+    table = {k: v.clone() for k, v in data.load_weights(file).items()}
+    dice = torch.Generator().manual_seed(5)
+    head = torch.randn(128, 32, generator=dice) * .2
+    A, B = torch.randn(4, 128, generator=dice), torch.randn(32, 4, generator=dice)
+    at = "base_model.model.language_model."
+    safetensors.torch.save_file(table | {
+        f"{at}lm_head.modules_to_save.weight": head, f"{at}model.embed_tokens.lora_embedding_A": A,
+        f"{at}model.embed_tokens.lora_embedding_B": B}, file)
+    right = by_hand(base, pairs, lambda module: 2)
+    with torch.no_grad():
+        right.lm_head.weight.copy_(head)
+        right.model.language_model.embed_tokens.weight += 2 * (B @ A).T
+    assert vlm_gap(projector.VLM.from_pretrained(tmp_path / "lora"), right) <= LIMIT
+
+
+def test_llavas_own_lora_folder(tmp_path):
+    """config.json of the whole, the projector apart, and Vicuna as the base."""
+    model = official.their_model("llava")
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**official.EYE))
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    tower.save_pretrained(tmp_path / "clip")
+    official.write_official(model, tmp_path / "whole", "llava", tmp_path / "clip",
+                            with_tower=False)
+    table = {k: v.clone() for k, v in data.load_weights(tmp_path / "whole").items()}
+    base, lora = tmp_path / "vicuna", tmp_path / "lora"
+    data.save_weights(base, {k: v for k, v in table.items() if "projector" not in k})
+    write_words(base)
+    pairs = write_adapter(lora, "model.", "lmsys/vicuna-7b-v1.5")
+    shutil.copy(tmp_path / "whole/config.json", lora)
+    rest = {f"base_model.model.{k}": v for k, v in table.items() if "projector" in k}
+    torch.save(rest, lora / "non_lora_trainables.bin")
+    with pytest.raises(data.BadModel, match="non_lora_trainables.bin: pickled") as info:
+        projector.VLM.from_pretrained(lora, base=base)
+    subprocess.run([sys.executable, "-c", re.search(r'python -c "(.*)"', str(info.value))[1]],
+                   check=True)
+    ours = projector.VLM.from_pretrained(lora, base=base)
+    with torch.no_grad():
+        for name, (A, B) in pairs.items():
+            module = model.get_submodule(name.replace("model.", "model.language_model.", 1))
+            module.weight += 2 * (B @ A)
+    assert vlm_gap(ours, model) <= LIMIT and ours.aspect == "pad"
+    (lora / "adapter_model.safetensors").unlink()
+    torch.save({}, lora / "adapter_model.bin")
+    with pytest.raises(data.BadModel, match="adapter_model.bin: pickled"):
+        projector.VLM.from_pretrained(lora, base=base)
+
+
+def test_where_an_adapter_cannot_be_used(tmp_path):
+    base = write_vlm(tmp_path / "base", "llava")
+    write_adapter(tmp_path / "lora")
+    with pytest.raises(data.Usage, match="does not name its base.*--model-base"):
+        projector.VLM.from_pretrained(tmp_path / "lora")
+    with pytest.raises(data.Usage, match="is a whole model, no LoRA adapter"):
+        projector.VLM.from_pretrained(base, base=base)
+    for load in (data.load_weights, clip.ViT.from_pretrained, llama.Llama.from_pretrained):
+        (tmp_path / "lora/config.json").write_text("{}")
+        with pytest.raises(data.BadModel, match="a LoRA adapter, no whole model"):
+            load(tmp_path / "lora")
+
+
+def test_generate_takes_the_base(tmp_path):
+    base = write_vlm(tmp_path / "base", "llava")
+    write_adapter(tmp_path / "lora")
+    PHOTO.save(tmp_path / "a.png")
+    said = [sys.executable, ROOT / "generate.py", tmp_path / "a.png", "Hi", "--model"]
+    more = ["--max-new-tokens", "3", "--device", "cpu"]
+    done = subprocess.run([*said, tmp_path / "lora", "--model-base", base, *more],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*said, base, "--model-base", base, *more], capture_output=True, text=True)
+    assert done.returncode == 2 and "--model-base" in done.stderr
