@@ -120,7 +120,8 @@ import torch
 from tqdm import tqdm
 
 import data
-from kernels import rope, rope_table
+from kernels import causal, rope, rope_table
+from kernels.attention import visible
 from kernels.launch import SPEC
 from kernels.quantize import fast_bf16, lay, quantize
 from llama import Cache
@@ -156,9 +157,10 @@ def places(model, ids, sizes=None):
     return len(ids) - pictures + sum(map(model.places, sizes or [None] * pictures))
 
 
-def begin(model, prompts, pictures, max_new_tokens, sizes=None):
+def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
     """Prompts side by side: the decoder, x (B, T', C), keep (B, T'), how many ids may follow each.
 
+    questions: for each prompt the text as it was typed, for an InstructBLIP's Q-Former.
     Raises data.BadData if pictures and their places differ, data.Failure for a prompt that is
     empty or fills the context."""
     llm, room, sizes = getattr(model, "llm", model), [], sizes or [None] * len(prompts)
@@ -180,7 +182,10 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None):
     pixels = [p for p in pictures if p is not None]
     pixels = torch.cat(pixels).to(like) if pixels else None
     every = [one for size in sizes for one in size or ()]
-    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every)
+    if questions is not None:                           # one for each picture
+        questions = [text for p, text in zip(prompts, questions, strict=True)
+                     for _ in range(p.count(data.IMAGE))]
+    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every, questions=questions)
     return llm, x, keep, room
 
 
@@ -408,13 +413,15 @@ def replayed(llm, x, keep, memory, choose, count):
 
 
 @torch.inference_mode()
-def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0):
+def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0,
+          question=None):
     """The tokens of the answer with the best mean log-probability, its end counted.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
     best `width` others go on, until `width` have ended and none that runs has a better mean:
     transformers' rule (length_penalty 1, early_stopping False)."""
-    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes])
+    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes],
+                                None if question is None else [question])
     memory = Cache(llm.config, 1, x.shape[1] + room, x)
     running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
     for step in range(1, room + 1):
@@ -448,7 +455,8 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
 
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=()):
+           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=(),
+           questions=None):
     """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
@@ -461,10 +469,12 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     stop = [stop] if type(stop) is str else stop
     stop = [text for text in (stop_text(model, eos), *stop) if text]
     if num_beams > 1:
-        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty)
-               for p, x, size in zip(prompts, pictures, sizes, strict=True)]
+        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty,
+                     text)
+               for p, x, size, text in zip(prompts, pictures, sizes,
+                                           questions or [None] * len(prompts), strict=True)]
         return
-    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
+    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes, questions)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     choose = Choice(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
     # FSDP gathers weights on a stream of its own, which a graph cannot record
@@ -495,17 +505,19 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
              num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0,
-             stop=()):
+             stop=(), question=None):
     """Iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
     (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
     all at once, and always use the cache.
     stop: texts before which the answer ends.
+    question: the text as it was typed, for an InstructBLIP's Q-Former; None: read from the ids.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
     rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
-                  seed, eos, cache, None if sizes is None else [sizes], repetition_penalty, stop)
+                  seed, eos, cache, None if sizes is None else [sizes], repetition_penalty, stop,
+                  None if question is None else [question])
     return (token for row in rows for token in row[0])
 
 
@@ -513,7 +525,7 @@ def generate_batch(model, prompts, pictures=None, **settings):
     """What `generate` says to each of many prompts, decoded side by side; row i has seed + i.
 
     pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
-    settings as for `generate`."""
+    questions: for each prompt its `question`; settings as for `generate`."""
     out = [[] for _ in prompts]
     for row in decode(model, prompts, pictures or [None] * len(out), **settings) if out else ():
         for tokens, new in zip(out, row):
@@ -562,7 +574,8 @@ def looked(model, ids, tokens, pixels, layer=None):
     cos, sin = rope_table(torch.arange(T, device=x.device)[None], llm.config.head_dim,
                           llm.config.theta, llm.config.scaling)
     H, G, D = llm.config.heads, llm.config.kv_heads, llm.config.head_dim
-    later = (torch.arange(T) > torch.arange(T - n, T)[:, None]).to(x.device)     # (n, T)
+    rule = {"allow": causal, **llm.config.rule(T)}
+    hidden = ~visible(**rule, rows=n, columns=T, start=T - n, device=x.device)   # (n, T)
     found = []
     for i, block in enumerate(llm.blocks):
         if layer in (None, i):
@@ -571,7 +584,7 @@ def looked(model, ids, tokens, pixels, layer=None):
             q, k, _ = qkv[0].split((H, G, G), dim=1)
             k = k.repeat_interleave(H // G, dim=1)
             scores = torch.einsum("qhd,khd->hqk", q[-n:].float(), k.float()) * D ** -.5
-            p = scores.masked_fill(later, -math.inf).softmax(-1).mean(0)         # (n, T)
+            p = scores.masked_fill(hidden, -math.inf).softmax(-1).mean(0)         # (n, T)
             found.append(p[:, at:at + model.patches].cpu())
         if layer == i:
             break
@@ -757,7 +770,8 @@ def answer(model, turns, shown, args):
     start, times, tokens_said = time.perf_counter(), [], []
 
     def noted():
-        for token in generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings):
+        for token in generate(model, ids, pixels, seed=args.seed, sizes=sizes, question=turns[-1],
+                              **args.settings):
             times.append(time.perf_counter())
             tokens_said.append(token)
             yield token
@@ -864,7 +878,7 @@ def captions(model, files, args):
                 note(f"skipped: {error}")
         said = generate_batch(model, [ids] * len(good), [x for _, (x, _) in good],
                               sizes=[size for _, (_, size) in good], seed=args.seed + start,
-                              **args.settings)
+                              questions=[args.prompt] * len(good), **args.settings)
         samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])
                     for (name, _), x in zip(good, said)]
         if not sys.stderr.isatty() and time.time() - told > 5:

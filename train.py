@@ -910,6 +910,7 @@ class Micro(NamedTuple):
     lengths: list | None            # packed: ids of each text
     counts: list                    # of each text: its tokens, learned ones, pictures
     bad: list                       # of samples left out: what is wrong with them
+    questions: list | None          # of each picture, for a Q-Former that reads; None: reads not
 
 
 class Batches(torch.utils.data.Dataset):
@@ -929,6 +930,7 @@ class Batches(torch.utils.data.Dataset):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
         self.out, self.bad = out, []
         self.words, self.side, self.places = model.words, model.image_size, model.places()
+        self.reads = model.reader is not None
         self.device, self.planned, self.ahead = model.llm.embed.weight.device, (None, None), None
         if not args.pack and args.row.batch % (args.accum * ranks):
             raise data.Usage(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
@@ -1032,7 +1034,9 @@ class Batches(torch.utils.data.Dataset):
             (sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
              ids.count(data.IMAGE)) for ids, labels in texts]
         return Micro(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
-                     lengths if self.args.pack else None, counts, bad)
+                     lengths if self.args.pack else None, counts, bad,
+                     [data.question(self.samples.read(i)[1]) for i, ids, _, _ in chosen
+                      if data.IMAGE in ids] if self.reads else None)
 
     def picture(self, planned):
         """Pixels (1, 3, S, S) of a planned sample, or None. Raises data.Failure with its name."""
@@ -1187,7 +1191,8 @@ def watcher(model, row):
     def look():
         for scene in scenes:
             pixels = data.preprocess(world.draw(scene), model.image_size, row.aspect)
-            tokens = list(generate(model, ids, pixels, max_new_tokens=80))
+            tokens = list(generate(model, ids, pixels, max_new_tokens=80,
+                                   question="Describe this image"))
             yield {"truth": world.description(scene),
                    "says": model.words.decode(tokens).strip().split("\n")[0]}
     return look
@@ -1270,7 +1275,7 @@ def bridge_job(args, out, device):
     held = {n: share(p) for n, p in model.named_parameters() if p.requires_grad}
     made = optimizers(held, row, args)
     count = flops(model)
-    loss, report = gauged(lambda micro: model.loss(*micro[:6]), model, args)
+    loss, report = gauged(lambda micro: model.loss(*micro[:6], micro.questions), model, args)
 
     def work(micro):
         useful = [count(*text) for text in micro.counts]
