@@ -60,7 +60,7 @@ class Config:
     patch: int = 14
     vocab: int = 49408              # (text tower)
     context: int = 77
-    end: int = 49407                # id of the token that closes a text, where it is read
+    end: int | tuple = 49407        # ids of the token that closes a text, where it is read
     eva: bool = False               # the second row of the table above
     tail: bool = True               # holds a block and a norm behind where bridges read
 
@@ -75,6 +75,7 @@ class Config:
         d = (cls(width=512, depth=12, heads=8, mlp=2048) if text else
              cls(1408, 39, 16, 6144, 1e-6, eva=True, tail=False) if eva else
              cls(width=768, depth=12, heads=12, mlp=3072, image=224, patch=32))
+        end = c.get("eos_token_id", d.end)
         act = "gelu" if eva else "quick_gelu"
         if c.get("hidden_act", act) != act or c.get("qkv_bias", True) is not True:
             raise data.BadModel(f"config.json: hidden_act {c.get('hidden_act')!r} is not "
@@ -84,8 +85,8 @@ class Config:
                    c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
                    c.get("layer_norm_eps", d.eps), c.get("image_size", d.image),
                    c.get("patch_size", d.patch), c.get("vocab_size", d.vocab),
-                   c.get("max_position_embeddings", d.context), c.get("eos_token_id", d.end),
-                   d.eva, d.tail)
+                   c.get("max_position_embeddings", d.context),
+                   tuple(end) if type(end) is list else end, d.eva, d.tail)
         made.check()
         return made
 
@@ -108,13 +109,20 @@ class Config:
             if type(value) is not int or not 1 <= value <= high:
                 raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from 1 "
                                     f"to {high}; take the config.json of the weights")
-        if type(self.end) is not int or type(self.eps) not in (int, float) or not self.eps > 0:
-            raise data.BadModel("config.json: eos_token_id must be a whole number and "
-                                "layer_norm_eps positive; take the config.json of the weights")
+        if not self.ends or any(type(i) is not int for i in self.ends) or (
+                type(self.eps) not in (int, float) or not self.eps > 0):
+            raise data.BadModel("config.json: eos_token_id must be a whole number or a list of "
+                                "them and layer_norm_eps positive; take the config.json of the "
+                                "weights")
         if self.width % self.heads or self.patch > self.image:
             raise data.BadModel(f"config.json: width {self.width} / heads {self.heads} or image "
                                 f"{self.image} / patch {self.patch} do not divide; take the "
                                 "config.json of the weights")
+
+    @property
+    def ends(self):
+        """`end` as a tuple: a config.json may list several ids."""
+        return self.end if type(self.end) is tuple else (self.end,)
 
     def to_hf(self, text=False):
         shared = {"hidden_size": self.width, "num_hidden_layers": self.depth,
@@ -122,8 +130,10 @@ class Config:
                   "layer_norm_eps": self.eps, "hidden_act": "gelu" if self.eva else "quick_gelu"}
         if text:
             return {"model_type": "clip_text_model", **shared, "vocab_size": self.vocab,
-                    "max_position_embeddings": self.context, "bos_token_id": self.end - 1,
-                    "eos_token_id": self.end, "pad_token_id": 0}
+                    "max_position_embeddings": self.context,
+                    # transformers' own CLIP cannot read a list of one
+                    "bos_token_id": self.ends[0] - 1, "pad_token_id": 0,
+                    "eos_token_id": self.end if len(self.ends) > 1 else self.ends[0]}
         picture = {**shared, "image_size": self.image, "patch_size": self.patch}
         if self.eva:
             return {"model_type": "blip_2_vision_model", **picture, "qkv_bias": True}
@@ -327,12 +337,18 @@ class Text(nn.Module):
         self.norm = LayerNorm(c.width, c.eps)
 
     def forward(self, ids):
-        """ids (B, T) -> (B, C), the state at the first end token."""
+        """ids (B, T) -> (B, C), the state at the first end token. ValueError if T is too long."""
+        if ids.shape[1] > self.config.context:
+            raise ValueError(f"a text of {ids.shape[1]} tokens; this CLIP has positions for "
+                             f"{self.config.context}: cut the text, and keep its end token")
         x = self.token[ids] + self.position[:ids.shape[1]]
         x = run(self.blocks, x, causal, policy=self.checkpoint)
         # quirk: files that say eos_token_id 2 are from before the field was right; there the end
         # is the largest id of the text
-        end = ids.argmax(1) if self.config.end == 2 else (ids == self.config.end).int().argmax(1)
+        if self.config.ends == (2,):
+            end = ids.argmax(1)
+        else:
+            end = torch.isin(ids, ids.new_tensor(self.config.ends)).int().argmax(1)
         return self.norm(x)[torch.arange(len(x)), end]
 
 

@@ -466,6 +466,12 @@ def chat_ids(conversation, template: str, tokenizer, pictures: int = -1) -> list
     return _tokenise(_prompt_pieces(conversation, template), tokenizer, pictures, special=False)[0]
 
 
+def question(conversation) -> str:
+    """What a person says last, as it was typed: what an InstructBLIP's Q-Former reads."""
+    asked = [turn["value"] for turn in conversation if not _ROLE[turn["from"]]]
+    return (asked[-1] or "").replace(MARK, "").strip() if asked else ""
+
+
 def _mismatch(text, t: Template, tokenizer, pictures, ids) -> bool:
     """Would the official code print "tokenization mismatch" and learn nothing from this text?
 

@@ -277,7 +277,8 @@ def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temp
         rows = [data.chat_ids([{"from": "human", "value": f"<image>\n{t}"}], template, model.words)
                 for t in texts[start:start + batch]]
         out = generate_batch(model, rows, [p[None] for p in pixels[start:start + batch]],
-                             max_new_tokens=max_new_tokens, temperature=temperature, seed=start)
+                             max_new_tokens=max_new_tokens, temperature=temperature, seed=start,
+                             questions=texts[start:start + batch])
         said += [model.words.decode(x).strip() for x in out]
     return said
 
@@ -820,7 +821,8 @@ def replies(args, jobs, journal):
         if not some:
             continue
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
-                              max_new_tokens=args.max_new_tokens)
+                              max_new_tokens=args.max_new_tokens,
+                              questions=[job.request for job in some])
         yield [(job, "".join(generate.spell(x, model.words)).strip(), "")
                for job, x in zip(some, said)]
 

@@ -155,7 +155,8 @@ from tqdm import tqdm
 
 import data
 from decoding.stopping import StopTexts, spell
-from kernels import rope, rope_table
+from kernels import causal, rope, rope_table
+from kernels.attention import visible
 from kernels.launch import SPEC
 from kernels.quantize import fast_bf16, lay, quantize
 from llama import Cache
@@ -201,9 +202,10 @@ def places(model, ids, sizes=None):
     return len(ids) - pictures + sum(map(model.places, sizes or [None] * pictures))
 
 
-def begin(model, prompts, pictures, max_new_tokens, sizes=None):
+def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
     """Prompts side by side: the decoder, x (B, T', C), keep (B, T'), how many ids may follow each.
 
+    questions: for each prompt the text as it was typed, for an InstructBLIP's Q-Former.
     Raises data.BadData if pictures and their places differ, data.Failure for a prompt that is
     empty or fills the context."""
     llm, room, sizes = getattr(model, "llm", model), [], sizes or [None] * len(prompts)
@@ -225,7 +227,10 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None):
     pixels = [p for p in pictures if p is not None]
     pixels = torch.cat(pixels).to(like) if pixels else None
     every = [one for size in sizes for one in size or ()]
-    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every)
+    if questions is not None:                           # one for each picture
+        questions = [text for p, text in zip(prompts, questions, strict=True)
+                     for _ in range(p.count(data.IMAGE))]
+    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every, questions=questions)
     return llm, x, keep, room
 
 
@@ -446,14 +451,15 @@ def replayed(llm, x, keep, memory, choose, count):
 
 @torch.inference_mode()
 def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0,
-          answer=None):
+          answer=None, question=None):
     """The tokens of the answer with the best mean log-probability, its end counted.
     answer: is told why it ended, as in `decode`.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
     best `width` others go on, until `width` have ended and none that runs has a better mean:
     transformers' rule (length_penalty 1, early_stopping False)."""
-    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes])
+    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes],
+                                None if question is None else [question])
     memory = Cache(llm.config, 1, x.shape[1] + room, x)
     stop = {stop: "stop"} if type(stop) is str else stop or {}
     # (sum of log-probabilities, parent, tokens, what looks for stop texts in them)
@@ -498,7 +504,7 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
            num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=(),
-           answers=None):
+           answers=None, questions=None):
     """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says.
@@ -515,10 +521,11 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
         stop[own] = "end"
     if num_beams > 1:
         yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty,
-                     answer)
-               for p, x, size, answer in zip(prompts, pictures, sizes, answers, strict=True)]
+                     answer, text)
+               for p, x, size, answer, text in zip(prompts, pictures, sizes, answers,
+                                                   questions or [None] * len(prompts), strict=True)]
         return
-    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
+    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes, questions)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     choose = Choice(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
     # FSDP gathers weights on a stream of its own, which a graph cannot record
@@ -582,18 +589,20 @@ class Tokens(list):
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
              num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0,
-             stop=()):
+             stop=(), question=None):
     """`Generation`: iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
     (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
     all at once, and always use the cache.
     stop: texts before which the answer ends, and the token in which one begins is left out.
+    question: the text as it was typed, for an InstructBLIP's Q-Former; None: read from the ids.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
     return Generation(lambda answer: decode(
         model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams, seed, eos,
-        cache, None if sizes is None else [sizes], repetition_penalty, stop, [answer]))
+        cache, None if sizes is None else [sizes], repetition_penalty, stop, [answer],
+        None if question is None else [question]))
 
 
 def generate_batch(model, prompts, pictures=None, **settings):
@@ -601,7 +610,7 @@ def generate_batch(model, prompts, pictures=None, **settings):
     + i.
 
     pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
-    settings as for `generate`."""
+    questions: for each prompt its `question`; settings as for `generate`."""
     out, pictures = [Tokens() for _ in prompts], pictures or [None] * len(prompts)
     for row in decode(model, prompts, pictures, **settings, answers=out) if out else ():
         for tokens, new in zip(out, row):
@@ -637,7 +646,8 @@ def looked(model, ids, tokens, pixels, layer=None):
     cos, sin = rope_table(torch.arange(T, device=x.device)[None], llm.config.head_dim,
                           llm.config.theta, llm.config.scaling)
     H, G, D = llm.config.heads, llm.config.kv_heads, llm.config.head_dim
-    later = (torch.arange(T) > torch.arange(T - n, T)[:, None]).to(x.device)     # (n, T)
+    rule = {"allow": causal, **llm.config.rule(T)}
+    hidden = ~visible(**rule, rows=n, columns=T, start=T - n, device=x.device)   # (n, T)
     found = []
     for i, block in enumerate(llm.blocks):
         if layer in (None, i):
@@ -646,7 +656,7 @@ def looked(model, ids, tokens, pixels, layer=None):
             q, k, _ = qkv[0].split((H, G, G), dim=1)
             k = k.repeat_interleave(H // G, dim=1)
             scores = torch.einsum("qhd,khd->hqk", q[-n:].float(), k.float()) * D ** -.5
-            p = scores.masked_fill(later, -math.inf).softmax(-1).mean(0)         # (n, T)
+            p = scores.masked_fill(hidden, -math.inf).softmax(-1).mean(0)         # (n, T)
             found.append(p[:, at:at + model.patches].cpu())
         if layer == i:
             break
@@ -864,7 +874,8 @@ def answer(model, turns, shown, args):
     said, ids = "", ask(turns, model.template, model.words, numbers(shown))
     pixels, sizes = together(shown)
     start = time.perf_counter()
-    written = generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings)
+    written = generate(model, ids, pixels, seed=args.seed, sizes=sizes, question=turns[-1],
+                       **args.settings)
     for piece in filter(None, spell(written, model.words)):
         print(piece, end="", flush=True)
         said += piece
@@ -1000,7 +1011,7 @@ def captions(model, files, args):
                 note(f"skipped: {error}")
         said = generate_batch(model, [ids] * len(good), [x for _, (x, _) in good],
                               sizes=[size for _, (_, size) in good], seed=args.seed + start,
-                              **args.settings)
+                              questions=[args.prompt] * len(good), **args.settings)
         reasons += [tokens.finish_reason for tokens in said]
         count += sum(map(len, said))
         samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])

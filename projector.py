@@ -246,7 +246,7 @@ def settings(folder, c):
                             "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
     if asks:
         kind = text.get("model_type", "opt") if type(text) is dict else text
-        if kind != "llama":
+        if kind not in ("llama", "mistral"):
             raise data.BadModel(
                 f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
                 "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from FOLDER), "
@@ -364,8 +364,8 @@ def goes_on(source, template, weight):
     folder = data.resolve(source)
     c, weights = data.read_config(folder), data.load_weights(folder)
     text, name = c.get("text_config"), "language_projection.weight"
-    return (type(text) is dict and text.get("model_type") == "llama" and name in weights
-            and weights.shape(name) == tuple(weight.shape)
+    return (type(text) is dict and text.get("model_type") in ("llama", "mistral")
+            and name in weights and weights.shape(name) == tuple(weight.shape)
             and c.get("template", c["model_type"].replace("-", "")) == template)
 
 
@@ -426,8 +426,8 @@ class VLM(nn.Module):
         return self.grid(size).tokens if self.aspect == "anyres" else self.patches
 
     def asked(self, ids, labels=None, keep=None):
-        """What an InstructBLIP's Q-Former reads: for each picture in ids (B, T) the text of its
-        row, without what is learned or padding."""
+        """What an InstructBLIP's Q-Former reads where only ids are known: for each picture in ids
+        (B, T) the text of its row, without what is learned or padding."""
         read = ids >= 0 if keep is None else (ids >= 0) & keep
         read = read if labels is None else read & (labels == data.IGNORE)
         counts = (ids == data.IMAGE).sum(1).tolist()
@@ -439,6 +439,7 @@ class VLM(nn.Module):
 
         With sizes the pictures are in tiles, n in all. The class token is dropped: LLaVA reads
         patches only. A Q-Former reads it, and one with words a question for each picture, too.
+        (`questions`: as they were typed, for ids may lose some of it.)
         Raises data.BadData when tiles and sizes do not fit."""
         # inference mode would be no faster, and the bridge could not keep its input for backward
         with torch.set_grad_enabled(torch.is_grad_enabled()
@@ -481,15 +482,17 @@ class VLM(nn.Module):
         """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V)."""
         return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0])
 
-    def loss(self, ids, labels, pixels=None, keep=None, weights=None, lengths=None):
+    def loss(self, ids, labels, pixels=None, keep=None, weights=None, lengths=None,
+             questions=None):
         """Cross-entropy of the next token over supervised places; a scalar.
 
         weights (B, T), of the ids: the sum of weight · loss; None: the mean. lengths: of documents
         packed into one row, [their ids]; the first label of each must be IGNORE, for no text stands
-        before it. Only supervised rows reach the output head. Raises data.BadData if there are
-        none."""
+        before it. questions: for `embed`. Only supervised rows reach the output head. Raises
+        data.BadData if there are none."""
         learned = labels[:, 1:] != data.IGNORE
-        x, labels, there = self.embed(ids, pixels, labels, keep, lengths=lengths)
+        x, labels, there = self.embed(ids, pixels, labels, keep, questions=questions,
+                                      lengths=lengths)
         rows = labels[:, 1:] != data.IGNORE
         if not rows.any():
             raise data.BadData("a batch has nothing to train on: every label is masked; look at "

@@ -427,7 +427,8 @@ class Words:
     def encode(self, texts, length=32, left=False):
         """Texts to ids (B, T) and mask (B, T) bool, False at padding: [CLS] words [SEP], of which
         `length` tokens are kept, the last words if left. Official lengths: 32 in training, 35 in
-        retrieval, 128, left, for InstructBLIP. Raises data.BadData for a text without words."""
+        retrieval, 128, left, for InstructBLIP, which may be asked without words: [CLS] [SEP], as
+        in transformers. Elsewhere a text without words raises data.BadData."""
         rows = []
         for i, text in enumerate([texts] if type(texts) is str else texts):
             try:
@@ -435,7 +436,7 @@ class Words:
             except TypeError:
                 raise data.BadData(f"text {i}: {text!r:.60} is not Unicode text: save it as valid "
                                    "UTF-8") from None
-            if not row:
+            if not row and not left:
                 raise data.BadData(f"text {i}: {text!r:.60} holds no word: a picture cannot be "
                                    "compared with nothing; leave it out")
             row = row[2 - length:] if left else row[:length - 2]

@@ -1011,6 +1011,7 @@ class Micro(NamedTuple):
     weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
     lengths: list | None            # packed: ids of each text
     counts: list                    # of each text: its tokens, learned ones, pictures
+    questions: list | None          # of each picture, for a Q-Former that reads; None: reads not
     left_out: list                  # (BAD or NOTHING, number in the file, why) of samples
 
 
@@ -1035,6 +1036,7 @@ class Batches(torch.utils.data.Dataset):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
         self.left_out = []
         self.words, self.side, self.places = model.words, model.image_size, model.places()
+        self.reads = model.reader is not None
         self.device, self.planned = model.llm.embed.weight.device, (None, None)
         if not args.pack and args.row.batch % (args.accum * ranks):
             raise data.Usage(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
@@ -1132,7 +1134,9 @@ class Batches(torch.utils.data.Dataset):
         counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
                    ids.count(data.IMAGE)) for ids, labels in texts]
         return Micro(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
-                     lengths if self.args.pack else None, counts, left_out)
+                     lengths if self.args.pack else None, counts,
+                     [data.question(self.samples.read(i)[1]) for i, ids, _, _ in chosen
+                      if data.IMAGE in ids] if self.reads else None, left_out)
 
     def blank(self, left_out):
         """A micro-batch without a sample: two tokens that weigh nothing."""
@@ -1140,7 +1144,7 @@ class Batches(torch.utils.data.Dataset):
         labels = torch.tensor([[data.IGNORE, self.words.pad]])
         packed = bool(self.args.pack)
         return Micro(ids, labels, None, None if packed else torch.ones(1, 2, dtype=torch.bool),
-                     torch.zeros(1, 2), [2] if packed else None, [], left_out)
+                     torch.zeros(1, 2), [2] if packed else None, [], None, left_out)
 
     def pictures(self, planned):
         """[pixels (1, 3, S, S)] of a planned sample. Raises data.Failure with its name."""
@@ -1288,7 +1292,8 @@ def watcher(model, row):
     def look():
         for scene in scenes:
             pixels = data.preprocess(world.draw(scene), model.image_size, row.aspect)
-            tokens = list(generate(model, ids, pixels, max_new_tokens=80))
+            tokens = list(generate(model, ids, pixels, max_new_tokens=80,
+                                   question="Describe this image"))
             yield {"truth": world.description(scene),
                    "says": model.words.decode(tokens).strip().split("\n")[0]}
     return look
@@ -1372,7 +1377,7 @@ def bridge_job(args, out, device):
     held = {n: share(p) for n, p in model.named_parameters() if p.requires_grad}
     made = optimizers(held, row, args)
     count = flops(model)
-    loss, report = gauged(lambda micro: model.loss(*micro[:6]), model, args)
+    loss, report = gauged(lambda micro: model.loss(*micro[:6], micro.questions), model, args)
 
     def work(micro):
         useful = [count(*text) for text in micro.counts]

@@ -1,10 +1,13 @@
 """Every kernel as machine code for sm_80 and sm_90, without a GPU: see tests/compiled.py. And the
 benchmark's code, which needs one to mean anything, once through in toy sizes.
 
-Twice: with the Triton that is installed, and with 3.6, which compiles the same source to other
-registers and other spills. 3.6 goes to a folder of its own, under the user's cache; TRITON36 in
-the environment names a folder that has it already (`pip install --target FOLDER triton==3.6.0`)."""
+Once with each Triton that somebody has, for each compiles the same source to other registers and
+other spills: 3.7.1, which torch 2.13 brings and tests/requirements.txt names; 3.6.0, which torch
+2.11 brings; 3.9.0, a newer one. What is not installed goes to a folder of its own, under the user's
+cache; TRITON36 (TRITON371, TRITON39) in the environment names a folder that has it already
+(`pip install --target FOLDER triton==3.6.0`)."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,34 +21,40 @@ import compiled
 HERE = Path(__file__).parent
 
 
-def triton36():
-    """A folder with Triton 3.6 and nothing else, installed on first use."""
-    if "TRITON36" in os.environ:
-        return Path(os.environ["TRITON36"])
+VERSIONS = {"3.6.0": "TRITON36", "3.7.1": "TRITON371", "3.9.0": "TRITON39"}
+
+
+def folder_of(version):
+    """A folder with this Triton and nothing else, installed on first use; None if it is installed
+    where the tests run."""
+    if VERSIONS[version] in os.environ:
+        return Path(os.environ[VERSIONS[version]])
+    if importlib.metadata.version("triton") == version:
+        return None
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / f"triton-3.6.0-py{sys.version_info.major}{sys.version_info.minor}"
+    folder = cache / f"triton-{version}-py{sys.version_info.major}{sys.version_info.minor}"
     if not (folder / "triton").is_dir():
         fresh = folder.with_name(f"{folder.name}-{os.getpid()}")    # renamed when it is whole
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
-                        str(fresh), "triton==3.6.0"], check=True)
+                        str(fresh), f"triton=={version}"], check=True)
         fresh.rename(folder)
     return folder
 
 
-@pytest.fixture(scope="module", params=["installed", "3.6"])
+@pytest.fixture(scope="module", params=VERSIONS)
 def found(request, tmp_path_factory):
     """What compiled.py finds in all kernels and all planted faults, {name: [case, case]}."""
     out = tmp_path_factory.mktemp("compiled") / "found.json"
     env = {key: value for key, value in os.environ.items()
            if key not in ("TRITON_INTERPRET", "PYTHONPATH")} | {"OMP_NUM_THREADS": "1"}
-    if request.param == "3.6":
-        env["PYTHONPATH"] = str(triton36())
+    if folder := folder_of(request.param):
+        env["PYTHONPATH"] = str(folder)
     told = subprocess.run([sys.executable, HERE / "compiled.py", *compiled.MODULES, "planted",
                            "--json", out], capture_output=True, text=True, env=env)
     assert out.exists(), told.stdout[-3000:] + told.stderr[-3000:]
     assert told.returncode == 1             # the planted faults; the exit status tells of them
     read = json.loads(out.read_text())
-    assert request.param == "installed" or read["triton"].startswith("3.6.")
+    assert read["triton"] == request.param
     return read["cases"]
 
 

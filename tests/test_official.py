@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -452,16 +453,19 @@ def test_old_hub_configs_leave_fields_out(tmp_path):
         whole.intermediate_size, whole.image_size, whole.patch_size)
 
 
-def test_mistral_sees_all_inside_its_window(tmp_path):
+def test_mistral_sees_its_window(tmp_path):
     config = transformers.MistralConfig(**{**TONGUE, "max_position_embeddings": 256},
                                         sliding_window=16)
     theirs = shaken(transformers.MistralForCausalLM(config))
     theirs.save_pretrained(tmp_path)
     ours = llama.Llama.from_pretrained(tmp_path)
-    assert ours.config.context == 16                    # beyond it we do not go: it needs a band
+    assert ours.config.context == 256 and ours.config.window == 16
     ids = torch.randint(3, 100, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert gap(ours(ids[:, :16]), theirs(ids[:, :16]).logits) <= LIMIT
+        assert gap(ours(ids), theirs(ids).logits) <= LIMIT
+        for block in ours.blocks:
+            block.c = replace(block.c, window=None)
         assert gap(ours(ids), theirs(ids).logits) > 100 * LIMIT         # control: the band matters
 
 
