@@ -859,7 +859,8 @@ def answered(args, asked):
     for q, lost in left_out[:10]:
         generate.note(f"left out: {q['where']}: {lost}")
     if len(left_out) == len(asked):
-        raise data.BadData(f"none of the {len(asked)} questions could be asked: see the lines above")
+        raise data.BadData(f"none of the {len(asked)} questions could be asked: see the lines "
+                           "above")
     rows = [{"question_id": q["id"], "prompt": q.get("shown", q["text"]), "text": text,
              # theirs is drawn; ours is a hash, so that another answer has another id
              "answer_id": instruct.key_of(job.key, q["id"], q.get("metadata"), text),
@@ -950,8 +951,8 @@ def scienceqa(args):
     made = {group: {"accuracy": sum(hit for hit, _ in hits) / len(hits), "questions": len(hits),
                     "lenient": sum(hit for _, hit in hits) / len(hits)}
             for group, hits in groups.items()}
-    print(f"ScienceQA, {args.split}, {args.form}; {failed} answer(s) are wrong because the official "
-          "rule reads no choice in them")
+    print(f"ScienceQA, {args.split}, {args.form}; {failed} answer(s) are wrong because the "
+          "official rule reads no choice in them")
     for group, row in made.items():
         print(f"  {group:<20}{row['accuracy']:.4f} of {row['questions']:,}   "
               f"read leniently {row['lenient']:.4f}")

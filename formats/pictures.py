@@ -46,7 +46,7 @@ NOT_READ = {        # known by their first bytes: what to do instead
 SUFFIXES = (".png .apng .jpg .jpeg .jpe .jfif .jif .jfi .pjpeg .pjp .mpo .webp .gif .bmp .tif "
             ".tiff").split() + [".avif"] * ("AVIF" in READERS)
 # A telephone's sensor has up to 200 million pixels (16,320 × 12,240). Decoding takes 8 bytes for
-# each, so 1.6 GB at most; a progressive JPEG up to 6 more.
+# each, so 1.6 GB; a progressive JPEG up to 10.
 MOST = 205_000_000
 # DEFLATE packs 1,000 equal bytes into one. Over 50 megapixels a file that holds 2,000 pixels a byte
 # is no photograph.
@@ -73,8 +73,8 @@ def picture_path(root, name: str, follow_links: bool = False) -> Path:
     except (OSError, ValueError) as error:
         raise BadData(f"image {name!r}: {error}: correct the sample") from None
     if not inside and not follow_links:
-        raise BadData(f"image {name!r}: a link leads outside of {root}: give --follow-links if you "
-                      "trust the links in that folder, or correct the sample")
+        raise BadData(f"image {name!r}: leads outside of {root} by a link: give --follow-links if "
+                      "you trust the links in that folder, or correct the sample")
     if not regular:
         raise BadData(f"image {name!r}: is not a file of {root}: correct the sample or the folder")
     return path
@@ -346,13 +346,12 @@ def _decoded(file, name):
         raise ValueError("cannot identify it as a picture")
     image = READERS[kind](_without_metadata(file, kind), "")
     width, height = image.size
-    pixels, large = width * height, f"{name}: {width}×{height} is {width * height / 1e6:.0f}"
+    pixels, large = width * height, f"{name}: {width}×{height}"
     if pixels > MOST:
-        raise BadImage(f"{large} megapixels, and at most {MOST / 1e6:.0f} are read: make it "
-                       "smaller first")
+        raise BadImage(f"{large} is over {MOST // 10 ** 6} megapixels: make it smaller first")
     if pixels > PLAIN and size * PACKED < pixels:
-        raise BadImage(f"{large} megapixels from {size:,} bytes, which is no photograph but may "
-                       "fill the memory: make it smaller first")
+        raise BadImage(f"{large} is over {PLAIN // 10 ** 6} megapixels in {size:,} bytes, which is "
+                       "no photograph but may fill the memory: make it smaller first")
     turn = _turn(image) if kind == "TIFF" else None     # its EXIF is read while the file is open
     try:
         image.load()
@@ -362,10 +361,10 @@ def _decoded(file, name):
     except MemoryError:
         if pixels < 2 ** 24:                            # Pillow's word for some kinds of damage
             raise
-        raise BadImage(f"{large} megapixels, for which there is no memory: make it smaller "
+        raise BadImage(f"{large} is too large for this machine's memory: make it smaller "
                        "first") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"{large} megapixels, more than Pillow reads of {kind}: make it smaller "
+        raise BadImage(f"{large} is more than Pillow reads of {kind}: make it smaller "
                        "first") from None
 
 
