@@ -89,8 +89,9 @@ def arguments(argv=None):
                    "(default: the one it names)")
     p.add_argument("--template", help="how the model is asked, instead of what its config says")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                   help="of the weights in memory; auto: as they are in the file, but on a CPU 16 "
-                   "bits become bf16 if it is quick at it, else fp32")
+                   help="of the weights in memory; auto: as they are in the file, but fp16 becomes "
+                   "bf16 where the GPU has it, and on a CPU 16 bits become bf16 if it is quick at "
+                   "it, else fp32")
     p.add_argument("--quantize", choices=("int8", "int4"), help="of the language model's weights")
     p.add_argument("--out", help="LLaVA JSON to write the answers about a folder to")
     p.add_argument("--max-new-tokens", type=int, default=256)
@@ -278,7 +279,14 @@ def predict(llm, x, cache, positions=None, keep=None):
     return llm.head(llm.hidden(x, cache, positions, keep)[:, -1]).float()
 
 
-def damaged():
+def damaged(llm):
+    """The error of an output that is not a number. Weights from a file were finite when loaded."""
+    here = llm.embed.weight.dtype
+    if here != torch.float32 and all(p.isfinite().all() for p in llm.parameters()):
+        other = "--dtype bf16 or fp32" if here == torch.float16 else "--dtype fp32"
+        return data.BadModel(f"the model's output is not a number (NaN): its weights are whole, but "
+                             f"what is computed from them is too large for {data.dtype_name(here)};"
+                             f" take {other}")
     return data.BadModel("the model's output is not a number (NaN): its weights are damaged; take "
                          "another checkpoint")
 
@@ -467,7 +475,7 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
     for step in range(1, room + 1):
         scores = predict(llm, x, memory).log_softmax(-1)                             # (n, V)
         if scores.isnan().any():
-            raise damaged()
+            raise damaged(llm)
         if penalty != 1:
             seen = seen_in([ids + row for _, _, row, _ in running], scores.shape[1], scores.device)
             scores = penalise(scores, seen, penalty)
@@ -535,7 +543,7 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     alive = [True] * len(prompts)
     for step, new in enumerate(way(llm, x, keep, memory, choose, max(room))):
         if min(new) < 0:
-            raise damaged()
+            raise damaged(llm)
         out = [[] for _ in prompts]
         for i, token in enumerate(new):
             if not alive[i]:
@@ -729,9 +737,18 @@ def ready(model, codes=None):
     return lay(model)
 
 
-def at_home(model):
-    """The model in the numbers that this CPU is quick at: 16 bits stay 16 if it multiplies bf16."""
-    here, best = model.llm.embed.weight.dtype, torch.bfloat16 if fast_bf16() else torch.float32
+def at_home(model, device):
+    """The model in the numbers that this device is good at. A CPU: 16 bits stay 16 if it multiplies
+    bf16. A GPU that has bf16: not fp16, in which some models overflow."""
+    here = model.llm.embed.weight.dtype
+    if device.type == "cuda" and here == torch.float16 and torch.cuda.is_bf16_supported(
+            including_emulation=False):
+        note("note: the weights are float16, in which some models overflow: they become bf16, 3 bits "
+             "fewer of each number (--dtype keeps or chooses)")
+        return model.to(torch.bfloat16)
+    if device.type != "cpu":
+        return model
+    best = torch.bfloat16 if fast_bf16() else torch.float32
     if here in (best, torch.float32):
         return model
     name, price = ("bf16", "3 bits fewer of each number") if best == torch.bfloat16 else (
@@ -757,9 +774,9 @@ def load(args, codes=None):
     if there.is_cuda:
         torch.cuda.set_device(there.device)             # kernels start on the current one
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
-    model = VLM.from_pretrained(args.model, dtype, args.model_base)
-    if dtype is None and there.device.type == "cpu":
-        model = at_home(model)
+    model = VLM.from_pretrained(args.model, dtype, getattr(args, "model_base", None))
+    if dtype is None:
+        model = at_home(model, there.device)
     if args.template and args.template not in data.TEMPLATES:
         raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")

@@ -382,7 +382,8 @@ def test_the_layer_may_be_counted_from_either_end(published, layer):
 # ------------------------------------------------------------------------------- B15: indexes
 
 def write_index(folder, table):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": 1}, "weight_map": table}))
 
 
 def put(tensors, file):
@@ -437,7 +438,7 @@ def test_an_overlay_wins(tiny_llama, name_it):
     over = {"model.norm.weight": -table["model.norm.weight"]}
     shards(folder, table, over)
     listed = dict.fromkeys(table, "model-1.safetensors")
-    listed["model.norm.weight" if name_it else "anything"] = "model-2.safetensors"
+    listed["anything"] = listed["model.norm.weight"] = "model-2.safetensors"
     if not name_it:
         del listed["model.norm.weight"]
     write_index(folder, listed)
@@ -771,3 +772,41 @@ def test_generate_takes_the_base(tmp_path):
     assert done.returncode == 0, done.stderr
     done = subprocess.run([*said, base, "--model-base", base, *more], capture_output=True, text=True)
     assert done.returncode == 2 and "--model-base" in done.stderr
+
+
+# ------------------------------------------------------------------------------- B16
+
+def test_an_overflow_is_called_one(tmp_path):
+    """Finite fp16 weights whose products are not: bf16 and fp32 hold them."""
+    write_vlm(tmp_path, "llava")
+    model = projector.VLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for block in model.llm.blocks:
+            block.out.weight.mul_(30000 / block.out.weight.abs().max())
+    model.to(torch.float16).save_pretrained(tmp_path)
+    ids = [1, 40, data.IMAGE, 41]
+    half = projector.VLM.from_pretrained(tmp_path)
+    assert half.llm.embed.weight.dtype == torch.float16         # and loads: all are finite
+    pixels = half.pixels(PHOTO)
+    for beams in (1, 2):
+        with pytest.raises(data.BadModel, match="weights are whole.*float16; take --dtype bf16"):
+            list(generate.generate(half, ids, pixels, 4, num_beams=beams))
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = projector.VLM.from_pretrained(tmp_path, dtype)
+        assert len(list(generate.generate(whole, ids, pixels, 4, eos=-1))) == 4
+    half.llm.norm.weight.data[0] = float("nan")                 # control: damage is called damage
+    with pytest.raises(data.BadModel, match="weights are damaged"):
+        list(generate.generate(half, ids, pixels, 4))
+
+
+@pytest.mark.parametrize("has, kind, becomes", [
+    (True, "float16", "bfloat16"), (False, "float16", "float16"), (True, "bfloat16", "bfloat16"),
+    (True, "float32", "float32")])
+def test_dtype_auto_on_a_gpu(tmp_path, monkeypatch, capsys, has, kind, becomes):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has)
+    write_vlm(tmp_path, "llava")
+    model = projector.VLM.from_pretrained(tmp_path, getattr(torch, kind))
+    capsys.readouterr()
+    made = generate.at_home(model, torch.device("cuda"))
+    assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
+    assert capsys.readouterr().err.count("\n") == (kind != becomes)
