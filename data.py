@@ -66,10 +66,15 @@ from torch import Tensor
 from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, TrainingFailed, Usage,
                             guarded)
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
+from formats.templates import (PROBES, ChatTemplate, find, recognise, special_tokens,
+                               write_jinja)
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 MARK = "<image>"
 ZEROS = "(zeros)"               # in a weight table: a piece that is in no file
+# In tokenizer.json: what follows a picture is a text of its own, which LLaMA begins with a space.
+APART = {"type": "Replace", "pattern": {"Regex": rf"{MARK}(?!{MARK})(?=[\s\S])"},
+         "content": f"{MARK} "}
 
 
 # ---------------------------------------------------------------- text: characters to ids
@@ -135,6 +140,8 @@ class Tokenizer:
         if any(part["type"] == "Prepend" for part in parts):
             parts[:] = [part for part in parts if part["type"] != "Prepend"]
             found = "every"
+        if APART in parts:                      # for others; here `_tokenise` does it
+            parts.remove(APART)
         splitter = spec.get("pre_tokenizer")
         if splitter and splitter["type"] == "Metaspace":
             scheme = splitter.get("prepend_scheme", "always")
@@ -161,6 +168,20 @@ class Tokenizer:
     def added(self, token: str, default=None):
         """Id of an added token such as <image>, or the default."""
         return self._added.get(token, default)
+
+    def first_end(self, text: str, tokens_only: bool) -> str:
+        """Where an answer ends that is followed by this text: at the added token that begins it,
+        else, unless tokens_only, at all of it."""
+        found = self._special.match(text.strip())
+        return found.group() if found else "" if tokens_only else text.strip()
+
+    def begins_special(self, text: str) -> bool:
+        """Is the first token of the text an added one?"""
+        return bool(self._special.match(text))
+
+    def token(self, i: int | None) -> str | None:
+        """The text of an id, as the vocabulary has it."""
+        return None if i is None else self._lib.id_to_token(i)
 
     def pairs(self, text: str, special=True) -> list[tuple[int, int]]:
         """[(id, index of its first character)] without BOS.
@@ -218,6 +239,21 @@ class Template:
     picture: str = MARK
     front: bool = False                  # the picture stands before BOS
 
+    @property
+    def stop(self):
+        """The text at which generation stops: the end, without a newline that only follows it."""
+        return self.end.rstrip("\n") or self.end
+
+    @property
+    def header(self):
+        """In style chat: what stands before the system text, which is in `system` too."""
+        return re.match(r"[^\n]*\n+", self.system)[0] if self.style == "chat" else ""
+
+    @property
+    def text(self):
+        """The system text alone."""
+        return self.system.removeprefix(self.header)
+
 
 class _Joint(str):
     """A piece that adds no text to the others; told by identity."""
@@ -245,6 +281,8 @@ _MPT = ("A conversation between a user and an LLM-based AI assistant. The assist
 _OLD = dict(style="single", roles=("Human", "Assistant"), sep="###", end="###")
 _IM = dict(style="chat", roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
            sep="<|im_end|>", end="<|im_end|>")
+_HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_HELPFUL = "You are a helpful language and vision assistant. You are " + _SEES
 _TAG = dict(system=_TAGS, picture="<Image><image></Image>")
 
 TEMPLATES = {
@@ -253,14 +291,22 @@ TEMPLATES = {
     # quirk: official command lines pick this "human" text for models trained on v1's "user".
     "llava_v1": Template("two", _CHAT.format("human")),
     "v1_mmtag": Template("two", **_TAG),
+    # quirk: what the official code calls v0 (Vicuna v0) has this system text and, behind it, a long
+    # question and answer about renewable energy, at inference only. LLaVA's own v0 prompts, these
+    # two, have no example; LLaVA was not trained with one, so ours named v0 is llava_v0 too.
     "llava_v0": Template(system=_CHAT.format("human"), **_OLD),
     "v0_mmtag": Template(**_OLD, **_TAG),
-    "llava_llama_2": Template("llama2", "You are a helpful language and vision assistant. You are "
-                              + _SEES, sep="<s>"),
+    "llava_llama_2": Template("llama2", _HELPFUL, sep="<s>"),
     "llama_2": Template("llama2", _META, sep="<s>"),
     "mistral_instruct": Template("llama2", sep=""),
-    "mpt": Template(system="<|im_start|>system\n" + _MPT, **_IM),
     "chatml_direct": Template(system="<|im_start|>system\nAnswer the questions.", **_IM),
+    "mpt": Template(system="<|im_start|>system\n" + _MPT, **_IM),
+    # Of LLaVA-NeXT's second release (LLaVA-VL/LLaVA-NeXT, llava/conversation.py). There the headers
+    # of answers are learned too; here the answers with their end, as in the others.
+    "llama_3": Template("chat", _HEAD.format("system") + _HELPFUL, (
+        _HEAD.format("user"), _HEAD.format("assistant")), "<|eot_id|>", "<|eot_id|>"),
+    "qwen_1_5": Template(system="<|im_start|>system\nYou are a helpful assistant.", **{
+        **_IM, "sep": "<|im_end|>\n", "end": "<|im_end|>\n"}),
     "blip2": Template("plain", end="\n", front=True),
     "instructblip": Template("instruct", front=True),
     "minigpt4_caption": Template("plain", end="\n"),
@@ -274,7 +320,7 @@ INSTRUCTIONS = ("Describe this image in detail.",
                 "Please provide a detailed description of the picture.",
                 "Could you describe the contents of this image for me?")
 TEMPLATES |= {"vicuna_v1": TEMPLATES["v1"], "v0": TEMPLATES["llava_v0"],
-              "mistral_direct": TEMPLATES["chatml_direct"]}
+              "mistral_direct": TEMPLATES["chatml_direct"], "llava_llama_3": TEMPLATES["llama_3"]}
 _ROLE = {"human": False, "user": False, "gpt": True, "assistant": True}
 
 
@@ -349,7 +395,7 @@ def _pieces(turns, t: Template, training: bool):
         yield t.system + t.sep, False, False
     for i, (answer, value) in enumerate(turns):
         if t.style == "llama2":
-            opening = f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if t.system and i == 0 else ""
+            opening = "" if i else _opening(t)
             before = " " if answer else t.sep * (i > 0) + "[INST] " + opening
             after = " " + t.end if answer else " [/INST]"
         else:
@@ -406,6 +452,8 @@ def prompt(conversation, template: str) -> str:
     """The generation prompt, ending where the model starts to write (llava/conversation.py).
 
     A last gpt turn may be absent or None. quirk: mmtag templates do not wrap <image> here."""
+    if isinstance(template, ChatTemplate):
+        return "".join(text for text, _ in _own_pieces(conversation, template))
     return "".join(text for text, _, _ in _prompt_pieces(conversation, template))
 
 
@@ -413,7 +461,115 @@ def chat_ids(conversation, template: str, tokenizer, pictures: int = -1) -> list
     """Ids of `prompt`, in which nothing that people typed can become a control token.
 
     pictures: so many <image> are pictures, those behind them were typed; -1: all are."""
+    if isinstance(template, ChatTemplate):
+        return _own_ids(_own_pieces(conversation, template, pictures), tokenizer)
     return _tokenise(_prompt_pieces(conversation, template), tokenizer, pictures, special=False)[0]
+
+
+_SAID_BY = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+            "system": "system"}
+
+
+def _own_pieces(conversation, chat: ChatTemplate, pictures: int = -1) -> list:
+    """[(text, did a person type it?)] of the prompt that a folder's own chat template writes.
+
+    The first `pictures` of the <image> in the questions are pictures (-1: all), the rest letters."""
+    turns = []
+    for turn in conversation:
+        try:
+            role, text = _SAID_BY[turn["from"]], turn["value"] or ""
+        except (KeyError, TypeError) as error:
+            raise BadData(f"a turn needs from (human or gpt) and value: {error!r}") from None
+        found = text.split(MARK, pictures) if role == "user" and pictures else [text]
+        pictures -= (len(found) - 1) * (pictures > 0)
+        parts = found[:1]
+        for part in found[1:]:              # the template itself writes a newline behind a picture
+            parts += [None, part.removeprefix("\n")]
+        turns.append((role, [part for part in parts if part != ""]))
+    if turns and turns[-1] == ("assistant", []):        # the answer that is wanted
+        turns.pop()
+    if not turns or turns[-1][0] != "user":
+        raise BadData("a conversation must end with something a human says")
+    return chat.pieces(turns)
+
+
+def _own_ids(pieces, tokenizer) -> list[int]:
+    """Ids as transformers' processor makes them: <image> is a token among the others, and BOS comes
+    first where the text does not begin with it already. What people typed is letters."""
+    def coded(some):
+        text, human = "".join(piece for piece, _ in some), bytearray()
+        for piece, person in some:
+            human += bytes([person]) * len(piece)
+        return [i for i, _ in tokenizer.pairs(text, lambda m: not any(human[m.start():m.end()]))]
+
+    mark, ids, rest = tokenizer.added(MARK), [], []
+    if mark is not None:
+        ids = [IMAGE if i == mark else i for i in coded(pieces)]
+    else:                                   # a tokenizer without the token: cut there ourselves
+        for piece, person in pieces:
+            first, *more = [piece] if person else piece.split(MARK)
+            rest.append((first, person))
+            for part in more:
+                ids += [*coded(rest), IMAGE]
+                rest = [(part, False)]
+        ids += coded(rest)
+    return ids if not tokenizer.add_bos or ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+
+
+def template_of(name: str) -> Template:
+    """The Template of a name, or, of a folder's own chat template that is none of ours, one that
+    tells only that people and the model talk in turns."""
+    return TEMPLATES.get(name) or Template("own", end=getattr(name, "end", ""))
+
+
+def end_ids(template: str, words: Tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
+    stop = template_of(template).stop
+    last = words.added(stop)
+    if stop == "\n":                        # a caption's end is a byte token behind a prefix
+        last = words.encode("\n", bos=False)[-1]
+    return {words.eos, last, words.added(getattr(template, "end", ""))} - {None}
+
+
+def stop_text(template: str, words: Tokenizer) -> str | None:
+    """The text that ends an answer, where the template has an end that is no token."""
+    stop = template_of(template).stop
+    return stop if stop not in ("", "\n") and words.added(stop) is None else None
+
+
+def folder_template(folder, words: Tokenizer) -> str | None:
+    """The template in which a folder's own chat template asks: a name of ours, or a ChatTemplate;
+    None if the folder has none. One that cannot be rendered says so when it is used."""
+    if not (found := find(folder)):
+        return None
+    source = found[0]
+    for name in TEMPLATES:
+        if source in (chat_template(name), chat_template(name, words)):
+            return name
+    special = {"bos_token": words.token(words.bos), "eos_token": words.token(words.eos)}
+    special = {name: token for name, token in special.items() if token is not None}
+    chat = ChatTemplate.of(source, found[1], special | special_tokens(folder))
+    ours = {}
+    for name, t in TEMPLATES.items():
+        if t.style in ("two", "chat", "llama2", "single"):
+            talks = [[{"from": role, "value": "".join(
+                f"{MARK}\n" if part is None else part for part in parts)}
+                for role, parts in turns] for turns in PROBES]
+            ours[name] = _opening(t), [prompt(talk, name) for talk in talks]
+    try:
+        chat = recognise(chat, ours, special.get("bos_token", "") if words.add_bos else "")
+        if isinstance(chat, ChatTemplate):
+            chat.end = words.first_end(chat.after_an_answer(), chat.known)
+    except (ValueError, TimeoutError):          # said when it is used: --template may be given
+        pass
+    return chat
+
+
+def _opening(t: Template) -> str:
+    """The system text with all that stands around it."""
+    if t.style != "llama2":
+        return t.system + t.sep
+    return f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if t.system else ""
 
 
 def _mismatch(text, t: Template, tokenizer, pictures, ids) -> bool:
@@ -1082,11 +1238,14 @@ def export(module, names: Mapping) -> dict[str, Tensor]:
     return out
 
 
-def save_tokenizer(words: Tokenizer, folder, extra=()):
-    """Copy tokenizer.json and its config; `extra` tokens get the next free ids."""
+def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
+    """Copy tokenizer.json and its config; `extra` tokens get the next free ids.
+
+    apart: others shall tokenise what follows <image> as `encode` does."""
     folder = Path(folder)
     spec = _json(words.folder / "tokenizer.json", 64_000_000)
     config = read_config(words.folder, "tokenizer_config.json", missing_ok=True)
+    config.pop("chat_template", None)               # a language model's: ours is in its own file
     have = {token["content"] for token in spec.get("added_tokens") or []}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     new = [token for token in extra if token not in have]
@@ -1095,26 +1254,32 @@ def save_tokenizer(words: Tokenizer, folder, extra=()):
                                      "special": True})
     if "<pad>" in extra:
         config["pad_token"] = "<pad>"
+    if apart and words.prefix == "first":
+        before = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
+        parts = before["normalizers"] if before["type"] == "Sequence" else [before]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [
+            APART, *(part for part in parts if part != APART)]}
+        for token in spec["added_tokens"]:          # looked for behind that step, not before it
+            token["normalized"] |= token["content"] == MARK
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def chat_template(template: str) -> str | None:
-    """chat_template.jinja for transformers' processor; ours is `prompt`, this is for others.
+def chat_template(template: str, words: Tokenizer | None = None) -> str | None:
+    """A template in Jinja, as transformers' processor renders it: the same text as `prompt`, from
+    texts and from lists of parts. In a text <image> is a picture; a first turn from "system"
+    replaces the template's system text.
 
+    words: as a tokenizer alone renders it, which adds no BOS: the text begins with it.
     None where it is not written here: transformers then asks for one, and does not ask wrongly."""
     t = TEMPLATES[template]
-    if t.style not in ("two", "plain"):
+    if t.style not in ("two", "chat", "llama2", "single", "plain"):
         return None
-    if t.style == "plain":                  # pictures and texts in their order, nothing around them
-        return ("{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == "
-                "'image' else c['text'] }}{% endfor %}{% endfor %}")
-    pictures = "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
-    texts = "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}"
-    return ("{{ " + json.dumps(t.system + t.sep) + " }}{% for m in messages %}"
-            "{% if m['role'] == 'user' %}" + f"{t.roles[0]}: {pictures}{texts}{t.sep}"
-            "{% else %}" + f"{t.roles[1]}: {texts}{t.end}" + "{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}" + f"{t.roles[1]}:" + "{% endif %}")
+    if words is None or not words.add_bos:
+        return write_jinja(t)
+    begins = t.style != "plain" and words.begins_special("[INST]" if t.style == "llama2" else
+                                                         _opening(t))
+    return write_jinja(t, bos=True, space=words.prefix == "first" and not begins)
 
 
 # ---------------------------------------------------------------- the doctor

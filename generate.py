@@ -187,21 +187,18 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None):
 # ------------------------------------------------------------------------------- the next token
 
 def endings(model, eos=None):
-    """Ids after which the model has finished: eos if given, else those of its template."""
+    """Ids after which the model has finished: eos if given, else those of its tokenizer, of its
+    template and of its generation_config.json."""
     if eos is not None or not hasattr(model, "words"):
         return {eos}
-    words, template = model.words, data.TEMPLATES.get(model.template)
-    if template and template.end == "\n":       # a caption's end is a byte token behind a prefix
-        return {words.eos, words.encode("\n", bos=False)[-1]}
-    return {words.eos, words.added(template.end if template else "</s>")}
+    return data.end_ids(model.template, model.words) | set(getattr(model, "ends", ()))
 
 
 def stop_text(model, eos=None):
     """The text that ends an answer, where its template has an end that is no token, or None."""
-    template = data.TEMPLATES.get(getattr(model, "template", None))
-    if eos is not None or template is None or template.end == "\n":
+    if eos is not None or not hasattr(model, "words"):
         return None
-    return template.end if model.words.added(template.end) is None else None
+    return data.stop_text(model.template, model.words)
 
 
 def stopped(tokens, model, stops):
@@ -460,6 +457,9 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
     stop = [stop] if type(stop) is str else stop
     stop = [text for text in (stop_text(model, eos), *stop) if text]
+    # decoding leaves out special tokens, so a text that is a token is looked for by its id
+    ends = ends | {model.words.added(text) for text in stop} - {None}
+    stop = [text for text in stop if model.words.added(text) is None]
     if num_beams > 1:
         yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty)
                for p, x, size in zip(prompts, pictures, sizes, strict=True)]
@@ -679,7 +679,7 @@ def load(args, codes=None):
         raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     model.template = args.template or model.template
-    if data.TEMPLATES[model.template].style == "plain":
+    if data.template_of(model.template).style == "plain":
         note("note: this model knows pictures and captions but no questions: yours is ignored, it "
              "writes a caption")
     return ready(model.to(device), codes)
