@@ -282,8 +282,10 @@ def write_jinja(t, bos: bool = False, space: bool = False) -> str:
     text, begin = ("text",), ""
     if bos:
         begin = "{{ bos_token }}"
-    if bos and space:                           # none before a picture: there no text begins
+    if bos and space and t.style == "plain":    # none before a picture: there no text begins
         begin += "{% if said(messages[0])[:7] != '<image>' %}{{ ' ' }}{% endif %}"
+    elif bos and space:
+        begin += "{{ ' ' }}"
     if t.style == "plain":
         return (_CAPTIONED + begin + "{% for m in messages %}{{ said(m) }}"
                 "{% if m['role'] == 'assistant' %}" + _write(t.end) + "{% endif %}{% endfor %}")
