@@ -68,13 +68,11 @@ from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, Train
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
 from formats.templates import (PROBES, ChatTemplate, find, recognise, special_tokens,
                                write_jinja)
+from formats.tokenizers import drop_apart, take_prefix, write_prefix
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 MARK = "<image>"
 ZEROS = "(zeros)"               # in a weight table: a piece that is in no file
-# In tokenizer.json: what follows a picture is a text of its own, which LLaMA begins with a space.
-APART = {"type": "Replace", "pattern": {"Regex": rf"{MARK}(?!{MARK})(?=[\s\S])"},
-         "content": f"{MARK} "}
 
 
 # ---------------------------------------------------------------- text: characters to ids
@@ -103,7 +101,8 @@ class Tokenizer:
                 raise ValueError("token ids must be 0, 1, 2 ... without gaps")
             if not all(type(token) is str for token in added):
                 raise ValueError("an added token is not text")
-            prefix = self._take_prefix(spec)
+            drop_apart(spec, MARK)
+            prefix = take_prefix(spec)
             spec["truncation"] = spec["padding"] = None     # CLIP's file cuts at 77 by itself
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadModel(f"{path}: not a tokenizer ({error!r}): replace the file") from None
@@ -131,24 +130,6 @@ class Tokenizer:
         opens = self._lib.encode("").ids[:1] == [self.bos]
         self.add_bos = self.bos is not None and bool(
             config.get("add_bos_token", bool(prefix) or opens))
-
-    @staticmethod
-    def _take_prefix(spec) -> str:
-        """Remove the ▁ prefix from the pipeline; say where it stood: every | first | (nowhere)."""
-        found, normalizer = "", spec.get("normalizer")
-        parts = normalizer.get("normalizers", []) if normalizer else []
-        if any(part["type"] == "Prepend" for part in parts):
-            parts[:] = [part for part in parts if part["type"] != "Prepend"]
-            found = "every"
-        if APART in parts:                      # for others; here `_tokenise` does it
-            parts.remove(APART)
-        splitter = spec.get("pre_tokenizer")
-        if splitter and splitter["type"] == "Metaspace":
-            scheme = splitter.get("prepend_scheme", "always")
-            found = {"always": "every", "first": "first"}.get(scheme, "")
-            splitter["prepend_scheme"] = "never"
-            splitter.pop("add_prefix_space", None)
-        return found
 
     def _load(self, spec, path):
         try:
@@ -1254,13 +1235,7 @@ def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
                                      "special": True})
     if "<pad>" in extra:
         config["pad_token"] = "<pad>"
-    if apart and words.prefix == "first":
-        before = spec.get("normalizer") or {"type": "Sequence", "normalizers": []}
-        parts = before["normalizers"] if before["type"] == "Sequence" else [before]
-        spec["normalizer"] = {"type": "Sequence", "normalizers": [
-            APART, *(part for part in parts if part != APART)]}
-        for token in spec["added_tokens"]:          # looked for behind that step, not before it
-            token["normalized"] |= token["content"] == MARK
+    write_prefix(spec, words.prefix, MARK if apart else None)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
