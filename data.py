@@ -36,6 +36,7 @@ Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLa
 Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py
 """
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -65,10 +66,10 @@ from torch import Tensor
 
 from formats.errors import (BadData, BadImage, BadModel, Failure, Offline, TrainingFailed, Usage,
                             guarded)
+from formats.prefix import drop_apart, write_prefix
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
 from formats.templates import (PROBES, ChatTemplate, find, recognise, special_tokens,
                                write_jinja)
-from formats.tokenizers import drop_apart, take_prefix, write_prefix
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 MARK = "<image>"
@@ -101,8 +102,7 @@ class Tokenizer:
                 raise ValueError("token ids must be 0, 1, 2 ... without gaps")
             if not all(type(token) is str for token in added):
                 raise ValueError("an added token is not text")
-            drop_apart(spec, MARK)
-            prefix = take_prefix(spec)
+            prefix = self._take_prefix(spec)
             spec["truncation"] = spec["padding"] = None     # CLIP's file cuts at 77 by itself
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadModel(f"{path}: not a tokenizer ({error!r}): replace the file") from None
@@ -130,6 +130,23 @@ class Tokenizer:
         opens = self._lib.encode("").ids[:1] == [self.bos]
         self.add_bos = self.bos is not None and bool(
             config.get("add_bos_token", bool(prefix) or opens))
+
+    @staticmethod
+    def _take_prefix(spec) -> str:
+        """Remove the ▁ prefix from the pipeline; say where it stood: every | first | (nowhere)."""
+        drop_apart(spec, MARK)
+        found, normalizer = "", spec.get("normalizer")
+        parts = normalizer.get("normalizers", []) if normalizer else []
+        if any(part["type"] == "Prepend" for part in parts):
+            parts[:] = [part for part in parts if part["type"] != "Prepend"]
+            found = "every"
+        splitter = spec.get("pre_tokenizer")
+        if splitter and splitter["type"] == "Metaspace":
+            scheme = splitter.get("prepend_scheme", "always")
+            found = {"always": "every", "first": "first"}.get(scheme, "")
+            splitter["prepend_scheme"] = "never"
+            splitter.pop("add_prefix_space", None)
+        return found
 
     def _load(self, spec, path):
         try:
@@ -1226,7 +1243,8 @@ def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
     folder = Path(folder)
     spec = _json(words.folder / "tokenizer.json", 64_000_000)
     config = read_config(words.folder, "tokenizer_config.json", missing_ok=True)
-    config.pop("chat_template", None)               # a language model's: ours is in its own file
+    if apart:
+        config.pop("chat_template", None)           # a language model's: ours is in its own file
     have = {token["content"] for token in spec.get("added_tokens") or []}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     new = [token for token in extra if token not in have]
@@ -1235,7 +1253,8 @@ def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
                                      "special": True})
     if "<pad>" in extra:
         config["pad_token"] = "<pad>"
-    write_prefix(spec, words.prefix, MARK if apart else None)
+    pipeline = copy.deepcopy({key: spec.get(key) for key in ("normalizer", "pre_tokenizer")})
+    write_prefix(spec, Tokenizer._take_prefix(pipeline), words.prefix, MARK if apart else None)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
