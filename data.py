@@ -36,7 +36,6 @@ Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLa
 Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py
 """
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -111,6 +110,7 @@ class Tokenizer:
         legacy = config.get("legacy")
         self.legacy = prefix == "every" if legacy is None else bool(legacy)
         self.prefix = prefix and ("every" if self.legacy else "first")
+        self.stood = prefix                             # transformers obeys the file
         longest_first = sorted(filter(None, added), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._added = added
@@ -181,18 +181,18 @@ class Tokenizer:
         """The text of an id, as the vocabulary has it."""
         return None if i is None else self._lib.id_to_token(i)
 
-    def pairs(self, text: str, special=True) -> list[tuple[int, int]]:
-        """[(id, index of its first character)] without BOS.
+    def pairs(self, text: str, special=True, prefix=None) -> list[tuple[int, int]]:
+        """[(id, index of its first character)] without BOS. prefix: another rule than its own.
 
         special: True parses "</s>" in the text as the official code does, False never does, and
         a function of the match says which. Raises BadData for text that is not Unicode."""
         allowed = special if callable(special) else lambda match: special
-        out, start = [], 0
+        out, start, prefix = [], 0, self.prefix if prefix is None else prefix
 
         def stretch(end):
             if end == start:
                 return
-            pad = self.prefix == "every" or (self.prefix == "first" and start == 0)
+            pad = prefix == "every" or (prefix == "first" and start == 0)
             try:
                 coded = self._lib.encode(" " * pad + text[start:end], add_special_tokens=False)
             except TypeError:
@@ -498,7 +498,8 @@ def _own_ids(pieces, tokenizer) -> list[int]:
         text, human = "".join(piece for piece, _ in some), bytearray()
         for piece, person in some:
             human += bytes([person]) * len(piece)
-        return [i for i, _ in tokenizer.pairs(text, lambda m: not any(human[m.start():m.end()]))]
+        return [i for i, _ in tokenizer.pairs(
+            text, lambda m: not any(human[m.start():m.end()]), tokenizer.stood)]
 
     mark, ids, rest = tokenizer.added(MARK), [], []
     if mark is not None:
@@ -1243,8 +1244,6 @@ def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
     folder = Path(folder)
     spec = _json(words.folder / "tokenizer.json", 64_000_000)
     config = read_config(words.folder, "tokenizer_config.json", missing_ok=True)
-    if apart:
-        config.pop("chat_template", None)           # a language model's: ours is in its own file
     have = {token["content"] for token in spec.get("added_tokens") or []}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     new = [token for token in extra if token not in have]
@@ -1253,8 +1252,9 @@ def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
                                      "special": True})
     if "<pad>" in extra:
         config["pad_token"] = "<pad>"
-    pipeline = copy.deepcopy({key: spec.get(key) for key in ("normalizer", "pre_tokenizer")})
-    write_prefix(spec, Tokenizer._take_prefix(pipeline), words.prefix, MARK if apart else None)
+    if apart:
+        config.pop("chat_template", None)           # a language model's: ours is in its own file
+        write_prefix(spec, words.stood, words.prefix, MARK)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 

@@ -90,10 +90,13 @@ def stranger(folder, jinja=None, kind="first", files=(), model_type="llama", **g
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("chat_template.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
-    spec = json.loads((TOY.parent / f"{folder}" / "tokenizer.json").read_text())
+    spec = json.loads((folder / "tokenizer.json").read_text())
     spec["normalizer"] = None if kind == "first" else spec["normalizer"]
     for token in spec["added_tokens"]:
         token["normalized"] = False
+    if kind in ("hub", "lies"):                 # the file's rule is not the config's
+        before = json.loads((folder.parent / f"{folder.name}-words/tokenizer.json").read_text())
+        spec |= {key: before[key] for key in ("normalizer", "pre_tokenizer")}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     if jinja is not None:
         (folder / "chat_template.jinja").write_text(jinja)
@@ -223,10 +226,11 @@ def test_what_we_wrote_is_recognised(tmp_path, name):
 
 # ------------------------------------------------------------------- a folder's own template
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type, rule", [("llama", "first"), ("llama", "every"),
+                                              ("llama", "hub"), ("mistral", "lies")])
 @pytest.mark.parametrize("kind", HUB)
-def test_a_folder_is_asked_in_its_own_words(tmp_path, capsys, kind, model_type):
-    folder = stranger(tmp_path / "model", HUB[kind], model_type=model_type)
+def test_a_folder_is_asked_in_its_own_words(tmp_path, capsys, kind, model_type, rule):
+    folder = stranger(tmp_path / "model", HUB[kind], rule, model_type=model_type)
     model = VLM.from_pretrained(folder)
     told = capsys.readouterr().err
     assert ("none of ours" in told) == (kind not in NEAR) and told.count("\n") <= 1
