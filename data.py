@@ -67,8 +67,11 @@ from formats.conversations import (MARK, ROLES, at_an_edge, images_of, parse_row
 from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn, Offline,
                             TrainingFailed, Usage, guarded)
 from formats.pictures import FORMATS, check_pixels, list_pictures, load_image, picture_path
+from formats.prefix import drop_apart, write_prefix
 from formats.processors import MEAN, STD
 from formats.strict_json import _json, file_text, json_values, parse_json, read_config, read_json
+from formats.templates import (PROBES, ChatTemplate, find, recognise, special_tokens,
+                                write_jinja)
 from formats.tokenizers import add_tokens, refuse_sentencepiece, token_dict, tokenizer_config
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
@@ -109,6 +112,7 @@ class Tokenizer:
         legacy = config.get("legacy")
         self.legacy = prefix == "every" if legacy is None else bool(legacy)
         self.prefix = prefix and ("every" if self.legacy else "first")
+        self.stood = prefix                             # transformers obeys the file
         self._added = added
         self._look_for(added)
         config = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items()}
@@ -137,8 +141,8 @@ class Tokenizer:
         beyond = {token: i for token, i in self._lib.get_vocab().items() if i >= rows}
         if not beyond:
             return
-        t, decoder = TEMPLATES[template], self._lib.get_added_tokens_decoder()
-        needed = "".join((t.system, *t.roles, t.sep, t.end))
+        t, decoder = template_of(template), self._lib.get_added_tokens_decoder()
+        needed = "".join((t.system, *t.roles, t.sep, t.end, getattr(template, "source", "")))
         for token, i in sorted(beyond.items()):
             unused = i in decoder and decoder[i].special and token not in needed
             if not unused or i in (self.bos, self.eos, self.unk):
@@ -150,6 +154,7 @@ class Tokenizer:
     @staticmethod
     def _take_prefix(spec) -> str:
         """Remove the ▁ prefix from the pipeline; say where it stood: every | first | (nowhere)."""
+        drop_apart(spec, MARK)
         found, normalizer = "", spec.get("normalizer")
         parts = normalizer.get("normalizers", []) if normalizer else []
         if any(part["type"] == "Prepend" for part in parts):
@@ -182,18 +187,32 @@ class Tokenizer:
         """Id of an added token such as <image>, or the default."""
         return self._added.get(token, default)
 
-    def pairs(self, text: str, special=True) -> list[tuple[int, int]]:
-        """[(id, index of its first character)] without BOS.
+    def first_end(self, text: str, tokens_only: bool) -> str:
+        """Where an answer ends that is followed by this text: at the added token that begins it,
+        else, unless tokens_only, at all of it."""
+        found = self._special.match(text.strip())
+        return found.group() if found else "" if tokens_only else text.strip()
+
+    def begins_special(self, text: str) -> bool:
+        """Is the first token of the text an added one?"""
+        return bool(self._special.match(text))
+
+    def token(self, i: int | None) -> str | None:
+        """The text of an id, as the vocabulary has it."""
+        return None if i is None else self._lib.id_to_token(i)
+
+    def pairs(self, text: str, special=True, prefix=None) -> list[tuple[int, int]]:
+        """[(id, index of its first character)] without BOS. prefix: another rule than its own.
 
         special: True parses "</s>" in the text as the official code does, False never does, and
         a function of the match says which. Raises BadData for text that is not Unicode."""
         allowed = special if callable(special) else lambda match: special
-        out, start = [], 0
+        out, start, prefix = [], 0, self.prefix if prefix is None else prefix
 
         def stretch(end):
             if end == start:
                 return
-            pad = self.prefix == "every" or (self.prefix == "first" and start == 0)
+            pad = prefix == "every" or (prefix == "first" and start == 0)
             try:
                 coded = self._lib.encode(" " * pad + text[start:end], add_special_tokens=False)
             except TypeError:
@@ -239,6 +258,21 @@ class Template:
     front: bool = False                  # the picture stands before BOS
     given: str = ""                      # the end of `system` that a conversation brought along
 
+    @property
+    def stop(self):
+        """The text at which generation stops: the end, without a newline that only follows it."""
+        return self.end.rstrip("\n") or self.end
+
+    @property
+    def header(self):
+        """In style chat: what stands before the system text, which is in `system` too."""
+        return re.match(r"[^\n]*\n+", self.system)[0] if self.style == "chat" else ""
+
+    @property
+    def text(self):
+        """The system text alone."""
+        return self.system.removeprefix(self.header)
+
 
 class _Joint(str):
     """A piece that adds no text to the others; told by identity."""
@@ -266,6 +300,8 @@ _MPT = ("A conversation between a user and an LLM-based AI assistant. The assist
 _OLD = dict(style="single", roles=("Human", "Assistant"), sep="###", end="###")
 _IM = dict(style="chat", roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
            sep="<|im_end|>", end="<|im_end|>")
+_HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_HELPFUL = "You are a helpful language and vision assistant. You are " + _SEES
 _TAG = dict(system=_TAGS, picture="<Image><image></Image>")
 
 TEMPLATES = {
@@ -274,14 +310,22 @@ TEMPLATES = {
     # quirk: official command lines pick this "human" text for models trained on v1's "user".
     "llava_v1": Template("two", _CHAT.format("human")),
     "v1_mmtag": Template("two", **_TAG),
+    # quirk: what the official code calls v0 (Vicuna v0) has this system text and, behind it, a long
+    # question and answer about renewable energy, at inference only. LLaVA's own v0 prompts, these
+    # two, have no example; LLaVA was not trained with one, so ours named v0 is llava_v0 too.
     "llava_v0": Template(system=_CHAT.format("human"), **_OLD),
     "v0_mmtag": Template(**_OLD, **_TAG),
-    "llava_llama_2": Template("llama2", "You are a helpful language and vision assistant. You are "
-                              + _SEES, sep="<s>"),
+    "llava_llama_2": Template("llama2", _HELPFUL, sep="<s>"),
     "llama_2": Template("llama2", _META, sep="<s>"),
     "mistral_instruct": Template("llama2", sep=""),
-    "mpt": Template(system="<|im_start|>system\n" + _MPT, **_IM),
     "chatml_direct": Template(system="<|im_start|>system\nAnswer the questions.", **_IM),
+    "mpt": Template(system="<|im_start|>system\n" + _MPT, **_IM),
+    # Of LLaVA-NeXT's second release (LLaVA-VL/LLaVA-NeXT, llava/conversation.py). There the headers
+    # of answers are learned too; here the answers with their end, as in the others.
+    "llama_3": Template("chat", _HEAD.format("system") + _HELPFUL, (
+        _HEAD.format("user"), _HEAD.format("assistant")), "<|eot_id|>", "<|eot_id|>"),
+    "qwen_1_5": Template(system="<|im_start|>system\nYou are a helpful assistant.", **{
+        **_IM, "sep": "<|im_end|>\n", "end": "<|im_end|>\n"}),
     "blip2": Template("plain", end="\n", front=True),
     "instructblip": Template("instruct", front=True),
     "minigpt4_caption": Template("plain", end="\n"),
@@ -295,7 +339,7 @@ INSTRUCTIONS = ("Describe this image in detail.",
                 "Please provide a detailed description of the picture.",
                 "Could you describe the contents of this image for me?")
 TEMPLATES |= {"vicuna_v1": TEMPLATES["v1"], "v0": TEMPLATES["llava_v0"],
-              "mistral_direct": TEMPLATES["chatml_direct"]}
+              "mistral_direct": TEMPLATES["chatml_direct"], "llava_llama_3": TEMPLATES["llama_3"]}
 
 
 def _with_system(name: str, text: str) -> Template:
@@ -304,10 +348,7 @@ def _with_system(name: str, text: str) -> Template:
     if t.style not in ("two", "single", "chat", "llama2") or not t.system:
         raise BadData(f"template {name} has no system text, but the sample has one: take it out, "
                       "put it into the first question, or train with --template v1")
-    if t.style == "chat":                   # its system text has a header, which stays
-        header, line, _ = t.system.partition("\n")
-        return replace(t, system=header + line + text, given=text)
-    return replace(t, system=text, given=text)
+    return replace(t, system=t.header + text, given=text)       # in style chat the header stays
 
 
 def _turns(conversation, name) -> tuple[Template, list]:
@@ -456,6 +497,8 @@ def prompt(conversation, template: str) -> str:
     """The generation prompt, ending where the model starts to write (llava/conversation.py).
 
     A last gpt turn may be absent or None. quirk: mmtag templates do not wrap <image> here."""
+    if isinstance(template, ChatTemplate):
+        return "".join(text for text, _ in _own_pieces(conversation, template))
     return "".join(text for text, _, _ in _prompt_pieces(conversation, template))
 
 
@@ -463,6 +506,8 @@ def chat_ids(conversation, template: str, tokenizer, pictures: int = -1) -> list
     """Ids of `prompt`, in which nothing that people typed can become a control token.
 
     pictures: so many <image> are pictures, those behind them were typed; -1: all are."""
+    if isinstance(template, ChatTemplate):
+        return _own_ids(_own_pieces(conversation, template, pictures), tokenizer)
     return _tokenise(_prompt_pieces(conversation, template), tokenizer, pictures, special=False)[0]
 
 
@@ -470,6 +515,111 @@ def question(conversation) -> str:
     """What a person says last, as it was typed: what an InstructBLIP's Q-Former reads."""
     asked = [turn["value"] for turn in conversation if not ROLES[turn["from"]]]
     return (asked[-1] or "").replace(MARK, "").strip() if asked else ""
+_SAID_BY = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+            "system": "system"}
+
+
+def _own_pieces(conversation, chat: ChatTemplate, pictures: int = -1) -> list:
+    """[(text, did a person type it?)] of the prompt that a folder's own chat template writes.
+
+    The first `pictures` of the <image> in the questions are pictures (-1: all), the rest letters."""
+    turns = []
+    for turn in conversation:
+        try:
+            role, text = _SAID_BY[turn["from"]], turn["value"] or ""
+        except (KeyError, TypeError) as error:
+            raise BadData(f"a turn needs from (human or gpt) and value: {error!r}") from None
+        found = text.split(MARK, pictures) if role == "user" and pictures else [text]
+        pictures -= (len(found) - 1) * (pictures > 0)
+        parts = found[:1]
+        for part in found[1:]:              # the template itself writes a newline behind a picture
+            parts += [None, part.removeprefix("\n")]
+        turns.append((role, [part for part in parts if part != ""]))
+    if turns and turns[-1] == ("assistant", []):        # the answer that is wanted
+        turns.pop()
+    if not turns or turns[-1][0] != "user":
+        raise BadData("a conversation must end with something a human says")
+    return chat.pieces(turns)
+
+
+def _own_ids(pieces, tokenizer) -> list[int]:
+    """Ids as transformers' processor makes them: <image> is a token among the others, and BOS comes
+    first where the text does not begin with it already. What people typed is letters."""
+    def coded(some):
+        text, human = "".join(piece for piece, _ in some), bytearray()
+        for piece, person in some:
+            human += bytes([person]) * len(piece)
+        return [i for i, _ in tokenizer.pairs(
+            text, lambda m: not any(human[m.start():m.end()]), tokenizer.stood)]
+
+    mark, ids, rest = tokenizer.added(MARK), [], []
+    if mark is not None:
+        ids = [IMAGE if i == mark else i for i in coded(pieces)]
+    else:                                   # a tokenizer without the token: cut there ourselves
+        for piece, person in pieces:
+            first, *more = [piece] if person else piece.split(MARK)
+            rest.append((first, person))
+            for part in more:
+                ids += [*coded(rest), IMAGE]
+                rest = [(part, False)]
+        ids += coded(rest)
+    return ids if not tokenizer.add_bos or ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+
+
+def template_of(name: str) -> Template:
+    """The Template of a name, or, of a folder's own chat template that is none of ours, one that
+    tells only that people and the model talk in turns."""
+    return TEMPLATES.get(name) or Template("own", end=getattr(name, "end", ""))
+
+
+def end_ids(template: str, words: Tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
+    stop = template_of(template).stop
+    last = words.added(stop)
+    if stop == "\n":                        # a caption's end is a byte token behind a prefix
+        last = words.encode("\n", bos=False)[-1]
+    return {words.eos, last, words.added(getattr(template, "end", ""))} - {None}
+
+
+def stop_text(template: str, words: Tokenizer) -> str | None:
+    """The text that ends an answer, where the template has an end that is no token."""
+    stop = template_of(template).stop
+    return stop if stop not in ("", "\n") and words.added(stop) is None else None
+
+
+def folder_template(folder, words: Tokenizer) -> str | None:
+    """The template in which a folder's own chat template asks: a name of ours, or a ChatTemplate;
+    None if the folder has none. One that cannot be rendered says so when it is used."""
+    if not (found := find(folder)):
+        return None
+    source = found[0]
+    for name in TEMPLATES:
+        if source in (chat_template(name), chat_template(name, words)):
+            return name
+    special = {"bos_token": words.token(words.bos), "eos_token": words.token(words.eos)}
+    special = {name: token for name, token in special.items() if token is not None}
+    chat = ChatTemplate.of(source, found[1], special | special_tokens(folder))
+    ours = {}
+    for name, t in TEMPLATES.items():
+        if t.style in ("two", "chat", "llama2", "single"):
+            talks = [[{"from": role, "value": "".join(
+                f"{MARK}\n" if part is None else part for part in parts)}
+                for role, parts in turns] for turns in PROBES]
+            ours[name] = _opening(t), [prompt(talk, name) for talk in talks]
+    try:
+        chat = recognise(chat, ours, special.get("bos_token", "") if words.add_bos else "")
+        if isinstance(chat, ChatTemplate):
+            chat.end = words.first_end(chat.after_an_answer(), chat.known)
+    except (ValueError, TimeoutError):          # said when it is used: --template may be given
+        pass
+    return chat
+
+
+def _opening(t: Template) -> str:
+    """The system text with all that stands around it."""
+    if t.style != "llama2":
+        return t.system + t.sep
+    return f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if t.system else ""
 
 
 def _mismatch(text, t: Template, tokenizer, pictures, ids) -> bool:
@@ -1104,8 +1254,10 @@ def export(module, names: Mapping) -> dict[str, Tensor]:
     return out
 
 
-def save_tokenizer(words: Tokenizer, folder, extra=()):
-    """Copy tokenizer.json and its config; `extra` tokens get the next free ids."""
+def save_tokenizer(words: Tokenizer, folder, extra=(), apart=False):
+    """Copy tokenizer.json and its config; `extra` tokens get the next free ids.
+
+    apart: others shall tokenise what follows <image> as `encode` does."""
     folder = Path(folder)
     spec = _json(words.folder / "tokenizer.json", 64_000_000)
     config = tokenizer_config(words.folder)
@@ -1122,26 +1274,28 @@ def save_tokenizer(words: Tokenizer, folder, extra=()):
                                      "special": True})
     if "<pad>" in extra:
         config["pad_token"] = "<pad>"
+    if apart:
+        config.pop("chat_template", None)           # a language model's: ours is in its own file
+        write_prefix(spec, words.stood, words.prefix, MARK)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def chat_template(template: str) -> str | None:
-    """chat_template.jinja for transformers' processor; ours is `prompt`, this is for others.
+def chat_template(template: str, words: Tokenizer | None = None) -> str | None:
+    """A template in Jinja, as transformers' processor renders it: the same text as `prompt`, from
+    texts and from lists of parts. In a text <image> is a picture; a first turn from "system"
+    replaces the template's system text.
 
+    words: as a tokenizer alone renders it, which adds no BOS: the text begins with it.
     None where it is not written here: transformers then asks for one, and does not ask wrongly."""
     t = TEMPLATES[template]
-    if t.style not in ("two", "plain"):
+    if t.style not in ("two", "chat", "llama2", "single", "plain"):
         return None
-    if t.style == "plain":                  # pictures and texts in their order, nothing around them
-        return ("{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == "
-                "'image' else c['text'] }}{% endfor %}{% endfor %}")
-    pictures = "{% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
-    texts = "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}"
-    return ("{{ " + json.dumps(t.system + t.sep) + " }}{% for m in messages %}"
-            "{% if m['role'] == 'user' %}" + f"{t.roles[0]}: {pictures}{texts}{t.sep}"
-            "{% else %}" + f"{t.roles[1]}: {texts}{t.end}" + "{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}" + f"{t.roles[1]}:" + "{% endif %}")
+    if words is None or not words.add_bos:
+        return write_jinja(t)
+    begins = t.style != "plain" and words.begins_special("[INST]" if t.style == "llama2" else
+                                                         _opening(t))
+    return write_jinja(t, bos=True, space=words.prefix == "first" and not begins)
 
 
 # ---------------------------------------------------------------- the doctor

@@ -333,7 +333,7 @@ def toy(args):
     runs = []
     for folder in args.model:
         model = VLM.from_pretrained(folder)
-        if model.template != "plain" and data.TEMPLATES[model.template].style == "plain":
+        if model.template != "plain" and data.template_of(model.template).style == "plain":
             raise data.Usage(f"{folder}: writes captions and would not read the questions: take "
                              "MiniGPT-4's second stage, or evaluate.py claims")
         columns = {"right": score(model, "test", args.scenes, "right")}
@@ -804,7 +804,7 @@ def asked_of(args, model, job):
 def replies(args, jobs, journal):
     """The model's answers, greedy as in LLaVA-1.5's tables; the picture stands first."""
     model = generate.load(args)
-    if data.TEMPLATES[model.template].style == "plain":
+    if data.template_of(model.template).style == "plain":
         raise data.Usage(f"{args.model}: has learnt to caption, not to answer: take a model of "
                          "stage 2, or ask this one with --template v1")
     for _, chunk in instruct.chunks(jobs, journal, args.batch_size):

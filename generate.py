@@ -238,21 +238,18 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
 # ------------------------------------------------------------------------------- the next token
 
 def endings(model, eos=None):
-    """Ids after which the model has finished: eos if given, else those of its template."""
+    """Ids after which the model has finished: eos if given, else those of its tokenizer, of its
+    template and of its generation_config.json."""
     if eos is not None or not hasattr(model, "words"):
         return {eos}
-    words, template = model.words, data.TEMPLATES.get(model.template)
-    if template and template.end == "\n":       # a caption's end is a byte token behind a prefix
-        return {words.eos, words.encode("\n", bos=False)[-1]}
-    return {words.eos, words.added(template.end if template else "</s>")}
+    return data.end_ids(model.template, model.words) | set(getattr(model, "ends", ()))
 
 
 def stop_text(model, eos=None):
     """The text that ends an answer, where its template has an end that is no token, or None."""
-    template = data.TEMPLATES.get(getattr(model, "template", None))
-    if eos is not None or template is None or template.end == "\n":
+    if eos is not None or not hasattr(model, "words"):
         return None
-    return template.end if model.words.added(template.end) is None else None
+    return data.stop_text(model.template, model.words)
 
 
 def penalise(scores, seen, penalty):
@@ -522,11 +519,14 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
         raise data.Usage(wrong)
     if stop and not hasattr(model, "words"):
         raise data.Usage("stop texts need a model with a tokenizer: give a VLM, or eos")
-    ends, sizes = endings(model, eos), sizes or [None] * len(prompts)
+    ends, sizes = dict.fromkeys(endings(model, eos), "end"), sizes or [None] * len(prompts)
     answers = answers or [Tokens() for _ in prompts]
     stop = dict.fromkeys([stop] if type(stop) is str else stop, "stop")
     if own := stop_text(model, eos):
         stop[own] = "end"
+    # decoding leaves out special tokens, so a text that is a token is looked for by its id
+    for text in [text for text in stop if model.words.added(text) is not None]:
+        ends.setdefault(model.words.added(text), stop.pop(text))
     if num_beams > 1:
         yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty,
                      answer, text)
@@ -548,7 +548,7 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
         for i, token in enumerate(new):
             if not alive[i]:
                 continue
-            reason = "end" if token in ends else None
+            reason = ends.get(token)
             if not reason:
                 out[i], reason = watches[i].add(token)
             if not reason and step + 1 == room[i]:
@@ -781,7 +781,7 @@ def load(args, codes=None):
         raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     model.template = args.template or model.template
-    if data.TEMPLATES[model.template].style == "plain":
+    if data.template_of(model.template).style == "plain":
         note("note: this model knows pictures and captions but no questions: yours is ignored, it "
              "writes a caption")
     return ready(model.to(device), codes)

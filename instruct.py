@@ -610,7 +610,7 @@ def eyes(args, jobs, journal):
     """A model that sees describes pictures; in curation, one that was brief is asked to go on."""
     model = load(args)
     # a captioner hears no question, an InstructBLIP only the last
-    more = args.what == "curate" and data.TEMPLATES[model.template].style not in (
+    more = args.what == "curate" and data.template_of(model.template).style not in (
         "plain", "instruct")
 
     def say(turns, seen, seed):

@@ -30,6 +30,7 @@ Next: data.py, which makes the rows.
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from clip import Config as ViTConfig
 from clip import LayerNorm, ViT, prefixed
 from formats.adapters import Adapted, Adapter, is_adapter
 from formats.processors import Processor
+from formats.templates import ChatTemplate, end_ids
 from kernels import gelu, linear_cross_entropy
 from kernels.attention import packed
 from llama import Config as LlamaConfig
@@ -369,6 +371,22 @@ def goes_on(source, template, weight):
             and c.get("template", c["model_type"].replace("-", "")) == template)
 
 
+def asked_in(folder, words, bridge, official, default):
+    """The template in which a folder without our key is asked: what its chat template says, else
+    `default`, else what the tokens of its vocabulary are for."""
+    told = data.folder_template(folder, words) if bridge != "qformer" else None
+    if official and isinstance(told, ChatTemplate):
+        # the chat template there is the language model's own, which the official code never reads
+        told = str(told) if told.known and told != "qwen_1_5" else None
+    if isinstance(told, ChatTemplate) and not told.known:
+        print(f"note: {folder}: its chat template ({told.file}) is none of ours: the model is asked "
+              "as it says; training needs --template", file=sys.stderr)
+    if told or default:
+        return told or default
+    tokens = {"<|start_header_id|>": "llama_3", "<|im_start|>": "chatml_direct"}
+    return next((name for token, name in tokens.items() if words.added(token) is not None), "v1")
+
+
 class VLM(nn.Module):
     """Eye, bridge and language model. `words` is its tokenizer; `template` and `aspect` are how it
     was trained to be asked and shown pictures; they are saved with it. bridge: a name in BRIDGES,
@@ -393,6 +411,7 @@ class VLM(nn.Module):
         self.vision, self.llm, self.words, self.reader = vision, llm, words, reader
         self.kind = bridge if type(bridge) is str else "qformer"
         self.template, self.aspect, self.grids = template, aspect, grids
+        self.ends = frozenset()             # ids that end an answer, beside the template's own
         self.bridge = (bridge if self.kind == "qformer" else
                        BRIDGES[bridge](vision.config.width, llm.config.width))
         if self.kind == "qformer" and aspect != "squash":
@@ -608,9 +627,9 @@ class VLM(nn.Module):
         words, known = data.Tokenizer(home), spelled(weights)
         embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
         tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
-        template = c.get("template", default or (
-            "v1" if words.added("<|im_start|>") is None else "chatml_direct"))
-        if template not in list(data.TEMPLATES):
+        template = (c["template"] if "template" in c else
+                    asked_in(home, words, bridge, official, default))
+        if not isinstance(template, ChatTemplate) and template not in list(data.TEMPLATES):
             raise data.BadModel(f"{folder}: config.json says template {template!r}, which is not "
                                 f"one of {', '.join(data.TEMPLATES)}; take another model")
         if c.get("model_type") == "instructblip":
@@ -618,11 +637,15 @@ class VLM(nn.Module):
             if len(reader) > rows + 1:              # a [DEC] more does no harm: nobody writes it
                 raise data.BadModel(f"{folder}: qformer_tokenizer has {len(reader)} tokens, the "
                                     f"Q-Former {rows} rows; take both from one place")
+        ends = end_ids(folder, c)
+        if not isinstance(template, ChatTemplate) and data.TEMPLATES[template].end == "\n":
+            ends -= data.end_ids(template, words)       # a captioner's, not of what it learns next
         with torch.device("meta"):
             if bridge == "qformer":
                 norm = LayerNorm(eye.width, norm_eps(folder, c, eye.eps))
                 bridge = Queries(norm, QFormer(config_of(c)), tongue.width)
             model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids, reader)
+        model.ends = frozenset(ends)
         words.fit(tongue.vocab, template)
         ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
         ignore |= Llama.ignored(tongue)
@@ -659,6 +682,7 @@ class VLM(nn.Module):
                 **({"ln_vision_eps": norm.eps} if norm.eps != self.vision.config.eps else {}),
                 "text_config": self.llm.config.to_hf(), "template": self.template,
                 "image_aspect_ratio": self.aspect}
+        own = isinstance(self.template, ChatTemplate)       # then its file says it
         return {
             "model_type": "llava_next" if tiles else "llava",
             "architectures": [f"Llava{'Next' * tiles}ForConditionalGeneration"],
@@ -670,7 +694,7 @@ class VLM(nn.Module):
             "vision_feature_select_strategy": "default",
             "tie_word_embeddings": self.llm.config.tied,
             "text_config": self.llm.config.to_hf(), "vision_config": self.vision.config.to_hf(),
-            "template": self.template, "image_aspect_ratio": self.aspect}
+            **({} if own else {"template": self.template}), "image_aspect_ratio": self.aspect}
 
     @property
     def pinpoints(self):
@@ -723,19 +747,40 @@ class VLM(nn.Module):
             shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch,
                       "vision_feature_select_strategy": "default", "image_token": "<image>",
                       "num_additional_image_tokens": 1}
-            if told := data.chat_template(self.template):
-                (folder / "chat_template.jinja").write_text(told)
+            self.save_chat_template(folder)
         if self.reader:
             self.reader.save(folder / "qformer_tokenizer")
         files = {"config.json": self.config(), "preprocessor_config.json": picture,
                  "processor_config.json": {**shared, "image_processor": picture},
                  # quirk: sampling settings with do_sample off make transformers refuse to save
                  "generation_config.json": {"bos_token_id": self.words.bos, "do_sample": False,
-                                            "eos_token_id": self.words.eos,
+                                            "eos_token_id": self.stop_ids(),
                                             "pad_token_id": self.pad_token}}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        data.save_tokenizer(self.words, folder, ("<image>", "<pad>"))
+        data.save_tokenizer(self.words, folder, ("<image>", "<pad>"),
+                            not isinstance(self.template, ChatTemplate))
+
+    def stop_ids(self):
+        """Ids that end an answer, as generation_config.json has them: one, or EOS and the rest."""
+        ends = data.end_ids(self.template, self.words) | self.ends
+        ends = sorted(ends, key=lambda i: (i != self.words.eos, i))
+        return ends if len(ends) > 1 else ends[0] if ends else None
+
+    def save_chat_template(self, folder):
+        """A processor reads chat_template.json and adds BOS itself; a tokenizer reads
+        chat_template.jinja and does not, so that this one begins with it. A folder's own goes
+        on as it came."""
+        texts = {"chat_template.jinja": None, "chat_template.json": None}
+        if isinstance(self.template, ChatTemplate):
+            texts["chat_template.jinja"] = self.template.source
+        elif told := data.chat_template(self.template):
+            texts["chat_template.jinja"] = data.chat_template(self.template, self.words)
+            texts["chat_template.json"] = json.dumps({"chat_template": told}, indent=2) + "\n"
+        for name, text in texts.items():
+            (folder / name).unlink(missing_ok=True)
+            if text is not None:
+                (folder / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -741,7 +741,7 @@ def test_a_bos_that_only_the_post_processor_writes(tmp_path, opens):
 def test_no_chat_template_rather_than_a_wrong_one():
     assert data.chat_template("v1") and data.chat_template("plain") == (
         data.chat_template("minigpt4_caption"))
-    for name in ("mpt", "minigpt4", "instructblip"):
+    for name in ("minigpt4", "instructblip"):
         assert data.TEMPLATES[name].style not in ("two", "plain")
         assert data.chat_template(name) is None
 
