@@ -18,7 +18,8 @@ Prompts of different lengths share a batch by padding on the left:
 
 On a GPU the step that writes a token is recorded once and replayed: see `Step`.
 
-A character outside the vocabulary is several byte tokens; a stream waits until it is whole.
+A character outside the vocabulary is several byte tokens; a stream waits until it is whole, and
+until no stop text can have begun in it: decoding/stopping.py.
 What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end.
 A picture in tiles (LLaVA-NeXT) goes in with its size: how it was cut decides what is kept of it.
 The ### that ends an answer of MiniGPT-4 or LLaVA v0 is one token or several, so it is looked for in
@@ -50,7 +51,7 @@ def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
           repetition_penalty=1.0, stop=()):
     """What is wrong with these settings, or None; the defaults are everybody's."""
     stop = [stop] if type(stop) is str else stop
-    ends = "".join(stop)
+    texts = "".join(stop)
     unused = temperature == 0 and (top_p != 1 or top_k != 0)
     wrong = {"max-new-tokens must be at least 1": max_new_tokens < 1,
              "temperature must be 0 or more": not 0 <= temperature < math.inf,
@@ -60,7 +61,7 @@ def fault(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
              "repetition-penalty must be above 0": not 0 < repetition_penalty < math.inf,
              "stop must be a text to end at, not an empty one": not all(stop),
              "stop is not valid UTF-8: type it again":
-                 ends != ends.encode(errors="replace").decode(),
+                 texts != texts.encode(errors="replace").decode(),
              "num-beams above 1 needs temperature 0": num_beams > 1 and temperature > 0,
              "top-p and top-k do nothing with num-beams above 1: leave them out":
                  num_beams > 1 and unused,
@@ -80,10 +81,9 @@ def named_picture(text):
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description="Talk to a model about an image.", allow_abbrev=False)
-    p.add_argument("images", nargs="+", metavar="image", help="one picture or several, or a folder "
-                   "of pictures (then with --out)")
-    p.add_argument("prompt", nargs="?", help="the question, which comes last; without it, a chat in "
-                   "the terminal")
+    p.add_argument("images", nargs="+", metavar="image", help="pictures that are asked about "
+                   "together, or a folder of pictures (then with --out)")
+    p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
     p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
     p.add_argument("--model-base", metavar="MODEL", help="what --model, a LoRA adapter, is added to "
                    "(default: the one it names)")
@@ -155,7 +155,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from decoding.stopping import StopTexts, spell
+from decoding.stopping import StopTexts, inner_decode, spell, whole_groups
 from kernels import causal, rope, rope_table
 from kernels.attention import visible
 from kernels.launch import SPEC
@@ -510,7 +510,8 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
            num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=(),
            answers=None, questions=None):
-    """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
+    """Yield, a step, the ids that each row adds: a list of one, or of none when it has ended or
+    waits until it is clear that no stop text has begun, and then of several.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says.
     answers: for each row an object, which is told `finish_reason` and `rest`: see `Generation`."""
@@ -576,10 +577,10 @@ class Generation:
     rest            characters before the stop text in the token in which it begins, which is not
                     handed out; `spell` and `stream` write them"""
 
-    def __init__(self, decoded):
-        """decoded: a function of the answer to be told, which gives rows as `decode` does."""
-        self.finish_reason, self.rest, self.said, self.times = None, "", [], []
-        self.tokens = (token for row in decoded(self) for token in row[0])
+    def __init__(self, rows, said):
+        """rows: of `decode`, which tells `said`, a `Tokens`, why it ended."""
+        self.tokens = (token for row in rows for token in row[0])
+        self.said, self.times = said, []
 
     def __iter__(self):
         return self
@@ -588,6 +589,14 @@ class Generation:
         self.said.append(next(self.tokens))
         self.times.append(time.perf_counter())
         return self.said[-1]
+
+    @property
+    def finish_reason(self):
+        return self.said.finish_reason
+
+    @property
+    def rest(self):
+        return self.said.rest
 
 
 class Tokens(list):
@@ -607,10 +616,11 @@ def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p
     question: the text as it was typed, for an InstructBLIP's Q-Former; None: read from the ids.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
-    return Generation(lambda answer: decode(
-        model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams, seed, eos,
-        cache, None if sizes is None else [sizes], repetition_penalty, stop, [answer],
-        None if question is None else [question]))
+    said, sizes = Tokens(), None if sizes is None else [sizes]
+    rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
+                  seed, eos, cache, sizes, repetition_penalty, stop, [said],
+                  None if question is None else [question])
+    return Generation(rows, said)
 
 
 def generate_batch(model, prompts, pictures=None, **settings):
@@ -706,13 +716,15 @@ def attention_picture(model, image, words, grids):
 
 def by_word(tokens, words):
     """[(word, numbers of its tokens)] of an answer."""
-    out, text = [], ""
-    for i, piece in enumerate(words.decode(tokens[:n + 1]) for n in range(len(tokens))):
-        new, text = piece[len(text):], piece
-        if not out or new.startswith((" ", "\n")) or not out[-1][0].strip():
-            out.append(["", []])
-        out[-1][0] += new.strip()
-        out[-1][1].append(i)
+    out, at, pending, decode = [], 0, [], inner_decode(words)
+    for token in tokens:
+        groups, pending = whole_groups(pending + [token], decode)
+        for group, text in groups:
+            if not out or text.startswith((" ", "\n")) or not out[-1][0].strip():
+                out.append(["", []])
+            out[-1][0] += text.strip()
+            out[-1][1] += range(at, at + len(group))
+            at += len(group)
     return [(word, numbers) for word, numbers in out if word]
 
 

@@ -186,6 +186,16 @@ def test_a_stop_text_does_not_match_the_prompt(either, monkeypatch):
     assert "".join(g.spell(answer, either)) == "OP 漢 "
 
 
+def test_words_of_the_attention_picture(words, byte_words):
+    """Whole characters, each with its tokens."""
+    for tokenizer in (words, byte_words):
+        ids = tokenizer.encode("a cat 😀漢 b", bos=False)
+        found = g.by_word(ids, tokenizer)
+        assert [word for word, _ in found] == ["a", "cat", "😀漢", "b"]
+        for word, numbers in found:
+            assert tokenizer.decode([ids[i] for i in numbers]).strip() == word
+
+
 def test_rows_of_a_batch_stop_by_themselves(either, monkeypatch):
     texts = ["a 😀 b", "no end", "漢字 x", "cats."]
     script = Script(either, [either.encode(t, bos=False) for t in texts], monkeypatch)
@@ -462,7 +472,7 @@ def test_instruct_goes_by_the_reason():
     assert "context" not in inspect.getsource(instruct.local) + inspect.getsource(instruct.eyes)
 
 
-# ------------------------------------------------------------------------- A10: flags that did nothing
+# ----------------------------------------------------------------- A10: flags that did nothing
 
 USELESS = [["--top-p", ".5"], ["--top-k", "5"], ["--top-p", ".5", "--num-beams", "2"],
            ["--temperature", "0", "--top-k", "1"], ["--layer", "1"], ["--batch-size", "4"],
