@@ -61,7 +61,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.checkpoints import Claim, refuse_folder, shard_set
+from formats.checkpoints import Claim, refuse_folder, refuse_pickle, shard_set
 from formats.conversations import (MARK, ROLES, at_an_edge, images_of, parse_row,
                                    read_conversations, read_rows)
 from formats.errors import (BadData, BadImage, BadModel, Failure, NothingToLearn, Offline,
@@ -1010,8 +1010,8 @@ class Weights(Mapping):
             older = Weights([path])[name]
             if older.shape != self[name].shape or not bool((older == self[name]).all()):
                 last = Path(self._where[name][1]).name
-                raise BadModel(f"{path}: tensor {name} is in {last} too, with other values, and the "
-                               f"index names the first: make it name {last}, if that is to be "
+                raise BadModel(f"{path}: tensor {name} is in {last} too, with other values, and "
+                               f"the index names the first: make it name {last}, if that is to be "
                                "loaded, or take the tensor out of that file")
 
     @staticmethod
@@ -1098,6 +1098,7 @@ def load_weights(folder_or_hub_id) -> Weights:
     safetensors, damaged files, repeated or empty tensors, and, when read, NaN or infinity."""
     if str(folder_or_hub_id).endswith(".safetensors") and Path(folder_or_hub_id).is_file():
         return Weights([Path(folder_or_hub_id)])
+    refuse_pickle(folder_or_hub_id)
     folder = resolve(folder_or_hub_id)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -1190,8 +1191,8 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
 
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
     (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}, of
-    which a formats.checkpoints.Claim is checked. A module built on the meta device is given memory on the CPU, in dtype or the file's own; another
-    keeps its own dtype. Nothing is copied unless all fits: BadModel names the tensor that is
+    which a formats.checkpoints.Claim is checked. A module built on the meta device is given memory
+    on the CPU, in dtype or the file's own; another keeps its own dtype. Nothing is copied unless all fits: BadModel names the tensor that is
     missing, left over, or of the wrong shape, with both shapes."""
     table, used = expand(module, names), set()
     ours = dict(module.named_parameters())

@@ -85,8 +85,8 @@ def arguments(argv=None):
                    "together, or a folder of pictures (then with --out)")
     p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
     p.add_argument("--model", default=DEFAULT, help="folder or hub id (default: %(default)s)")
-    p.add_argument("--model-base", metavar="MODEL", help="what --model, a LoRA adapter, is added to "
-                   "(default: the one it names)")
+    p.add_argument("--model-base", metavar="MODEL", help="what --model, a LoRA adapter, is added "
+                   "to (default: the one it names)")
     p.add_argument("--template", help="how the model is asked, instead of what its config says")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the weights in memory; auto: as they are in the file, but fp16 becomes "
@@ -281,7 +281,7 @@ def damaged(llm):
     here = llm.embed.weight.dtype
     if here != torch.float32 and all(p.isfinite().all() for p in llm.parameters()):
         other = "--dtype bf16 or fp32" if here == torch.float16 else "--dtype fp32"
-        return data.BadModel(f"the model's output is not a number (NaN): its weights are whole, but "
+        return data.BadModel("the model's output is not a number (NaN): its weights are whole, but "
                              f"what is computed from them is too large for {data.dtype_name(here)};"
                              f" take {other}")
     return data.BadModel("the model's output is not a number (NaN): its weights are damaged; take "
@@ -755,8 +755,8 @@ def at_home(model, device):
     here = model.llm.embed.weight.dtype
     if device.type == "cuda" and here == torch.float16 and torch.cuda.is_bf16_supported(
             including_emulation=False):
-        note("note: the weights are float16, in which some models overflow: they become bf16, 3 bits "
-             "fewer of each number (--dtype keeps or chooses)")
+        note("note: the weights are float16, in which some models overflow: they become bf16, 3 "
+             "bits fewer of each number (--dtype keeps or chooses)")
         return model.to(torch.bfloat16)
     if device.type != "cpu":
         return model

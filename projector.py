@@ -720,8 +720,9 @@ class VLM(nn.Module):
         written as it is, and cannot be expressed there: transformers refuses it for its shapes."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.kind == "qformer" and self.image_token >= self.llm.config.vocab:
-            self.llm.grow(self.image_token + 1)     # transformers looks it up, then replaces it
+        last = max(self.image_token, self.pad_token)
+        if last >= self.llm.config.vocab:
+            self.llm.grow(last + 1)                 # transformers looks them up, then replaces them
         tensors = data.export(self, self.names())
         if self.kind == "linear":
             first = self.bridge.first

@@ -88,6 +88,12 @@ CONVERT = ("python -c \"import glob, torch; from safetensors.torch import save_f
            "f[:-3] + 'safetensors') for f in glob.glob('%s')]\"")
 
 
+def hub_id(folder):
+    """owner/name, if the folder is of the hub's cache, in which only json and safetensors are."""
+    found = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", f"{folder}/")
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 def shard_set(files) -> bool:
     """Are these all shards of one model, NAME-00001-of-00003.safetensors ...? Then they need no
     index."""
@@ -99,12 +105,25 @@ def shard_set(files) -> bool:
         (name, i, count) for i in range(1, count + 1)]
 
 
+def refuse_pickle(path):
+    """One line for a file such as LLaVA's mm_projector.bin."""
+    if str(path).endswith(".bin") and Path(path).is_file():
+        raise BadModel(f"{path}: pickled weights, which can run code: convert them once: "
+                       f"{CONVERT % path}; then give the .safetensors file")
+
+
 def refuse_folder(folder):
     """Say in one line why a folder without model.safetensors cannot be loaded, and what to do."""
     if (folder / "adapter_config.json").exists():
         raise BadModel(f"{folder}: a LoRA adapter, no whole model: give it to generate.py --model "
                        "ADAPTER --model-base BASE, or to VLM.from_pretrained(ADAPTER, base=BASE), "
                        "whose save_pretrained writes the whole")
+    hub = hub_id(folder)
+    if hub and (folder / "pytorch_model.bin.index.json").exists():      # the rest was not fetched
+        name = hub.split("/")[1]
+        raise BadModel(f"{hub}: only pickled weights, which can run code: fetch the folder and "
+                       f"convert it once: hf download {hub} --local-dir {name} && "
+                       f"{CONVERT % f'{name}/pytorch_model*.bin'}; then give {name}")
     for end in ("bin", "pt", "pth"):
         old = sorted(folder.glob(f"*.{end}"))
         if old and end == "bin":
@@ -120,4 +139,8 @@ def refuse_folder(folder):
         raise BadModel(f"{folder}: {several[0]} and {len(several) - 1} more, without "
                        "model.safetensors.index.json and not a whole set of shards: download the "
                        "index and all its files")
+    if hub:
+        name = hub.split("/")[1]
+        raise BadModel(f"{hub}: no model.safetensors on the hub: fetch all that it has (hf download "
+                       f"{hub} --local-dir {name}), and give {name}")
     raise BadModel(f"{folder}: no model.safetensors: give the folder that holds it")

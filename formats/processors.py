@@ -1,7 +1,7 @@
 """preprocessor_config.json and processor_config.json: how a published model is shown pictures.
 
 transformers obeys every key of these files. Here a picture is resized by Pillow's bicubic to the
-side of the vision tower, scaled by 1/255 and normalised by CLIP's mean and std, in one of four ways:
+side of the vision tower, scaled by 1/255, and normalised by CLIP's mean and std. Four ways:
 
     square   size {"shortest_edge": S}, do_center_crop
     pad      LlavaImageProcessor with do_pad: a square of the mean colour first

@@ -1,7 +1,7 @@
 """JSON as the standard says it: no NaN, no infinity, and for each fault where it stands.
 
-A model's small files are read whole or not at all; a data file is read row by row, so that a bad row
-does not hide those behind it."""
+A model's small files are read whole or not at all; a data file is read row by row, so that a bad
+row does not hide those behind it."""
 import itertools
 import json
 import math

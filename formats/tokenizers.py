@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
+from formats.checkpoints import hub_id
 from formats.errors import BadModel
 from formats.strict_json import read_config
 
@@ -80,9 +81,11 @@ def token_dict(token) -> dict:
 def refuse_sentencepiece(path):
     """One line for a folder that has only the older file, which holds no merges to read here."""
     folder = Path(path).parent
-    if not path.exists() and (folder / "tokenizer.model").exists():
+    hub = hub_id(folder)                            # of which tokenizer.model was not fetched
+    if not path.exists() and (hub or (folder / "tokenizer.model").exists()):
         raise BadModel(
-            f"{folder}: only tokenizer.model, and tokenizer.json is read here: convert it once, "
-            "where transformers and sentencepiece are installed: python -c \"from transformers "
-            f"import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')"
-            "\"; Vicuna's words are also in the tokenizer.json of llava-hf/llava-1.5-7b-hf")
+            f"{hub or folder}: only tokenizer.model, and tokenizer.json is read here: convert it "
+            "once, where transformers and sentencepiece are installed: python -c \"from "
+            f"transformers import AutoTokenizer as T; T.from_pretrained('{hub or folder}')."
+            f"save_pretrained('{folder}')\"; Vicuna's words are also in the tokenizer.json of "
+            "llava-hf/llava-1.5-7b-hf")

@@ -459,7 +459,7 @@ def test_a_whole_set_of_shards_needs_no_index(tiny_llama):
     (folder / "model.safetensors").unlink()
     for i in range(2):
         part = {k: table[k] for k in list(table)[i::2]}
-        safetensors.torch.save_file(part, folder / f"pytorch_model-0000{i + 1}-of-00002.safetensors")
+        put(part, folder / f"pytorch_model-0000{i + 1}-of-00002.safetensors")
     assert all(torch.equal(v, table[k]) for k, v in data.load_weights(folder).items())
     (folder / "pytorch_model-00002-of-00002.safetensors").unlink()
     (folder / "pytorch_model-00003-of-00003.safetensors").write_bytes(
@@ -550,6 +550,20 @@ def test_tokens_without_a_row_are_unused_or_refused(tmp_path, token):
         projector.VLM.from_pretrained(tmp_path)
 
 
+def test_a_saved_model_has_rows_for_image_and_pad(tmp_path, monkeypatch):
+    """Vicuna's 32,000 rows have none; transformers looks both up before it replaces them."""
+    monkeypatch.setitem(official.TONGUE, "vocab_size", 110)
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**official.EYE)).save_pretrained(
+        tmp_path / "clip")
+    official.write_official(official.their_model("llava"), tmp_path / "a", "llava",
+                            tmp_path / "clip")
+    ours = projector.VLM.from_pretrained(tmp_path / "a")
+    ours.save_pretrained(tmp_path / "b")
+    assert vlm_gap(ours, theirs(tmp_path / "b")) <= LIMIT
+    again = projector.VLM.from_pretrained(tmp_path / "b")
+    assert again.llm.config.vocab == 112 and len(again.words) == 112
+
+
 @pytest.mark.parametrize("what", [{"added_tokens_decoder": {"x": {"content": "a"}}},
                                   {"added_tokens_decoder": {"110": "a"}},
                                   {"added_tokens_decoder": {"110": {"content": 3}}},
@@ -589,6 +603,43 @@ def test_the_conversion_that_is_named_works(tiny_llama, names):
     loaded = data.load_weights(folder)
     assert loaded.keys() == table.keys() and all(torch.equal(loaded[k], table[k]) for k in table)
     llama.Llama.from_pretrained(folder)
+
+
+def test_a_projector_that_is_a_pickle(tmp_path):
+    """LLaVA publishes mm_projector.bin: the line converts it, and then it is loaded."""
+    write_vlm(tmp_path / "a", "llava")
+    ours = projector.VLM.from_pretrained(tmp_path / "a")
+    table = data.export(ours.bridge, {k.removeprefix("bridge."): v
+                                      for k, v in ours.BRIDGE_NAMES.items()})
+    names = {"linear_1": "0", "linear_2": "2"}
+    torch.save({re.sub(r"multi_modal_projector\.(linear_.)", lambda m: "model.mm_projector."
+                       + names[m[1]], k): v + 1 for k, v in table.items()},
+               tmp_path / "mm_projector.bin")
+    with pytest.raises(data.BadModel, match="mm_projector.bin: pickled weights") as info:
+        ours.load_bridge(tmp_path / "mm_projector.bin")
+    subprocess.run([sys.executable, "-c", re.search(r'python -c "(.*)"', str(info.value))[1]],
+                   check=True)
+    before = ours.bridge.first.weight.clone()
+    ours.load_bridge(tmp_path / "mm_projector.safetensors")
+    assert torch.equal(ours.bridge.first.weight, before + 1)
+
+
+def test_hub_ids_with_pickles_and_the_older_tokenizer(tmp_path):
+    """Of a hub id only json and safetensors are fetched: the line names the hub id."""
+    snapshot = tmp_path / "models--lmsys--vicuna-7b-v1.5/snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    shown = "^lmsys/vicuna-7b-v1.5: only "
+    with pytest.raises(data.BadModel, match=f"{shown}tokenizer.model") as info:
+        data.Tokenizer(snapshot)
+    assert f"T.from_pretrained('lmsys/vicuna-7b-v1.5').save_pretrained('{snapshot}')" in str(
+        info.value)
+    with pytest.raises(data.BadModel, match="^lmsys/vicuna-7b-v1.5: no model.safetensors on the"):
+        data.load_weights(snapshot)
+    (snapshot / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(data.BadModel, match=f"{shown}pickled.*hf download lmsys/vicuna-7b") as info:
+        data.load_weights(snapshot)
+    assert "glob('vicuna-7b-v1.5/pytorch_model*.bin')" in str(info.value)
+    assert "\n" not in str(info.value)
 
 
 MODULES = {"q_proj": "self_attn.q_proj", "v_proj": "self_attn.v_proj", "down_proj": "mlp.down_proj"}
@@ -770,7 +821,8 @@ def test_generate_takes_the_base(tmp_path):
     done = subprocess.run([*said, tmp_path / "lora", "--model-base", base, *more],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([*said, base, "--model-base", base, *more], capture_output=True, text=True)
+    done = subprocess.run([*said, base, "--model-base", base, *more], capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "--model-base" in done.stderr
 
 
