@@ -70,7 +70,7 @@ class Script:
     def __init__(self, words, rows, monkeypatch, template="v1", room=None):
         self.words, self.template, self.rows, self.steps = words, template, rows, 0
         rooms = lambda count: [min(count, room or 999)] * len(rows)
-        monkeypatch.setattr(g, "begin", lambda model, prompts, pictures, count, sizes=None: (
+        monkeypatch.setattr(g, "begin", lambda model, prompts, pictures, count, sizes=None, *_: (
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), rooms(count)))
         monkeypatch.setattr(g, "Cache", lambda *_: SimpleNamespace(pick=lambda parents: None))
         monkeypatch.setattr(g, "predict", self.predict)
