@@ -1192,7 +1192,8 @@ def fill(module, names: Mapping, weights: Mapping, ignore: Mapping | None = None
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
     (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}, of
     which a formats.checkpoints.Claim is checked. A module built on the meta device is given memory
-    on the CPU, in dtype or the file's own; another keeps its own dtype. Nothing is copied unless all fits: BadModel names the tensor that is
+    on the CPU, in dtype or the file's own; another keeps its own dtype.
+    Nothing is copied unless all fits: BadModel names the tensor that is
     missing, left over, or of the wrong shape, with both shapes."""
     table, used = expand(module, names), set()
     ours = dict(module.named_parameters())

@@ -141,6 +141,6 @@ def refuse_folder(folder):
                        "index and all its files")
     if hub:
         name = hub.split("/")[1]
-        raise BadModel(f"{hub}: no model.safetensors on the hub: fetch all that it has (hf download "
-                       f"{hub} --local-dir {name}), and give {name}")
+        raise BadModel(f"{hub}: no model.safetensors on the hub: fetch all that it has (hf "
+                       f"download {hub} --local-dir {name}), and give {name}")
     raise BadModel(f"{folder}: no model.safetensors: give the folder that holds it")
