@@ -522,7 +522,7 @@ _SAID_BY = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 def _own_pieces(conversation, chat: ChatTemplate, pictures: int = -1) -> list:
     """[(text, did a person type it?)] of the prompt that a folder's own chat template writes.
 
-    The first `pictures` of the <image> in the questions are pictures (-1: all), the rest letters."""
+    The first `pictures` of the <image> in questions are pictures (-1: all), the rest letters."""
     turns = []
     for turn in conversation:
         try:

@@ -238,10 +238,10 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
 # ------------------------------------------------------------------------------- the next token
 
 def endings(model, eos=None):
-    """Ids after which the model has finished: eos if given, else those of its tokenizer, of its
-    template and of its generation_config.json."""
+    """Ids after which the model has finished: eos (an id or a set) if given, else those of its
+    tokenizer, of its template and of its generation_config.json."""
     if eos is not None or not hasattr(model, "words"):
-        return {eos}
+        return eos if isinstance(eos, (set, frozenset)) else {eos}
     return data.end_ids(model.template, model.words) | set(getattr(model, "ends", ()))
 
 

@@ -54,7 +54,7 @@ SHARED = {              # of all five; then of those that may ask an endpoint
     "--batch-size": dict(type=COUNT, default=8, help="of a local model"),
     "--device": dict(default="auto", help="of a local model: auto, cpu, cuda, cuda:1 ..."),
     "--dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto"),
-    "--template": dict(help="how a local model is asked (LLaMA: v1; else as its config says)"),
+    "--template": dict(help="how a local model is asked (default: as its files say; a LLaMA: v1)"),
     "--follow-links": dict(action="store_true", help="links in the folder of pictures may lead out "
                            "of it"),
     "--debug": dict(action="store_true", help="tracebacks")}
@@ -172,6 +172,7 @@ from tqdm import tqdm
 import data
 import world
 from formats import replies
+from formats.templates import end_ids
 from generate import ask, generate_batch, load, note, sample_of, see, spell, write
 from llama import Llama
 
@@ -579,11 +580,13 @@ def oracle(args, jobs, journal):
 def local(args, jobs, journal):
     """A LLaMA on this machine; the request is its template's first turns."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    if (template := args.template or "v1") not in data.TEMPLATES:
-        raise data.Usage(f"--template {template!r} is unknown: choose one of "
+    if args.template and args.template not in data.TEMPLATES:
+        raise data.Usage(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
-    llm, words = Llama.from_pretrained(args.llm, dtype), data.Tokenizer(data.resolve(args.llm))
+    folder = data.resolve(args.llm)
+    llm, words = Llama.from_pretrained(folder, dtype), data.Tokenizer(folder)
+    template = args.template or data.folder_template(folder, words) or "v1"
     try:
         device = auto if args.device == "auto" else args.device
         llm = llm.to(device)
@@ -592,7 +595,7 @@ def local(args, jobs, journal):
     except (RuntimeError, AssertionError) as error:
         why = str(error).strip().split("\n")[0]
         raise data.Usage(f"--device {args.device}: {why}: try --device cpu") from None
-    eos = words.added(data.TEMPLATES[template].end, words.eos)
+    eos = data.end_ids(template, words) | end_ids(folder, data.read_config(folder))
     for start, some in chunks(jobs, journal, args.batch_size):
         rows = []
         for job in some:

@@ -379,8 +379,8 @@ def asked_in(folder, words, bridge, official, default):
         # the chat template there is the language model's own, which the official code never reads
         told = str(told) if told.known and told != "qwen_1_5" else None
     if isinstance(told, ChatTemplate) and not told.known:
-        print(f"note: {folder}: its chat template ({told.file}) is none of ours: the model is asked "
-              "as it says; training needs --template", file=sys.stderr)
+        print(f"note: {folder}: its chat template ({told.file}) is none of ours: the model is "
+              "asked as it says; training needs --template", file=sys.stderr)
     if told or default:
         return told or default
     tokens = {"<|start_header_id|>": "llama_3", "<|im_start|>": "chatml_direct"}

@@ -655,7 +655,7 @@ def write_adapter(folder, prefix="language_model.model.", base=None, rank=4, **c
             out, into = shapes[name]
             pairs[f"{prefix}layers.{layer}.{path}"] = (
                 torch.randn(rank, into, generator=dice) * into ** -.5,
-                torch.randn(out, rank, generator=dice))
+                .2 * torch.randn(out, rank, generator=dice))
     table = {}
     for module, (A, B) in pairs.items():
         table[f"base_model.model.{module}.lora_A.weight"] = A

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 import clip
 import data
 import generate as g
+import instruct
 import llama
 import train
 from projector import VLM
@@ -331,6 +333,7 @@ def test_what_is_typed_stays_letters(tmp_path, kind, typed):
     model = VLM.from_pretrained(folder)
     plain = g.ask(["Q"], model.template, model.words)
     ids = g.ask([typed], model.template, model.words)
+    assert isinstance(model.template, data.ChatTemplate)
     control = {model.words.added(t) for t in [*SPECIALS, "<s>", "</s>", "<image>", "<unk>"]}
     count = lambda row: sorted(i for i in row if i in control or i == data.IMAGE)
     assert count(ids) == count(plain) and typed.strip() in model.words.decode(ids)
@@ -374,6 +377,33 @@ def test_a_strange_model_is_saved_as_it_came(tmp_path):
     assert g.endings(again) == g.endings(model) >= {2, 7, model.words.added("<|end|>")}
 
 
+def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
+    """instruct.py with a local LLaMA: its template and its ends; without any, v1."""
+    asked = []
+
+    def batch(llm, rows, eos=None, **more):
+        asked.append((rows[0], eos))
+        return [[2] for _ in rows]
+    monkeypatch.setattr(instruct, "generate_batch", batch)
+    words = words_in(tmp_path / "llm", "first", SPECIALS)
+    tongue = llama.Config(vocab=len(words), width=16, depth=1, heads=2, kv_heads=2, mlp=16,
+                          eps=1e-5, theta=1e4, context=512)
+    llama.Llama(tongue).save_pretrained(tmp_path / "llm")
+    (tmp_path / "llm/generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    job = SimpleNamespace(request=[("system", "Be brief."), ("user", "Why?")])
+    args = SimpleNamespace(llm=str(tmp_path / "llm"), template=None, dtype="fp32", device="cpu",
+                           batch_size=1, max_tokens=4, temperature=0.0, seed=0)
+    monkeypatch.setattr(instruct, "chunks", lambda jobs, *rest: [(0, jobs)])
+    talk = [("user", "Be brief.\n\nWhy?")]
+    list(instruct.local(args, [job], None))
+    assert asked[-1] == (data.chat_ids(ours(talk), "v1", words, 0), {2, 9})
+    (tmp_path / "llm/chat_template.jinja").write_text(HUB["llama_3"])
+    list(instruct.local(args, [job], None))
+    told = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm").apply_chat_template(
+        theirs(talk), add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert asked[-1] == ([1, *told], {2, 9, words.added("<|eot_id|>")})
+
+
 # ------------------------------------------------------------------- templates that do harm
 
 HARM = {"hangs": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -408,9 +438,9 @@ def said_by(model, row):
     llm = model.llm
     steps = iter(row)
 
-    def logits(x, *rest):
-        out = torch.full((1, llm.config.vocab), -9.0)
-        out[0, next(steps)] = 9.0
+    def logits(_, x, *rest):
+        out = torch.full((len(x), llm.config.vocab), -9.0)
+        out[:, next(steps)] = 9.0
         return out
     return logits
 
@@ -472,15 +502,9 @@ def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
     model = tiny(words_in(tmp_path / "words", "first", SPECIALS))
     end = model.words.added("<|eot_id|>")
     row = [40, 41, end, 42, 43]
-    if beams == 1:
+    for stop, want in (((), row), (["<|eot_id|>"], row[:2]), ("<|eot_id|>", row[:2])):
         monkeypatch.setattr(g, "predict", said_by(model, row))
-        assert list(g.generate(model, [1, 5], None, 5)) == row          # control
-        monkeypatch.setattr(g, "predict", said_by(model, row))
-        assert list(g.generate(model, [1, 5], None, 5, stop=["<|eot_id|>"])) == row[:2]
-        return
-    with torch.no_grad():                                   # every step likes the end best
-        model.llm.head.weight.zero_()
-    assert end not in list(g.generate(model, [1, 5], None, 5, num_beams=2, stop="<|eot_id|>"))
+        assert list(g.generate(model, [1, 5], None, 5, num_beams=beams, stop=stop)) == want
 
 
 def test_v0_says_that_the_example_is_left_out():
