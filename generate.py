@@ -130,8 +130,17 @@ from projector import VLM
 
 # ----------------------------------------------------------------------------------- the prompt
 
+class Prompt(list):
+    """Ids, and `typed`: the question as a person wrote it. An InstructBLIP's Q-Former reads that,
+    for ids may have lost some of it."""
+
+    def __init__(self, ids, typed):
+        super().__init__(ids)
+        self.typed = typed
+
+
 def ask(turns, template, words, shown=(0,)):
-    """Ids of a conversation about pictures, ending where the model starts to write.
+    """Prompt of a conversation about pictures, ending where the model starts to write.
 
     turns: texts of person and model alternately, the person's first and last; a picture stands
     before each turn whose number is in `shown`. A typed "<image>" is no picture (and gets spaces
@@ -143,10 +152,10 @@ def ask(turns, template, words, shown=(0,)):
     last = len(real) - real[::-1].index(True)           # marks behind the last picture are letters
     ids = data.chat_ids(talk, template, words, pictures=last)
     if all(real[:last]):
-        return ids
+        return Prompt(ids, turns[-1])
     letters, real = words.encode(data.MARK, bos=False, special=False), iter(real)
-    return [i for token in ids for i in
-            ([token] if token != data.IMAGE or next(real) else letters)]
+    return Prompt([i for token in ids for i in
+                   ([token] if token != data.IMAGE or next(real) else letters)], turns[-1])
 
 
 def places(model, ids, sizes=None):
@@ -157,10 +166,9 @@ def places(model, ids, sizes=None):
     return len(ids) - pictures + sum(map(model.places, sizes or [None] * pictures))
 
 
-def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
+def begin(model, prompts, pictures, max_new_tokens, sizes=None):
     """Prompts side by side: the decoder, x (B, T', C), keep (B, T'), how many ids may follow each.
 
-    questions: for each prompt the text as it was typed, for an InstructBLIP's Q-Former.
     Raises data.BadData if pictures and their places differ, data.Failure for a prompt that is
     empty or fills the context."""
     llm, room, sizes = getattr(model, "llm", model), [], sizes or [None] * len(prompts)
@@ -182,10 +190,11 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
     pixels = [p for p in pictures if p is not None]
     pixels = torch.cat(pixels).to(like) if pixels else None
     every = [one for size in sizes for one in size or ()]
-    if questions is not None:                           # one for each picture
-        questions = [text for p, text in zip(prompts, questions, strict=True)
-                     for _ in range(p.count(data.IMAGE))]
-    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every, questions=questions)
+    # one for each picture; where a prompt is ids alone, `embed` reads the ids of all
+    typed = [p.typed if isinstance(p, Prompt) else None for p in prompts for i in p
+             if i == data.IMAGE]
+    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every,
+                             questions=None if None in typed else typed)
     return llm, x, keep, room
 
 
@@ -413,15 +422,13 @@ def replayed(llm, x, keep, memory, choose, count):
 
 
 @torch.inference_mode()
-def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0,
-          question=None):
+def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0):
     """The tokens of the answer with the best mean log-probability, its end counted.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
     best `width` others go on, until `width` have ended and none that runs has a better mean:
     transformers' rule (length_penalty 1, early_stopping False)."""
-    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes],
-                                None if question is None else [question])
+    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes])
     memory = Cache(llm.config, 1, x.shape[1] + room, x)
     running, done = [(0.0, 0, [])], []                  # (sum of log-probabilities, parent, tokens)
     for step in range(1, room + 1):
@@ -455,8 +462,7 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
 
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
-           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=(),
-           questions=None):
+           num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=()):
     """Yield, a step, the ids that each row adds: a list of one, of none when it has ended or waits.
 
     Row i draws from its own dice, seed + i: its neighbours cannot change what it says."""
@@ -469,12 +475,10 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
     stop = [stop] if type(stop) is str else stop
     stop = [text for text in (stop_text(model, eos), *stop) if text]
     if num_beams > 1:
-        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty,
-                     text)
-               for p, x, size, text in zip(prompts, pictures, sizes,
-                                           questions or [None] * len(prompts), strict=True)]
+        yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty)
+               for p, x, size in zip(prompts, pictures, sizes, strict=True)]
         return
-    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes, questions)
+    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     choose = Choice(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
     # FSDP gathers weights on a stream of its own, which a graph cannot record
@@ -505,19 +509,17 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
              num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0,
-             stop=(), question=None):
+             stop=()):
     """Iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
     (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
     all at once, and always use the cache.
     stop: texts before which the answer ends.
-    question: the text as it was typed, for an InstructBLIP's Q-Former; None: read from the ids.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
     rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
-                  seed, eos, cache, None if sizes is None else [sizes], repetition_penalty, stop,
-                  None if question is None else [question])
+                  seed, eos, cache, None if sizes is None else [sizes], repetition_penalty, stop)
     return (token for row in rows for token in row[0])
 
 
@@ -525,7 +527,7 @@ def generate_batch(model, prompts, pictures=None, **settings):
     """What `generate` says to each of many prompts, decoded side by side; row i has seed + i.
 
     pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
-    questions: for each prompt its `question`; settings as for `generate`."""
+    settings as for `generate`."""
     out = [[] for _ in prompts]
     for row in decode(model, prompts, pictures or [None] * len(out), **settings) if out else ():
         for tokens, new in zip(out, row):
@@ -770,8 +772,7 @@ def answer(model, turns, shown, args):
     start, times, tokens_said = time.perf_counter(), [], []
 
     def noted():
-        for token in generate(model, ids, pixels, seed=args.seed, sizes=sizes, question=turns[-1],
-                              **args.settings):
+        for token in generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings):
             times.append(time.perf_counter())
             tokens_said.append(token)
             yield token
@@ -878,7 +879,7 @@ def captions(model, files, args):
                 note(f"skipped: {error}")
         said = generate_batch(model, [ids] * len(good), [x for _, (x, _) in good],
                               sizes=[size for _, (_, size) in good], seed=args.seed + start,
-                              questions=[args.prompt] * len(good), **args.settings)
+                              **args.settings)
         samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])
                     for (name, _), x in zip(good, said)]
         if not sys.stderr.isatty() and time.time() - told > 5:

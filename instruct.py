@@ -584,7 +584,7 @@ def eyes(args, jobs, journal):
         rows = [ask(t, model.template, model.words) for t in turns]
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               seed=seed, max_new_tokens=args.max_tokens,
-                              temperature=args.temperature or 0.0, questions=[t[-1] for t in turns])
+                              temperature=args.temperature or 0.0)
         room = [model.llm.config.context - places(model, row, size)
                 for row, (_, size) in zip(rows, seen)]
         return [(len(x), len(x) < min(args.max_tokens, n), "".join(spell(x, model.words)).strip())

@@ -411,8 +411,11 @@ def test_ids_do_not_give_back_what_was_typed(reads, text):
     ids = generate.ask([text], model.template, model.words)
     lost = model.asked(torch.tensor([ids]))[0]
     assert lost != text
-    list(generate.generate(model, ids, PIXELS[:1], max_new_tokens=1))
+    list(generate.generate(model, [*ids], PIXELS[:1], max_new_tokens=1))
     assert given == [lost]
+    given.clear()
+    generate.generate_batch(model, [ids, [*ids]], [PIXELS[:1]] * 2, max_new_tokens=1)
+    assert given == [lost, lost]
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache": False}])
@@ -421,12 +424,11 @@ def test_generate_hands_on_what_was_typed(reads, settings):
     for text in TYPED:
         ids = generate.ask([text], model.template, model.words)
         given.clear()
-        list(generate.generate(model, ids, PIXELS[:1], max_new_tokens=2, question=text, **settings))
+        list(generate.generate(model, ids, PIXELS[:1], max_new_tokens=2, **settings))
         assert given == [text]
     given.clear()
     rows = [generate.ask([text], model.template, model.words) for text in TYPED[:2]]
-    generate.generate_batch(model, rows, [PIXELS[:1]] * 2, max_new_tokens=2, questions=TYPED[:2],
-                            **settings)
+    generate.generate_batch(model, rows, [PIXELS[:1]] * 2, max_new_tokens=2, **settings)
     assert given == list(TYPED[:2])
 
 
