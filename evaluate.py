@@ -274,11 +274,9 @@ def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temp
     # a model of stage 1 is asked in the words of stage 2, where nothing else is said
     template = template or ("v1" if model.template == "plain" else model.template)
     for start in range(0, len(texts), batch):
-        rows = [data.chat_ids([{"from": "human", "value": f"<image>\n{t}"}], template, model.words)
-                for t in texts[start:start + batch]]
+        rows = [generate.ask([t], template, model.words) for t in texts[start:start + batch]]
         out = generate_batch(model, rows, [p[None] for p in pixels[start:start + batch]],
-                             max_new_tokens=max_new_tokens, temperature=temperature, seed=start,
-                             questions=texts[start:start + batch])
+                             max_new_tokens=max_new_tokens, temperature=temperature, seed=start)
         said += [model.words.decode(x).strip() for x in out]
     return said
 
@@ -821,8 +819,7 @@ def replies(args, jobs, journal):
         if not some:
             continue
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
-                              max_new_tokens=args.max_new_tokens,
-                              questions=[job.request for job in some])
+                              max_new_tokens=args.max_new_tokens)
         yield [(job, "".join(generate.spell(x, model.words)).strip(), "")
                for job, x in zip(some, said)]
 

@@ -166,8 +166,17 @@ from projector import VLM
 
 # ----------------------------------------------------------------------------------- the prompt
 
+class Prompt(list):
+    """Ids, and `typed`: the question as a person wrote it. An InstructBLIP's Q-Former reads that,
+    for ids may have lost some of it."""
+
+    def __init__(self, ids, typed):
+        super().__init__(ids)
+        self.typed = typed
+
+
 def ask(turns, template, words, shown=(0,)):
-    """Ids of a conversation about pictures, ending where the model starts to write.
+    """Prompt of a conversation about pictures, ending where the model starts to write.
 
     turns: texts of person and model alternately, the person's first and last. shown: numbers of
     turns, each for a picture at the front of that turn: (0, 0, 2) is two in the first and one in
@@ -189,10 +198,10 @@ def ask(turns, template, words, shown=(0,)):
     last = len(real) - real[::-1].index(True) if True in real else 0
     ids = data.chat_ids(talk, template, words, pictures=last)
     if all(real[:last]):
-        return ids
+        return Prompt(ids, turns[-1])
     letters, real = words.encode(data.MARK, bos=False, special=False), iter(real)
-    return [i for token in ids for i in
-            ([token] if token != data.IMAGE or next(real) else letters)]
+    return Prompt([i for token in ids for i in
+                   ([token] if token != data.IMAGE or next(real) else letters)], turns[-1])
 
 
 def places(model, ids, sizes=None):
@@ -203,10 +212,9 @@ def places(model, ids, sizes=None):
     return len(ids) - pictures + sum(map(model.places, sizes or [None] * pictures))
 
 
-def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
+def begin(model, prompts, pictures, max_new_tokens, sizes=None):
     """Prompts side by side: the decoder, x (B, T', C), keep (B, T'), how many ids may follow each.
 
-    questions: for each prompt the text as it was typed, for an InstructBLIP's Q-Former.
     Raises data.BadData if pictures and their places differ, data.Failure for a prompt that is
     empty or fills the context."""
     llm, room, sizes = getattr(model, "llm", model), [], sizes or [None] * len(prompts)
@@ -228,10 +236,11 @@ def begin(model, prompts, pictures, max_new_tokens, sizes=None, questions=None):
     pixels = [p for p in pictures if p is not None]
     pixels = torch.cat(pixels).to(like) if pixels else None
     every = [one for size in sizes for one in size or ()]
-    if questions is not None:                           # one for each picture
-        questions = [text for p, text in zip(prompts, questions, strict=True)
-                     for _ in range(p.count(data.IMAGE))]
-    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every, questions=questions)
+    # one for each picture; where a prompt is ids alone, `embed` reads the ids of all
+    typed = [p.typed if isinstance(p, Prompt) else None for p in prompts for i in p
+             if i == data.IMAGE]
+    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every,
+                             questions=None if None in typed else typed)
     return llm, x, keep, room
 
 
@@ -456,15 +465,14 @@ def replayed(llm, x, keep, memory, choose, count):
 
 @torch.inference_mode()
 def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, penalty=1.0,
-          answer=None, question=None):
+          answer=None):
     """The tokens of the answer with the best mean log-probability, its end counted.
     answer: is told why it ended, as in `decode`.
 
     Of the likeliest continuations of `width` beginnings, those that end are put aside and the
     best `width` others go on, until `width` have ended and none that runs has a better mean:
     transformers' rule (length_penalty 1, early_stopping False)."""
-    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes],
-                                None if question is None else [question])
+    llm, x, _, (room,) = begin(model, [ids], [pixels], max_new_tokens, [sizes])
     memory = Cache(llm.config, 1, x.shape[1] + room, x)
     stop = {stop: "stop"} if type(stop) is str else stop or {}
     # (sum of log-probabilities, parent, tokens, what looks for stop texts in them)
@@ -509,7 +517,7 @@ def beams(model, ids, pixels, sizes, ends, max_new_tokens, width, stop=None, pen
 @torch.inference_mode()
 def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
            num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0, stop=(),
-           answers=None, questions=None):
+           answers=None):
     """Yield, a step, the ids that each row adds: a list of one, or of none when it has ended or
     waits until it is clear that no stop text has begun, and then of several.
 
@@ -530,11 +538,10 @@ def decode(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=
         ends.setdefault(model.words.added(text), stop.pop(text))
     if num_beams > 1:
         yield [beams(model, p, x, size, ends, max_new_tokens, num_beams, stop, repetition_penalty,
-                     answer, text)
-               for p, x, size, answer, text in zip(prompts, pictures, sizes, answers,
-                                                   questions or [None] * len(prompts), strict=True)]
+                     answer)
+               for p, x, size, answer in zip(prompts, pictures, sizes, answers, strict=True)]
         return
-    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes, questions)
+    llm, x, keep, room = begin(model, prompts, pictures, max_new_tokens, sizes)
     memory = Cache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
     choose = Choice(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
     # FSDP gathers weights on a stream of its own, which a graph cannot record
@@ -606,20 +613,18 @@ class Tokens(list):
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
              num_beams=1, seed=0, eos=None, cache=True, sizes=None, repetition_penalty=1.0,
-             stop=(), question=None):
+             stop=()):
     """`Generation`: iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
     (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. Beams come
     all at once, and always use the cache.
     stop: texts before which the answer ends, and the token in which one begins is left out.
-    question: the text as it was typed, for an InstructBLIP's Q-Former; None: read from the ids.
     cache=False computes everything again for every token: slow, and the same.
     Raises, with the first token, data.Usage, data.BadModel for NaN, and as `begin` does."""
     said, sizes = Tokens(), None if sizes is None else [sizes]
     rows = decode(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k, num_beams,
-                  seed, eos, cache, sizes, repetition_penalty, stop, [said],
-                  None if question is None else [question])
+                  seed, eos, cache, sizes, repetition_penalty, stop, [said])
     return Generation(rows, said)
 
 
@@ -628,7 +633,7 @@ def generate_batch(model, prompts, pictures=None, **settings):
     + i.
 
     pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
-    questions: for each prompt its `question`; settings as for `generate`."""
+    settings as for `generate`."""
     out, pictures = [Tokens() for _ in prompts], pictures or [None] * len(prompts)
     for row in decode(model, prompts, pictures, **settings, answers=out) if out else ():
         for tokens, new in zip(out, row):
@@ -903,8 +908,7 @@ def answer(model, turns, shown, args):
     said, ids = "", ask(turns, model.template, model.words, numbers(shown))
     pixels, sizes = together(shown)
     start = time.perf_counter()
-    written = generate(model, ids, pixels, seed=args.seed, sizes=sizes, question=turns[-1],
-                       **args.settings)
+    written = generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings)
     for piece in filter(None, spell(written, model.words)):
         print(piece, end="", flush=True)
         said += piece
@@ -1040,7 +1044,7 @@ def captions(model, files, args):
                 note(f"skipped: {error}")
         said = generate_batch(model, [ids] * len(good), [x for _, (x, _) in good],
                               sizes=[size for _, (_, size) in good], seed=args.seed + start,
-                              questions=[args.prompt] * len(good), **args.settings)
+                              **args.settings)
         reasons += [tokens.finish_reason for tokens in said]
         count += sum(map(len, said))
         samples += [sample_of(name, [args.prompt, "".join(spell(x, model.words)).strip()])

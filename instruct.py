@@ -621,7 +621,7 @@ def eyes(args, jobs, journal):
         rows = [ask(t, model.template, model.words) for t in turns]
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               seed=seed, max_new_tokens=args.max_tokens,
-                              temperature=args.temperature or 0.0, questions=[t[-1] for t in turns])
+                              temperature=args.temperature or 0.0)
         return [(len(x), x.finish_reason == "end", "".join(spell(x, model.words)).strip())
                 for x in said]
 

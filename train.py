@@ -315,7 +315,7 @@ import data
 import world
 from clip import CLIP, LayerNorm, ViT, contrastive_loss, late_scores, read_tokenizer
 from clip import Config as TowerConfig
-from generate import generate
+from generate import ask, generate
 from kernels import linear_cross_entropy
 from kernels.adamw import AdamW
 from llama import Config as LlamaConfig
@@ -1286,14 +1286,12 @@ def stored(args):
 def watcher(model, row):
     """Describes the same four held-out scenes as training goes on: watching it learn to see."""
     scenes = [world.scene(i, "test", count=i) for i in (1, 2, 3, 4)]
-    turns = [{"from": "human", "value": "<image>\nDescribe this image"}]
-    ids = data.chat_ids(turns, row.template, model.words)
+    ids = ask(["Describe this image"], row.template, model.words)
 
     def look():
         for scene in scenes:
             pixels = data.preprocess(world.draw(scene), model.image_size, row.aspect)
-            tokens = list(generate(model, ids, pixels, max_new_tokens=80,
-                                   question="Describe this image"))
+            tokens = list(generate(model, ids, pixels, max_new_tokens=80))
             yield {"truth": world.description(scene),
                    "says": model.words.decode(tokens).strip().split("\n")[0]}
     return look

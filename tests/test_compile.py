@@ -22,15 +22,16 @@ HERE = Path(__file__).parent
 
 
 VERSIONS = {"3.6.0": "TRITON36", "3.7.1": "TRITON371", "3.9.0": "TRITON39"}
+INSTALLED = importlib.metadata.version("triton")
 
 
 def folder_of(version):
     """A folder with this Triton and nothing else, installed on first use; None if it is installed
     where the tests run."""
+    if version == INSTALLED:
+        return None
     if VERSIONS[version] in os.environ:
         return Path(os.environ[VERSIONS[version]])
-    if importlib.metadata.version("triton") == version:
-        return None
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / f"triton-{version}-py{sys.version_info.major}{sys.version_info.minor}"
     if not (folder / "triton").is_dir():
@@ -41,7 +42,7 @@ def folder_of(version):
     return folder
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(scope="module", params=sorted({*VERSIONS, INSTALLED}))
 def found(request, tmp_path_factory):
     """What compiled.py finds in all kernels and all planted faults, {name: [case, case]}."""
     out = tmp_path_factory.mktemp("compiled") / "found.json"
