@@ -977,6 +977,8 @@ class Samples:
             many = len(data.images_of(sample)) or "no"
             raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
                                "the row")
+        elif not data.caption_text(sample["conversations"][-1]["value"]):
+            raise data.BadData("its caption has no words: correct the row, or take it out")
 
     def read(self, index):
         """(picture, conversation) as its template learns it; of a file the picture's name. Text
