@@ -137,7 +137,7 @@ def test_samples_that_teach_nothing_are_counted_and_named(flags, run, album, tmp
 
 
 def test_the_count_is_exact_after_a_kill(flags, run, album, tmp_path):
-    rows = [seen(i, answer="" if i % 2 else "Red.") for i in range(8)]
+    rows = [seen(i, answer="" if i in (1, 3, 6) else "Red.") for i in range(8)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     more = *album(rows), "--seed", 1, "--batch", 4
     assert run(flags(whole, *more)).code == 0
@@ -145,7 +145,7 @@ def test_the_count_is_exact_after_a_kill(flags, run, album, tmp_path):
     with open(cut / "nothing_to_learn.jsonl", "a") as f:                # as if killed in step 4
         f.write(json.dumps({"step": 5, "sample": 0, "where": "", "why": "x"}) + '\n{"step": 6, "w')
     result = run(flags(cut, *more, "--resume", "auto"))
-    assert result.code == 0 and "taught nothing: 4 (" in result.err
+    assert result.code == 0 and "taught nothing: 3 (" in result.err
     assert lines(cut / "nothing_to_learn.jsonl") == lines(whole / "nothing_to_learn.jsonl")
     assert sha(cut) == sha(whole)
 
