@@ -1378,7 +1378,8 @@ def arguments(argv=None):
     for name, told in (("check", "the dataset doctor: exit status 0 clean, 3 faults"),
                        ("show", "one row: its tokens, the learned ones marked")):
         q = sub.add_parser(name, help=told, allow_abbrev=False)
-        q.add_argument("file", help="JSON or JSON lines of LLaVA, ShareGPT4V, MiniGPT-4 or LAVIS")
+        q.add_argument("file", help="JSON or JSON lines of LLaVA, LLaMA-Factory, "
+                       "OpenAI, ShareGPT4V, MiniGPT-4 or LAVIS")
         q.add_argument("--llm", help="folder or hub id of the LLaMA whose tokens are counted")
         q.add_argument("--template", choices=sorted(TEMPLATES), default="v1", metavar="NAME",
                        help="how the words are laid out (default: v1): " + ", ".join(TEMPLATES))

@@ -37,8 +37,8 @@ _WORDS = {"pic", "pics", "frame", "frames", "visual", "visuals", "media"}
 # Keys that tell about a picture without being one: image_width, has_image, video_fps.
 _ABOUT = set("""size sizes width height w h count counts num n number hash md5 sha256 license source
     caption captions description descriptions type format mode ratio aspect tag tags label labels
-    token tokens title category categories index idx domain quality score date author credit
-    shape dataset split length duration fps""".split())
+    class classes token tokens title category categories index idx domain quality score date
+    author credit shape dataset split length duration fps""".split())
 _NUMBERS = {"has", "num", "n", "is", "with", "no", "total"}
 _FILE = re.compile(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm)|data:image/\S+", re.I)
 
@@ -52,37 +52,38 @@ def _names_a_picture(key: str) -> bool:
     return bool(_WORDS & set(words)) or bool(_LOOKS.search("".join(words)))
 
 
-def _holds_something(value) -> bool:
-    """A number, an empty list or null is no picture."""
-    return bool(value) and type(value) not in (bool, int, float)
+def _are_files(value) -> bool:
+    """Is the value a picture's file name, or are all its values?"""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(v, str) and _FILE.fullmatch(v) for v in values)
 
 
 def _refuse_unknown_pictures(row: dict, known, pictures: bool, place: str):
-    """Raise BadData for a key of `row` that looks like a picture and is not read."""
+    """Raise BadData for a key of `row` that looks like a picture and is not read.
+
+    pictures: the row has some that are read, beside which file names and numbers are notes."""
     for key, value in row.items():
-        if key in known or not _holds_something(value):
+        number = key.lower().endswith("id")         # image_id: no picture itself, but it means one
+        nothing = not value or type(value) in (bool, int, float) and not number
+        if key in known or nothing or number and pictures:
             continue
-        if _names_a_picture(key):
-            if key.endswith("_id") and pictures:        # its number beside the picture itself
-                continue
-        elif pictures or not all(isinstance(v, str) and _FILE.fullmatch(v)
-                                 for v in (value if isinstance(value, list) else [value])):
-            continue
-        raise BadData(f"{place}{key}: looks like a picture, which is read from the row's "
-                      "image or images: rename the key, or take it out")
+        if _names_a_picture(key) or not pictures and _are_files(value):
+            shown = key if key.isprintable() else repr(key)
+            raise BadData(f"{place}{shown[:80]}: looks like a picture, and pictures are read from "
+                          "the row's image or images: move it there, or take the key out")
 
 
 # Nobody types these: the marks of other models.
-_KIND = r"(?:image|img|im|video|vision|picture|photo|audio|frame)s?"
-_PART = (r"(?:here|placeholder|pad|patch|tokens?|soft[_-]?token|start|end|begin|newline|context|"
-         r"features?|content|embeds?|\d+)")
+_KIND = "(?:image|img|video|vision|picture|photo|audio|frame)s?"
+_PART = r"(?:here|placeholder|pad|patch|tokens?|soft[_-]?token|start|end|newline|context|\d+)"
 _FOREIGN = re.compile(
-    rf"<\|(?!im_)[\w-]*{_KIND}[\w-]*\|>"                    # <|image_pad|> <|vision_start|>
-    rf"|</?{_KIND}[_-]?{_PART}(?:[_-]?\d+)?>"                 # <image_1> <im_patch> <ImageHere>
-    r"|<(?:start|end|begin)_of_(?:image|video|audio)>|<(?:b|e)oi>|<fake_token_around_image>"
+    rf"<\|[\w-]{{0,40}}{_KIND}[\w-]{{0,40}}\|>"               # <|image_pad|> <|vision_start|>
+    rf"|</?{_KIND}[_-]?{_PART}(?:[_-]?\d+)?>"                 # <image_1> <ImageHere>
+    r"|</?im_(?:patch|start|end)>|<(?:start|end)_of_(?:image|video|audio)>"
+    r"|<fake_token_around_image>|\[IMG_(?:BREAK|END)\]"
     r"|<img>[^<>]*</img>|<(video|audio)>[^<>\s]+</\1>", re.I)
 # HTML has these too: a mark where one stands at an end of a turn, or alone on a line.
-_HTML = re.compile(r"<\s*(image|img|video|picture|photo|audio|frame|vision)\s*/?>|\[(IMG)\]", re.I)
+_HTML = re.compile(r"<\s*(image|img|video|picture|photo|audio|frame|vision)\s*/?>|\[IMG\]", re.I)
 
 
 def foreign_mark(text: str) -> str:
@@ -94,7 +95,7 @@ def foreign_mark(text: str) -> str:
     if found := _FOREIGN.search(text):
         return found.group()
     for found in _HTML.finditer(text):
-        if found.group() != MARK and at_an_edge(text, found.start(), found.end()):
+        if found.group() != MARK and at_an_edge(text, *found.span()):
             return found.group()
     return ""
 
@@ -102,12 +103,10 @@ def foreign_mark(text: str) -> str:
 def at_an_edge(text: str, start: int, end: int) -> bool:
     """Does text[start:end] open or close the text, or stand alone on a line, and is no HTML?"""
     before, behind = text[:start], text[end:]
+    alone = (not before.strip() or not behind.strip()
+             or not before.rpartition("\n")[2].strip() and not behind.partition("\n")[0].strip())
     name = re.sub(r"\W", "", text[start:end])
-    if re.search(rf"</\s*{name}\s*>", behind, re.I):
-        return False
-    if not before.strip() or not behind.strip():
-        return True
-    return not before.rpartition("\n")[2].strip() and not behind.partition("\n")[0].strip()
+    return alone and not re.search(rf"[<\[]/\s*{name}\s*[>\]]", behind, re.I)
 
 
 # ---------------------------------------------------------------- one row
@@ -226,11 +225,12 @@ def _system(row: dict, said: list, field: str) -> str:
     if said and said[0][0] == "system":
         first = said.pop(0)[1]
         if text.strip() and first.strip():
-            raise BadData(f"system: and a system turn in {field}: leave one of the two")
+            raise BadData(f"system: is there twice, as a key and as a turn of {field}: leave one")
         text = text if text.strip() else first
     for i, turn in enumerate(said):
         if turn[0] == "system":
-            raise BadData(f"{field}: a system turn behind others (turn {i + 1}): put it first")
+            raise BadData(f"{field}: a system turn behind others (turn {i + 1}): put it first, or "
+                          "take it out")
     return text if text.strip() else ""
 
 
@@ -313,6 +313,11 @@ def read_rows(path):
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
                       "lines") from None
+    except BadData as error:                    # UTF-16: no row of it can be told from the others
+        why = str(error).removeprefix(f"{path}: ")
+        yield 1, f"{path}: line 1, row 1", BadData(f"cannot be read as JSON ({why}); what follows "
+                                                   "was not read")
+        return
     for row, place, value in json_values(text):
         where = f"{path}: {place}"
         try:
