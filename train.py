@@ -145,9 +145,10 @@ def arguments(argv=None):
     p.add_argument("--max-length", type=int, default=0, metavar="N", help="cut samples after N "
                    "tokens, the picture counted (official: 2048; default: never)")
     p.add_argument("--on-bad-sample", choices=("error", "skip"), default="error",
-                   help="skip: go on without it and list it in bad_samples.jsonl")
+                   help="error: refuse the data, naming its first bad rows; skip: go on without "
+                   "them and list each in bad_samples.jsonl")
     p.add_argument("--most-bad", type=int, default=100, metavar="N",
-                   help="with skip: more than so many end the run")
+                   help="with skip: more than so many samples end the run")
     p.add_argument("--output-dir", help="default: runs/<base>/<recipe>/stage<n>")
     p.add_argument("--resume", choices=("auto",), help="go on from the newest good checkpoint")
     p.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")

@@ -234,7 +234,8 @@ def test_a_step_without_a_usable_sample_moves_nothing(flags, album, tmp_path):
     for number, (rows, still) in enumerate(((eight(**GONE), True), (eight(), False))):
         out = tmp_path / str(number)
         out.mkdir()
-        args = train.arguments(flags(out, *album(rows), *SKIP, "--batch", 1, "--warmup", 0, steps=8))
+        more = *album(rows), *SKIP, "--batch", 1, "--warmup", 0
+        args = train.arguments(flags(out, *more, steps=8))
         at = [train.Samples(args).number(i) for i in range(8)].index(3)
         job = train.bridge_job(args, out, "cpu")
         kept, real = {}, job.batches
@@ -344,9 +345,9 @@ def test_two_ranks_pass_over_what_one_does(flags, run, album, tmp_path):
 
 # ------------------------------------------------------------------- early ends, and workers
 
-def program(argv, **more):
+def program(argv):
     return subprocess.run([sys.executable, HERE / "train.py", *argv], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_no_traceback_follows_an_early_end_with_workers(flags, album, tmp_path):

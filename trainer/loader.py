@@ -10,8 +10,8 @@ Some samples teach nothing. There are two kinds, and each has a file of its own:
     nothing_to_learn.jsonl    samples that can be read, but no answer of theirs is learned
 
 Both hold a line for each sample, not for each time that it is met: {"step", "sample", "where",
-"why"}. `sample` is its number in the file, from 0; `where` its row; `step` is when it was met first,
-0: before the first step."""
+"why"}. `sample` is its number in the file, from 0; `where` its row; `step` is when it was met,
+0: before the run began."""
 import hashlib
 import json
 import os
