@@ -147,9 +147,10 @@ def arguments(argv=None):
     p.add_argument("--max-length", type=int, default=0, metavar="N", help="cut samples after N "
                    "tokens, the picture counted (official: 2048; default: never)")
     p.add_argument("--on-bad-sample", choices=("error", "skip"), default="error",
-                   help="skip: go on without it and list it in bad_samples.jsonl")
+                   help="error: refuse the data, naming its first bad rows; skip: go on without "
+                   "them and list each in bad_samples.jsonl")
     p.add_argument("--most-bad", type=int, default=100, metavar="N",
-                   help="with skip: more than so many end the run")
+                   help="with skip: more than so many samples end the run")
     p.add_argument("--output-dir", help="default: runs/<base>/<recipe>/stage<n>")
     p.add_argument("--resume", choices=("auto",), help="go on from the newest good checkpoint")
     p.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
@@ -979,6 +980,8 @@ class Samples:
             many = len(data.images_of(sample)) or "no"
             raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
                                "the row")
+        elif not data.caption_text(sample["conversations"][-1]["value"]):
+            raise data.BadData("its caption has no words: correct the row, or take it out")
 
     def read(self, index):
         """(picture, conversation) as its template learns it; of a file the picture's name. Text

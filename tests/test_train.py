@@ -638,7 +638,7 @@ def test_nan_stops_before_the_update(flags, run, tmp_path, undisturbed):
     for path in out.rglob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(path).values())
     assert [x["step"] for x in lines(out / "metrics.jsonl")] == [1, 2, 3]
-    assert json.loads((out / "nan-step-3.json").read_text())["step"] == 3
+    assert json.loads((out / "nan-step-4.json").read_text())["step"] == 4
     assert run(flags(out, "--resume", "auto")).code == 0 and sha(out) == undisturbed()
 
 
@@ -941,15 +941,15 @@ def test_bad_samples_can_be_skipped_and_are_listed(flags, run, album, tmp_path):
     for workers in (0, 2):
         out = tmp_path / f"run{workers}"
         argv = flags(out, *album(spoil), "--batch", 4, "--workers", workers, steps=2)
-        refused(run([*argv, "--on-bad-sample", "skip", "--most-bad", "3"]), 3, "--most-bad 3")
+        refused(run([*argv, "--on-bad-sample", "skip", "--most-bad", "1"]), 3, "--most-bad 1")
         assert run([*argv, "--on-bad-sample", "skip", "--overwrite"]).code == 0
-        told = lines(out / "bad_samples.jsonl")
-        assert [x["step"] for x in told] == [1, 1, 2, 2]
+        told = lines(out / "bad_samples.jsonl")         # each once; the text's before the first step
+        assert [x["step"] for x in told] == [0, 1]
         assert {x["why"].split(":")[0] for x in told} == {"sample 1", "sample 2"}
     assert sha(tmp_path / "run0") == sha(tmp_path / "run2")
     refused(run(flags(tmp_path / "none", *album(lambda rows: [
         r.update(image="gone.png") for r in rows]), "--batch", 4, "--on-bad-sample", "skip")), 3,
-        "whole micro-batch")
+        "not one of its 4 samples")
 
 
 def test_show_batch_prints_what_is_learned_and_writes_nothing(flags, run, tmp_path):

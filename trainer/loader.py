@@ -10,15 +10,16 @@ Some samples teach nothing. There are two kinds, and each has a file of its own:
     nothing_to_learn.jsonl    samples that can be read, but no answer of theirs is learned
 
 Both hold a line for each sample, not for each time that it is met: {"step", "sample", "where",
-"why"}. `sample` is its number in the file, from 0; `where` its row; `step` is when it was met first,
-0: before the first step."""
+"why"}. `sample` is its number in the file, from 0; `where` its row; `step` is when it was met,
+0: before the run began."""
 import hashlib
 import json
 import os
+import sys
 from array import array
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from formats.conversations import images_of, read_rows
@@ -142,15 +143,25 @@ class Journal:
         """Refuses a file in which a sample has changed that the first `step` steps have learned
         from."""
         path, rows = self.out / "rows.safetensors", self.rows
-        if not step or not path.exists():
+        if not step:
             return
-        with safe_open(path, "pt") as file:
-            digests, words = file.get_tensor("digest"), file.get_tensor("words")
+        if not path.exists():                   # of a run that an older version began
+            print(f"{path} is missing: nobody can tell whether --data is still the file that the "
+                  "run began with", file=sys.stderr)
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                digests, words = file.get_tensor("digest"), file.get_tensor("words")
+        except SafetensorError as error:
+            raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of "
+                          "the data, or --overwrite to start anew") from None
         again = "put the old one back, or --overwrite to start anew"
         refused = f"{self.out}: --resume with another --data file"
         if len(digests) != len(rows):
             raise BadData(f"{refused}: {rows.path} has {len(rows):,} samples now, and had "
                           f"{len(digests):,}; {again}")
+        # the order of the samples is a function of these: it goes on as it began
+        rows.words, self.samples.epoch = array("i", words.tolist()), -1
         same = digests == torch.frombuffer(rows.digests, dtype=torch.int64)
         changed = (~same).nonzero().flatten().tolist()
         left_out = {x["sample"] for name in LISTS for x in self._lines(name) if x["step"] <= step}
@@ -160,8 +171,6 @@ class Journal:
                 row = rows[number]
                 raise BadData(f"{refused}: {row['where']}, sample {row['id']}, has changed, and "
                               f"the run has learned from it; {again}")
-        # the order of the samples is a function of these: it goes on as it began
-        rows.words = array("i", words.tolist())
 
     def add(self, step, found):
         """found: [(file, number of the sample, why)] of all ranks, met in this step (from 1).
@@ -189,13 +198,12 @@ class Journal:
 
     def report(self):
         """Lines for the end of the run."""
-        for name, what in ((BAD, "could not be used and were left out"),
-                           (NOTHING, "have taught nothing")):
+        for name, what in ((BAD, "left out as bad"), (NOTHING, "that taught nothing")):
             whys = list(self.met[name].values())
             if whys:
                 more = f"; and {len(whys) - SHOWN:,} more" if len(whys) > SHOWN else ""
-                yield (f"{len(whys):,} samples {what}: {'; '.join(whys[:SHOWN])}{more}: see "
-                       f"{self.out / name}")
+                yield (f"samples {what}: {len(whys):,} ({'; '.join(whys[:SHOWN])}{more}), listed "
+                       f"in {self.out / name}")
 
 
 def replace_file(path, write):
