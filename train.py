@@ -1369,9 +1369,9 @@ def bridge_job(args, out, device):
             raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.bridge}; "
                                 f"give --bridge {model.kind}, or another --from")
         if getattr(model.template, "known", True) is False and args.template is None:
-            raise data.Usage(f"{start}: its chat template is none of ours, and training would teach "
-                             f"it another, the recipe's {row.template}: give --template "
-                             f"{row.template}, or another of {', '.join(data.TEMPLATES)}")
+            raise data.Usage(f"{start}: its chat template is none of ours, and training teaches it "
+                             f"another: give --template {row.template}, the recipe's, or one of "
+                             f"{', '.join(data.TEMPLATES)}")
         model.template, model.aspect = row.template, row.aspect
     if args.lora:
         model.llm.adapt(args.lora, args.seed)

@@ -1,4 +1,4 @@
-"""tokenizer.json as others shall read it: LLaMA's prefix space, and a text of its own behind a picture.
+"""tokenizer.json as others shall read it: LLaMA's prefix space, and the text behind a picture.
 
     every      a space before every stretch between special tokens    normalizer: Prepend
     first      before the text only                                   pre_tokenizer: Metaspace

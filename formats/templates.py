@@ -2,7 +2,7 @@
 
     chat_template.json, .jinja, tokenizer_config.json ... -- find -- ChatTemplate -- pieces
                                                                        |
-                                                         render, in the process of formats/sandbox.py
+                                                       render, in formats/sandbox.py's process
 
 Rendering answers two questions. Which of our templates is this? `recognise` compares what both
 write of small conversations. And where it is none of ours, what is the prompt? `pieces` gives its
@@ -153,7 +153,7 @@ class ChatTemplate(str):
     writes almost the same, or, if there is none (`known` False), of the file that holds it.
 
     source: Jinja. special: {"bos_token": "<s>", ...}. parts: content goes in as a list of parts,
-    not as a text with <image> in it. end: what it writes behind an answer, as far as that ends it."""
+    not as a text with <image> in it. end: what it writes behind an answer, if that ends it."""
 
     @classmethod
     def of(cls, source, file, special):
@@ -250,8 +250,8 @@ def recognise(chat: ChatTemplate, ours: dict, bos: str) -> str:
 
 # ---------------------------------------------------------------- our own, for others
 
-# What somebody said, of a text or of a list of parts, in which pictures come first. A picture stands
-# on a line of its own, unless it is all.
+# What somebody said, of a text or of a list of parts, in which pictures come first. A picture
+# stands on a line of its own, unless it is all.
 _SAID = ("{% macro said(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
          "{% set texts %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}"
          "{% endfor %}{% endset %}"

@@ -43,8 +43,8 @@ HUB = {"vicuna": "{% for m in messages %}{{ m['role'].upper() + ': ' }}" + SAID 
                   "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>"
                   "\\n\\n' }}{% endif %}",
        "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}" + SAID
-                 + "<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n"
-                 "' }}{% endif %}",
+                 + "<|im_end|>{% endfor %}{% if add_generation_prompt %}"
+                 "{{ '<|im_start|>assistant\\n' }}{% endif %}",
        "qwen": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}" + SAID
                + "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
                "{{ '<|im_start|>assistant\\n' }}{% endif %}",
@@ -260,6 +260,7 @@ def test_a_template_that_is_exactly_ours_is_ours(tmp_path):
 
 def test_our_key_wins_over_the_template(tmp_path):
     folder = stranger(tmp_path / "model", HUB["llama_3"])
+    assert VLM.from_pretrained(folder).template == "llama_3"            # control
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "template": "llava_v0"}))
     assert VLM.from_pretrained(folder).template == "llava_v0"
@@ -285,7 +286,8 @@ def test_which_file_counts_is_transformers_rule(tmp_path):
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": HUB["mistral"]}]
     cases = [({"tokenizer_config.json": HUB["llama_3"]}, "llama_3"),
              ({"tokenizer_config.json": named}, "mistral_instruct"),
-             ({"tokenizer_config.json": HUB["llama_3"], "chat_template.jinja": HUB["vicuna"]}, "v1"),
+             ({"tokenizer_config.json": HUB["llama_3"], "chat_template.jinja": HUB["vicuna"]},
+              "v1"),
              ({"chat_template.jinja": HUB["vicuna"], "chat_template.json": HUB["chatml"]},
               "chatml_direct"),
              ({"chat_template.json": HUB["chatml"], "processor_config.json": HUB["qwen"]},
@@ -304,15 +306,16 @@ def test_which_file_counts_is_transformers_rule(tmp_path):
         if i != 1 and list(files) != ["tokenizer_config.json"]:
             assert tool.apply_chat_template(theirs(TALKS[0]), add_generation_prompt=True) == (
                 data.prompt(ours(TALKS[0]), model.template))
-    folder = stranger(tmp_path / "none", files={"chat_template.json": {"chat_template": {"a": "x"}}})
+    nameless = {"chat_template.json": {"chat_template": {"a": "x"}}}
+    folder = stranger(tmp_path / "none", files=nameless)
     with pytest.raises(data.BadModel, match="none named 'default'"):
         VLM.from_pretrained(folder)
 
 
 def test_a_template_that_takes_texts_only(tmp_path):
     """A language model's own, in tokenizer_config.json: pictures stand in the text."""
-    jinja = ("{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
-             "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    jinja = ("{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+             " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
              "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
     folder = stranger(tmp_path / "model", jinja)
     model = VLM.from_pretrained(folder)
