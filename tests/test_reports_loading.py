@@ -701,7 +701,7 @@ def test_an_adapter_is_added_to_its_base(tmp_path, family, prefix):
      lambda m: .25 if "layers.0." in m and m.endswith("q_proj") else 2),
     ({"rank_pattern": {".*": 4}, "r": 64}, lambda m: 2),
     ({"rank_pattern": {"q_proj": 4, "v_proj": 4, "mlp.down_proj": 4}, "r": 9, "lora_alpha": 4},
-     lambda m: 1)], ids=str)
+     lambda m: 1)])
 def test_the_scale_of_an_adapter(tmp_path, config, scale):
     base = write_vlm(tmp_path / "base", "llava")
     pairs = write_adapter(tmp_path / "lora", base=base, **config)
