@@ -513,7 +513,7 @@ def chat_ids(conversation, template: str, tokenizer, pictures: int = -1) -> list
 
 def question(conversation) -> str:
     """What a person says last, as it was typed: what an InstructBLIP's Q-Former reads."""
-    asked = [turn["value"] for turn in conversation if not ROLES[turn["from"]]]
+    asked = [turn["value"] for turn in conversation if ROLES[turn["from"]] == "human"]
     return (asked[-1] or "").replace(MARK, "").strip() if asked else ""
 _SAID_BY = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
             "system": "system"}

@@ -438,7 +438,8 @@ def test_every_way_to_ask_hands_on_what_was_typed(reads, monkeypatch, tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     pixels = PIXELS[:1]
     args = SimpleNamespace(seed=0, settings={"max_new_tokens": 2}, attention=None, verbose=False,
-                           num_beams=1, batch_size=2, prompt=TYPED[0], out=str(tmp_path / "o.json"))
+                           num_beams=1, batch_size=2, prompt=TYPED[0], out=str(tmp_path / "o.json"),
+                           max_new_tokens=2)
     generate.answer(model, [TYPED[2]], {0: (pixels, None)}, args)
     assert given == [TYPED[2]]
     given.clear()
@@ -453,7 +454,8 @@ def test_every_way_to_ask_hands_on_what_was_typed(reads, monkeypatch, tmp_path):
     given.clear()
     monkeypatch.setattr(generate, "load", lambda args: model)
     jobs = [instruct.Job(str(i), "a.png", str(i), text) for i, text in enumerate(TYPED)]
-    asked = SimpleNamespace(model="m", batch_size=4, images=tmp_path, max_new_tokens=2)
+    asked = SimpleNamespace(model="m", batch_size=4, images=tmp_path, max_new_tokens=2,
+                            follow_links=False)
     list(evaluate.replies(asked, jobs, {}))
     assert given == list(TYPED)
 
@@ -488,15 +490,26 @@ def test_batches_carry_the_questions(reads):
              for text in (*TYPED[:2], ASKED[0], "no picture")]
 
     class Samples:
-        def read(self, index):
-            return (None if index == 3 else "picture"), talks[index] if index < 3 else [
-                {"from": "human", "value": "no picture"}, talks[3][1]]
+        def sample(self, index):
+            if index == 3:
+                return {"conversations": [{"from": "human", "value": "no picture"}, talks[3][1]]}
+            return {"image": "picture", "conversations": talks[index]}
 
-        def __getitem__(self, index):
-            return (None if index == 3 else Image.new("RGB", (9, 9))), self.read(index)[1]
+        def asked(self, index):
+            return ""
+
+        def read(self, index):
+            sample = self.sample(index)
+            return sample.get("image"), sample["conversations"]
+
+        def pictures(self, sample):
+            return [Image.new("RGB", (9, 9))] if "image" in sample else []
 
         def name(self, index):
             return str(index)
+
+        def fault(self, index):
+            return None
 
     row = SimpleNamespace(batch=4, groups=1, template="instructblip", aspect="squash")
     for pack in (0, 400):

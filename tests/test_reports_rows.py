@@ -212,7 +212,7 @@ HAVE = sorted(name for name, t in data.TEMPLATES.items()
 def test_system_texts_stand_where_the_templates_own_stands(folder, template):
     """The whole text equals the template's own, with another system text in its place."""
     t = data.TEMPLATES[template]
-    own = t.system.partition("\n")[2] if t.style == "chat" else t.system
+    own = t.text
     turns = talk("Q?", "A")
     before = "".join(p for p, _, _ in data._training_pieces(turns, template, False)[1])
     given = [{"from": "system", "value": "Be terse."}, *turns]
@@ -318,7 +318,7 @@ def batches(folder, row, template="v1", *more):
     args = train.arguments(["--stage", "2", "--template", template, "--data",
                             str(folder / "x.json"), "--images", str(folder / "images"),
                             "--batch", "1", *map(str, more)])
-    model = SimpleNamespace(words=data.Tokenizer(folder), image_size=336, places=lambda: 576,
+    model = SimpleNamespace(words=data.Tokenizer(folder), image_size=336, places=lambda: 576, reader=None,
                             llm=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))))
     return train.Batches(train.Samples(args), model, args)
 

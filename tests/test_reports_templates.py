@@ -384,9 +384,13 @@ def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
     """instruct.py with a local LLaMA: its template and its ends; without any, v1."""
     asked = []
 
+    class Said(list):
+        finish_reason = "end"
+
     def batch(llm, rows, eos=None, **more):
         asked.append((rows[0], eos))
-        return [[2] for _ in rows]
+        told = [Said([2]) for _ in rows]
+        return told
     monkeypatch.setattr(instruct, "generate_batch", batch)
     words = words_in(tmp_path / "llm", "first", SPECIALS)
     tongue = llama.Config(vocab=len(words), width=16, depth=1, heads=2, kv_heads=2, mlp=16,
