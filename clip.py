@@ -43,8 +43,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from formats.checkpoints import POSITIONS
+from formats import configs
+from formats.bert import toy_clip_tokenizer
+from formats.checkpoints import dtype_name, export, load_into, POSITIONS, resolve, save_weights
+from formats.errors import exit_status
+from formats.names import ZEROS
 from formats.processors import Processor
+from formats.strict_json import read_config
 from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
 
 
@@ -56,88 +61,18 @@ class Config:
     heads: int = 16
     mlp: int = 4096
     eps: float = 1e-5
-    image: int = 224                # pixels of a side (picture tower)
-    patch: int = 14
+    image_size: int = 224                # pixels of a side (picture tower)
+    patch_size: int = 14
     vocab: int = 49408              # (text tower)
     context: int = 77
-    end: int | tuple = 49407        # ids of the token that closes a text, where it is read
+    eos_id: int | tuple = 49407        # ids of the token that closes a text, where it is read
     eva: bool = False               # the second row of the table above
-    tail: bool = True               # holds a block and a norm behind where bridges read
-
-    @classmethod
-    def from_hf(cls, c, text=False):
-        """From `vision_config` or `text_config` of a CLIP's or BLIP-2's config.json."""
-        if type(c) is not dict:
-            raise data.BadModel("config.json: a tower's settings must be an object; take the "
-                                "config.json of the weights")
-        # what transformers documents for fields left out: ViT-B/32's sizes, or ViT-g/14's
-        eva = c.get("model_type") in ("blip_2_vision_model", "instructblip_vision_model")
-        d = (cls(width=512, depth=12, heads=8, mlp=2048) if text else
-             cls(1408, 39, 16, 6144, 1e-6, eva=True, tail=False) if eva else
-             cls(width=768, depth=12, heads=12, mlp=3072, image=224, patch=32))
-        end = c.get("eos_token_id", d.end)
-        act = "gelu" if eva else "quick_gelu"
-        if c.get("hidden_act", act) != act or c.get("qkv_bias", True) is not True:
-            raise data.BadModel(f"config.json: hidden_act {c.get('hidden_act')!r} is not "
-                                f"{'EVA' if eva else 'CLIP'}'s {act}, or qkv_bias is not true; "
-                                f"give {'a BLIP-2 with ViT-g' if eva else 'an OpenAI CLIP'}")
-        made = cls(c.get("hidden_size", d.width), c.get("num_hidden_layers", d.depth),
-                   c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
-                   c.get("layer_norm_eps", d.eps), c.get("image_size", d.image),
-                   c.get("patch_size", d.patch), c.get("vocab_size", d.vocab),
-                   c.get("max_position_embeddings", d.context),
-                   tuple(end) if type(end) is list else end, d.eva, d.tail)
-        made.check()
-        return made
-
-    @classmethod
-    def eye(cls, c):
-        """Of the picture tower in the config.json of a CLIP, its tower alone, or a BLIP-2."""
-        inner = c.get("vision_config", c)
-        if c.get("model_type") not in ("blip-2", "instructblip"):
-            return cls.from_hf(inner)
-        # a CLIP in front of a Q-Former is a tower without its tail
-        return replace(cls.from_hf({"model_type": "blip_2_vision_model", **inner}
-                                   if type(inner) is dict else inner), tail=False)
-
-    def check(self):
-        """BadModel before any memory is taken, if the numbers cannot be a tower's."""
-        for name, high in (("width", 2 ** 15), ("depth", 2 ** 9), ("heads", 2 ** 9),
-                           ("mlp", 2 ** 17), ("image", 2 ** 13), ("patch", 2 ** 10),
-                           ("vocab", 2 ** 20), ("context", 2 ** 20)):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= high:
-                raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from 1 "
-                                    f"to {high}; take the config.json of the weights")
-        if not self.ends or any(type(i) is not int for i in self.ends) or (
-                type(self.eps) not in (int, float) or not self.eps > 0):
-            raise data.BadModel("config.json: eos_token_id must be a whole number or a list of "
-                                "them and layer_norm_eps positive; take the config.json of the "
-                                "weights")
-        if self.width % self.heads or self.patch > self.image:
-            raise data.BadModel(f"config.json: width {self.width} / heads {self.heads} or image "
-                                f"{self.image} / patch {self.patch} do not divide; take the "
-                                "config.json of the weights")
+    has_final_block: bool = True               # holds a block and a norm behind where bridges read
 
     @property
     def ends(self):
         """`end` as a tuple: a config.json may list several ids."""
-        return self.end if type(self.end) is tuple else (self.end,)
-
-    def to_hf(self, text=False):
-        shared = {"hidden_size": self.width, "num_hidden_layers": self.depth,
-                  "num_attention_heads": self.heads, "intermediate_size": self.mlp,
-                  "layer_norm_eps": self.eps, "hidden_act": "gelu" if self.eva else "quick_gelu"}
-        if text:
-            return {"model_type": "clip_text_model", **shared, "vocab_size": self.vocab,
-                    "max_position_embeddings": self.context,
-                    # transformers' own CLIP cannot read a list of one
-                    "bos_token_id": self.ends[0] - 1, "pad_token_id": 0,
-                    "eos_token_id": self.end if len(self.ends) > 1 else self.ends[0]}
-        picture = {**shared, "image_size": self.image, "patch_size": self.patch}
-        if self.eva:
-            return {"model_type": "blip_2_vision_model", **picture, "qkv_bias": True}
-        return {"model_type": "clip_vision_model", **picture, "num_channels": 3}
+        return self.eos_id if type(self.eos_id) is tuple else (self.eos_id,)
 
 
 class LayerNorm(nn.Module):
@@ -189,7 +124,7 @@ def prefixed(names, ours, theirs):
             for k, v in names.items()}
 
 
-def resized(position, side):
+def interpolate_positions(position, side):
     """Learned positions (1+P, C) or (1, 1+P, C) for a square of side x side patches.
 
     The class token's stays, the grid is stretched as a picture would be: bicubic, corners not
@@ -230,7 +165,7 @@ class ViT(nn.Module):
         "position": "visual_encoder.pos_embed",
         **block_names("visual_encoder.blocks.{}.", norm1="norm1", norm2="norm2", up="mlp.fc1",
                       down="mlp.fc2", qkv="attn.qkv", out="attn.proj"),
-        "blocks.{}.qkv.bias": ("visual_encoder.blocks.{}.attn.q_bias", data.ZEROS,
+        "blocks.{}.qkv.bias": ("visual_encoder.blocks.{}.attn.q_bias", ZEROS,
                                "visual_encoder.blocks.{}.attn.v_bias"),
     }
     IGNORE = {**POSITIONS,
@@ -241,34 +176,34 @@ class ViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        patches, front = (c.image // c.patch) ** 2, (1,) * c.eva       # as the files have them
+        patches, front = (c.image_size // c.patch_size) ** 2, (1,) * c.eva       # as the files have them
         self.cls = nn.Parameter(torch.randn(*front, *front, c.width) * c.width ** -0.5)
-        self.patch = nn.Parameter(torch.randn(c.width, 3, c.patch, c.patch) * c.patch ** -1 * .58)
+        self.patch = nn.Parameter(torch.randn(c.width, 3, c.patch_size, c.patch_size) * c.patch_size ** -1 * .58)
         self.patch_bias = nn.Parameter(torch.zeros(c.width)) if c.eva else None
         self.position = nn.Parameter(torch.randn(*front, 1 + patches, c.width) * .1)
         self.norm_pre = nn.Identity() if c.eva else LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm_post = LayerNorm(c.width, c.eps) if c.tail else None
+        self.norm_post = LayerNorm(c.width, c.eps) if c.has_final_block else None
 
     def names(self):
         """The weight table that fits this tower, in transformers' spelling."""
         table = self.EVA_NAMES if self.config.eva else self.NAMES
-        return {k: v for k, v in table.items() if self.config.tail or "norm_post" not in k}
+        return {k: v for k, v in table.items() if self.config.has_final_block or "norm_post" not in k}
 
     def docked(self):
         """This tower without its tail, for a Q-Former, which has a norm of its own in that place
         (and in the files under that name). An EVA has none to lose. Returns self."""
-        if self.config.tail:
-            self.config = replace(self.config, depth=self.config.depth - 1, tail=False)
+        if self.config.has_final_block:
+            self.config = replace(self.config, depth=self.config.depth - 1, has_final_block=False)
             self.blocks, self.norm_post = self.blocks[:-1], None
         return self
 
     def embed(self, pixels):
         """pixels (B, 3, S, S) -> (B, 1+P, C), ready for the blocks."""
-        B, p, side = len(pixels), self.config.patch, self.config.image // self.config.patch
-        if pixels.shape[1:] != (3, self.config.image, self.config.image):
+        B, p, side = len(pixels), self.config.patch_size, self.config.image_size // self.config.patch_size
+        if pixels.shape[1:] != (3, self.config.image_size, self.config.image_size):
             raise ValueError(f"pixels {tuple(pixels.shape)} do not fit a tower for (B, 3, "
-                             f"{self.config.image}, {self.config.image}); use data.preprocess")
+                             f"{self.config.image_size}, {self.config.image_size}); use data.preprocess")
         x = pixels[:, :, :side * p, :side * p].view(B, 3, side, p, side, p)
         # a convolution with stride = size is one matrix product a patch
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T
@@ -279,7 +214,7 @@ class ViT(nn.Module):
     def forward(self, pixels):
         """pixels (B, 3, S, S) -> (B, 1+P, C), class first: what the second-last block of a CLIP, or
         the last of a tower without a tail, puts out."""
-        blocks = self.blocks[:-1] if self.config.tail else self.blocks
+        blocks = self.blocks[:-1] if self.config.has_final_block else self.blocks
         return run(blocks, self.embed(pixels), policy=self.checkpoint)
 
     @torch.no_grad()
@@ -299,29 +234,29 @@ class ViT(nn.Module):
         """From a folder or hub id of a full CLIP, of its picture tower alone, or of a BLIP-2,
         InstructBLIP or LAVIS model, in `dtype` or, if None, the file's own; for pictures of `image`
         pixels a side, if that is given. Raises data.BadModel, data.Offline."""
-        folder = data.resolve(folder)
-        c, weights = data.read_config(folder), data.load_weights(folder)
+        folder = resolve(folder)
+        c, weights = read_config(folder), data.load_weights(folder)
         with torch.device("meta"):
-            model = cls(Config.eye(c))
-        Processor(folder, c.get("model_type")).aspect(model.config.image)
+            model = cls(Config(**configs.vision_tower(c)))
+        Processor(folder, c.get("model_type")).aspect(model.config.image_size)
         prefix = next((p for p in ("vision_model.", "visual_encoder.")
                        if any(k.startswith(p) for k in weights)), "")
         ignore, names = dict(cls.IGNORE), prefixed(model.names(), "", prefix)
         if prefix == "visual_encoder.":
             names = cls.LAVIS_NAMES
-        if not model.config.tail and prefix:
+        if not model.config.has_final_block and prefix:
             ignore |= {rf"(?!{re.escape(prefix)}).*": "not of the tower",
                        r"vision_model\.post_layernorm\..*": "ln_vision, which is not frozen with "
                        "the tower and has a place of its own before the Q-Former"}
-        data.fill(model, names, weights, ignore, dtype)
-        if image and image != model.config.image:
-            model.config = replace(model.config, image=image)
+        load_into(model, names, weights, ignore, dtype)
+        if image and image != model.config.image_size:
+            model.config = replace(model.config, image_size=image)
             model.config.check()
-            model.position = nn.Parameter(resized(model.position, image // model.config.patch))
+            model.position = nn.Parameter(interpolate_positions(model.position, image // model.config.patch_size))
         return model.eval()
 
 
-class Text(nn.Module):
+class TextTower(nn.Module):
     """The text tower: causal, read where the text ends."""
     NAMES = {"token": "embeddings.token_embedding.weight",
              "position": "embeddings.position_embedding.weight", **BLOCK_NAMES,
@@ -355,14 +290,14 @@ class Text(nn.Module):
 class CLIP(nn.Module):
     """Both towers and their projections into one space."""
     NAMES = {**prefixed(ViT.NAMES, "vision.", "vision_model."),
-             **prefixed(Text.NAMES, "text.", "text_model."),
+             **prefixed(TextTower.NAMES, "text.", "text_model."),
              "to_shared.weight": "visual_projection.weight",
              "text_to_shared.weight": "text_projection.weight", "scale": "logit_scale"}
     IGNORE = POSITIONS
 
     def __init__(self, vision, text, shared):
         super().__init__()
-        self.vision, self.text = ViT(vision), Text(text)
+        self.vision, self.text = ViT(vision), TextTower(text)
         self.to_shared = nn.Linear(vision.width, shared, bias=False)
         self.text_to_shared = nn.Linear(text.width, shared, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.6592))        # ln(1 / 0.07)      [CLIP] 2.5
@@ -383,17 +318,13 @@ class CLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
         """From a folder or hub id in the Hugging Face layout, in `dtype` or the file's own."""
-        folder = data.resolve(folder)
-        c = data.read_config(folder)
-        text = Config.from_hf(c.get("text_config", {}), text=True)
-        shared = c.get("projection_dim", 512)
-        if type(shared) is not int or not 1 <= shared <= 2 ** 15:
-            raise data.BadModel(f"config.json: projection_dim = {shared!r} is not a whole number "
-                                f"from 1 to {2 ** 15}; take the config.json of the weights")
+        folder = resolve(folder)
+        c = read_config(folder)
+        vision, text, shared = configs.clip(c)
         with torch.device("meta"):
-            model = cls(Config.from_hf(c.get("vision_config", {})), text, shared)
-        Processor(folder, "clip").aspect(model.vision.config.image)
-        return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE, dtype).eval()
+            model = cls(Config(**vision), Config(**text), shared)
+        Processor(folder, "clip").aspect(model.vision.config.image_size)
+        return load_into(model, cls.NAMES, data.load_weights(folder), cls.IGNORE, dtype).eval()
 
     def save_pretrained(self, folder):
         """config.json, preprocessor_config.json and model.safetensors, as transformers reads."""
@@ -401,11 +332,11 @@ class CLIP(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         shared = self.to_shared.weight.shape[0]
         config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": shared,
-                  "dtype": data.dtype_name(self.scale.dtype),
-                  "vision_config": {**self.vision.config.to_hf(), "projection_dim": shared},
-                  "text_config": {**self.text.config.to_hf(text=True), "projection_dim": shared}}
+                  "dtype": dtype_name(self.scale.dtype),
+                  "vision_config": {**configs.vit_to_hf(self.vision.config), "projection_dim": shared},
+                  "text_config": {**configs.vit_to_hf(self.text.config, text=True), "projection_dim": shared}}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        data.save_weights(folder, data.export(self, self.NAMES))
+        save_weights(folder, export(self, self.NAMES))
 
 
 # ----------------------------------------------------------------------- the contrastive losses
@@ -424,17 +355,9 @@ def contrastive_loss(scores, truth, pairs):
     return (to_text.mean() + to_picture.mean()) / 2
 
 
-def late_scores(patches, phrases):
+def filip_scores(patches, phrases):
     """(B, P, E), (K, E) unit vectors -> (B, K): a phrase scores by its best patch. [FILIP]"""
     return (patches @ phrases.T).amax(dim=1)
-
-
-def read_tokenizer(folder):
-    """The toy CLIP's tokenizer: a function from texts to ids (B, T), padded behind the end."""
-    import tokenizers
-    words = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    words.enable_padding(pad_id=0)
-    return lambda texts: torch.tensor([e.ids for e in words.encode_batch(list(texts))])
 
 
 def main(argv=None):
@@ -442,19 +365,19 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     p.add_argument("image", nargs="?", default=Path(__file__).parent / "tests/scene.png")
     shown = p.parse_args(argv).image
-    toy = Path(__file__).parent / "weights/toy/clip"
-    clip, ids_of = CLIP.from_pretrained(toy), read_tokenizer(toy)
+    toy = Path(__file__).parent / "toy/weights/clip"
+    clip, ids_of = CLIP.from_pretrained(toy), toy_clip_tokenizer(toy)
     picture = data.load_image(shown)
     texts = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple")
              for shape in ("circle", "square", "triangle", "star", "cross")]
     with torch.inference_mode():
-        dots = data.preprocess(picture, clip.vision.config.image, "pad")
+        dots = data.preprocess(picture, clip.vision.config.image_size, "pad")
         vectors = clip.patches(dots)                                           # (1, 1+P, E)
-        close = late_scores(vectors[:, 1:], clip.encode_text(ids_of(texts)))[0]
+        close = filip_scores(vectors[:, 1:], clip.encode_text(ids_of(texts)))[0]
     print(f"pixels {tuple(dots.shape)} -> patches {tuple(clip.vision(dots).shape)}")
     for i in close.topk(6).indices.tolist():
         print(f"{float(close[i]):.3f}  {texts[i]}")
 
 
 if __name__ == "__main__":
-    sys.exit(data.guarded(main))
+    sys.exit(exit_status(main))

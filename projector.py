@@ -31,7 +31,6 @@ Next: data.py, which makes the rows.
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,18 +38,35 @@ from torch import nn
 
 import data
 from clip import Config as ViTConfig
-from clip import LayerNorm, ViT, prefixed
+from clip import LayerNorm, prefixed, ViT
+from formats import configs
 from formats.adapters import Adapted, Adapter, is_adapter
-from formats.processors import Processor
+from formats.anyres import ANYRES_GRIDS
+from formats.bert import BertTokenizer
+from formats.checkpoints import (
+    check_identity_layer,
+    dtype_name,
+    expand_names,
+    export,
+    load_into,
+    resolve,
+    save_weights,
+)
+from formats.errors import UsageError
+from formats.export import chat_template, save_tokenizer
+from formats.families import ln_vision_eps, read_official_config, read_vlm_config
+from formats.names import canonical, canonical_names
+from formats.strict_json import read_config
 from formats.templates import ChatTemplate, end_ids
 from kernels import gelu, linear_cross_entropy
 from kernels.attention import packed
 from llama import Config as LlamaConfig
 from llama import Llama
-from qformer import QFormer, Retriever, Words, config_of
+from qformer import Config as QFormerConfig
+from qformer import QFormer
 
 
-class Linear(nn.Module):
+class LinearProjector(nn.Module):
     """LLaVA's bridge: (..., Cv) -> (..., C)."""
 
     def __init__(self, vision, width):
@@ -61,7 +77,7 @@ class Linear(nn.Module):
         return self.first(x)
 
 
-class MLP(nn.Module):
+class MLPProjector(nn.Module):
     """LLaVA-1.5's bridge, "mlp2x_gelu": exact GELU, not CLIP's quick one."""
 
     def __init__(self, vision, width):
@@ -72,7 +88,7 @@ class MLP(nn.Module):
         return self.second(gelu(self.first(x)))
 
 
-class Queries(nn.Module):
+class QFormerProjector(nn.Module):
     """BLIP-2's bridge: (n, 1+P, Cv) -> (n, Q, C). `norm` is ln_vision, which is not of the frozen
     tower and trains; a Q-Former with words reads ids (n, T) under mask (n, T) too."""
 
@@ -84,13 +100,13 @@ class Queries(nn.Module):
     def forward(self, x, ids=None, mask=None):
         x = self.norm(x.to(self.norm.weight.dtype))             # the eye may be in half precision
         x = self.qformer(x, ids, text_mask=mask)
-        return self.proj(x[:, :self.qformer.config.queries])
+        return self.proj(x[:, :self.qformer.config.num_queries])
 
 
-BRIDGES = {"linear": Linear, "mlp": MLP}
+PROJECTORS = {"linear": LinearProjector, "mlp": MLPProjector}
 
 
-def merge(tiles, newline, grid):
+def merge_tiles(tiles, newline, grid):
     """One anyres picture after the bridge: (1 + n, P, C) -> (grid.tokens, C)      [LLaVA-NeXT]
 
     The overview first. Then the tiles, laid out as they lay in the picture, without what was
@@ -155,220 +171,22 @@ def splice(ids, words, features, labels=None, keep=None, left=False, lengths=Non
     return x, out, there
 
 
-# Every way in which the tensors of a LLaVA have been spelled, rewritten step by step to the first,
-# which `save_pretrained` writes. The prefixes and vision_model. come and go independently.
-#   2023-25  language_model.model.*   multi_modal_projector.linear_1   vision_tower.vision_model.*
-#   4.52-    model.language_model.*, lm_head, model.multi_modal_projector.*, model.vision_tower.*
-#   5.x      as the first, without vision_model.
-#   official model.layers.*, model.mm_projector.0, model.vision_tower.vision_tower.vision_model.*
-SPELLINGS = [(re.compile(old), new) for old, new in (
-    (r"^model\.(?=(language_model|multi_modal_projector|mm_projector|vision_tower)\.)", ""),
-    (r"^model\.(?=image_newline$)", ""),
-    (r"^(vision_tower\.)+(vision_model\.)?", "vision_tower.vision_model."),
-    (r"^(language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),
-    (r"^mm_projector\.2\.", "multi_modal_projector.linear_2."))]
-
-
-def canonical(name):
-    """A tensor's name in the first spelling."""
-    for old, new in SPELLINGS:
-        name = old.sub(new, name)
-    return name
-
-
-def spelled(weights):
-    """{our spelling of a tensor's name: the file's}. Raises data.BadModel if two are the same."""
-    table = {}
-    for name in weights:
-        ours = canonical(name)
-        if ours in table:
-            raise data.BadModel(f"tensors {table[ours]} and {name} are the same one in two "
-                                "spellings: take the checkpoint from one source")
-        table[ours] = name
-    return table
-
-
 def sources(folder, base):
     """(the tokenizer's folder, config.json's, the weights) of a model, or of an adapter's folder
     and its base. LLaVA's adapters hold the config.json of the whole model, PEFT's none."""
     if not is_adapter(folder):
         if base is not None:
-            raise data.Usage(f"--model-base {base}: {folder} is a whole model, no LoRA adapter; "
+            raise UsageError(f"--model-base {base}: {folder} is a whole model, no LoRA adapter; "
                              "leave the base out")
         return folder, folder, data.load_weights(folder)
     adapter = Adapter(folder, data.load_weights)
     if base is None and adapter.base is None:
-        raise data.Usage(f"{folder}: a LoRA adapter that does not name its base; give it as well "
+        raise UsageError(f"{folder}: a LoRA adapter that does not name its base; give it as well "
                          "(--model-base)")
-    base = data.resolve(base or adapter.base)
+    base = resolve(base or adapter.base)
     home = folder if (folder / "tokenizer.json").exists() else base
     whole = folder if (folder / "config.json").exists() else base
     return home, whole, Adapted(data.load_weights(base), adapter, canonical)
-
-
-def known_values(folder, c, **allowed):
-    """Raises data.BadModel where config.json holds a setting that this code does not know."""
-    for key, values in allowed.items():
-        if key in c and c[key] not in values:
-            raise data.BadModel(f"{folder}: config.json says {key} {c[key]!r}, which is not one of "
-                                f"{', '.join(map(str, values))}; take another model")
-
-
-def grids_of(folder, pinpoints, size):
-    """[[first, second]] in pixels -> ((tiles, tiles)), in that order. Raises data.BadModel."""
-    try:
-        if type(pinpoints) is str:                  # "[(336, 672), ...]", as old files have it
-            pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
-        grids = tuple((a // size, b // size) for a, b in pinpoints)
-        good = all(1 <= n <= 16 for pair in grids for n in pair) and 0 < len(grids) <= 64
-        if not good or [[a * size, b * size] for a, b in grids] != [list(p) for p in pinpoints]:
-            raise ValueError("not multiples of the tower's picture")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise data.BadModel(f"{folder}: config.json's image_grid_pinpoints {str(pinpoints)[:80]} "
-                            f"({error}); take the config.json of the weights") from None
-    return grids
-
-
-def settings(folder, c):
-    """Of a folder in transformers' layout: eye, tongue, bridge, aspect, grids, template or None."""
-    asks = c.get("model_type") in ("blip-2", "instructblip")
-    if not asks and c.get("model_type") not in ("llava", "llava_next"):
-        raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, not "
-                            "'llava', 'llava_next', 'blip-2' or 'instructblip'; give the model/ "
-                            "folder of a run")
-    text, aspects = c.get("text_config", {}), ("squash",) if asks else (
-        "square", "pad", "squash", "anyres")
-    known_values(folder, c, vision_feature_select_strategy=("default",),
-                 projector_hidden_act=("gelu", "linear"), tie_word_embeddings=(True, False),
-                 image_aspect_ratio=aspects)
-    if asks and "text_config" not in c:
-        raise data.BadModel(f"{folder}: a Q-Former without a language model, BLIP-2's first stage: "
-                            "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
-    if asks:
-        kind = text.get("model_type", "opt") if type(text) is dict else text
-        if kind not in ("llama", "mistral"):
-            raise data.BadModel(
-                f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
-                "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from FOLDER), "
-                "or Salesforce/instructblip-vicuna-7b, which has one")
-        eye, processor = ViTConfig.eye(c), Processor(folder, c["model_type"])
-        processor.expect(eye.image, "squash", "a Q-Former's are squashed")
-        processor.places(None, c.get("num_query_tokens", 32))
-        return (eye, LlamaConfig.from_hf(text), "qformer", "squash", data.OFFICIAL,
-                "instructblip" if c["model_type"] == "instructblip" else "blip2")
-    eye = ViTConfig.from_hf(c["vision_config"]) if "vision_config" in c else ViTConfig(image=336)
-    layers = -2, eye.depth - 1                      # the same one, counted from either end
-    known_values(folder, c, vision_feature_layer=(*layers, *([layer] for layer in layers)))
-    tongue = LlamaConfig.from_hf(text)
-    # quirk: a tie said in text_config alone counts in LLaVA, not in LLaVA-NeXT (transformers 5)
-    heard = tongue.tied and c["model_type"] == "llava"
-    tongue = replace(tongue, tied=c.get("tie_word_embeddings", False) or heard)
-    # quirk: the hub's LLaVA-1.5 processors crop, though the model was trained on padded pictures
-    processor = Processor(folder, c["model_type"])
-    aspect, grids = processor.aspect(eye.image), data.TRANSPOSED
-    if (aspect == "anyres") != (c["model_type"] == "llava_next"):
-        processor.refuse("image_processor_type", f"{processor.kind}ImageProcessor",
-                         f"config.json says model_type {c['model_type']}")
-    aspect = c.get("image_aspect_ratio", aspect)    # ours; transformers goes by the processor
-    processor.expect(eye.image, aspect, f"config.json says image_aspect_ratio {aspect}")
-    processor.places(eye.patch)
-    if aspect == "anyres" and c.get("image_grid_pinpoints"):        # (height, width) here
-        processor.pinpoints(c["image_grid_pinpoints"])
-        pairs = grids_of(folder, c["image_grid_pinpoints"], eye.image)
-        grids = tuple((across, down) for down, across in pairs)
-    return (eye, tongue, "linear" if c.get("projector_hidden_act") == "linear" else "mlp",
-            aspect, grids,
-            "mistral_instruct" if text.get("model_type") == "mistral" else None)
-
-
-def official_settings(folder, c):
-    """The same of an official folder: one flat config.json, which names the tower it began with."""
-    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
-    known_values(folder, c, model_type=tuple(kinds), mm_vision_select_layer=(-2,),
-                 mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
-                 mm_projector_type=("linear", "mlp2x_gelu"),
-                 image_aspect_ratio=("square", "pad", "anyres", None))
-    kind, aspect = kinds[c.get("model_type", "llava")], c.get("image_aspect_ratio") or "square"
-    if aspect == "anyres":
-        known_values(folder, {"mm_patch_merge_type": "flat", **c},
-                     mm_patch_merge_type=("spatial_unpad",))
-    tower = c.get("mm_vision_tower")
-    if type(tower) is not str:
-        raise data.BadModel(f"{folder}: config.json's mm_vision_tower {tower!r} must name a CLIP; "
-                            "take the config.json of the weights")
-    large = re.fullmatch(r"openai/clip-vit-large-patch14(-336)?", tower)
-    if large:                                       # no need to fetch what everybody knows
-        eye = ViTConfig(image=336 if large[1] else 224)
-    else:
-        tower = data.resolve(tower)
-        config = data.read_config(tower)
-        eye = ViTConfig.from_hf(config.get("vision_config", config))
-        Processor(tower, "clip").aspect(eye.image)
-    pinpoints = c.get("image_grid_pinpoints")       # (width, height) here
-    return (eye, LlamaConfig.from_hf({**c, "model_type": kind}),
-            "mlp" if c.get("mm_projector_type") == "mlp2x_gelu" else "linear", aspect,
-            grids_of(folder, pinpoints, eye.image) if pinpoints and aspect == "anyres"
-            else data.OFFICIAL, "mistral_instruct" if kind == "mistral" else None)
-
-
-def identity(weights, known, C):
-    """{tensor: reason} of a second linear layer that does nothing. Raises data.BadModel else."""
-    names = [known.get(f"multi_modal_projector.linear_2.{k}") for k in ("weight", "bias")]
-    if None in names or weights.shape(names[0]) != (C, C) or not (
-            torch.equal(weights[names[0]].float(), torch.eye(C))
-            and not weights[names[1]].any()):
-        raise data.BadModel(f"tensor {names[0]}: projector_hidden_act is linear, so this must be "
-                            "the identity; take another model")
-    return {re.escape(name): "the identity, see save_pretrained" for name in names}
-
-
-def norm_eps(folder, c, eps):
-    """ln_vision's: PyTorch's default in LAVIS, the tower's in transformers (quirk), whose files
-    cannot say anything else; ours do, in a key that transformers passes over."""
-    eps = c.get("ln_vision_eps", eps)
-    if type(eps) not in (int, float) or not eps > 0:
-        raise data.BadModel(f"{folder}: config.json says ln_vision_eps {eps!r}, which is not a "
-                            "positive number; take the config.json of the weights")
-    return eps
-
-
-def queries_of(source, vision, dtype):
-    """(eye, norm, Q-Former) for a bridge, without words unless it is an InstructBLIP's.
-
-    source: a Retriever, a QFormer, or the folder or hub id of a BLIP-2 (of either kind, with any
-    language model: that is left where it is) or InstructBLIP. vision: folder of another eye."""
-    if isinstance(source, Retriever):
-        eye = ViT.from_pretrained(vision, dtype) if vision else source.vision
-        return eye.docked(), source.ln_vision, source.qformer.without_words()
-    if isinstance(source, QFormer):
-        eye = ViT.from_pretrained(vision, dtype).docked()
-        return eye, LayerNorm(eye.config.width, eye.config.eps), source.without_words()
-    folder = data.resolve(source)
-    eye, weights = ViT.from_pretrained(vision or folder, dtype).docked(), data.load_weights(folder)
-    c = data.read_config(folder)
-    reads = c.get("model_type") == "instructblip"
-    asks = QFormer.from_pretrained(folder, dtype, words=reads)
-    lavis = "ln_vision.weight" in weights
-    eps = norm_eps(folder, c, 1e-5 if lavis else ViTConfig.eye(c).eps)
-    norm = LayerNorm(asks.config.vision, eps)
-    name = "ln_vision." if lavis else "vision_model.post_layernorm."
-    table = {kind: name + kind for kind in ("weight", "bias")}
-    return eye, data.fill(norm.to(asks.query_tokens.dtype), table, weights,
-                          {".*": "not of the norm"}), asks
-
-
-def goes_on(source, template, weight):
-    """Is source a folder with a projection of this shape to a LLaMA asked by this template?"""
-    if isinstance(source, nn.Module):
-        return False
-    folder = data.resolve(source)
-    c, weights = data.read_config(folder), data.load_weights(folder)
-    text, name = c.get("text_config"), "language_projection.weight"
-    return (type(text) is dict and text.get("model_type") in ("llama", "mistral")
-            and name in weights and weights.shape(name) == tuple(weight.shape)
-            and c.get("template", c["model_type"].replace("-", "")) == template)
 
 
 def asked_in(folder, words, bridge, official, default):
@@ -406,16 +224,16 @@ class VLM(nn.Module):
     always_look = False
 
     def __init__(self, vision, bridge, llm, words, template="v1", aspect="pad",
-                 grids=data.OFFICIAL, reader=None):
+                 grids=ANYRES_GRIDS, reader=None):
         super().__init__()
         self.vision, self.llm, self.words, self.reader = vision, llm, words, reader
         self.kind = bridge if type(bridge) is str else "qformer"
         self.template, self.aspect, self.grids = template, aspect, grids
         self.ends = frozenset()             # ids that end an answer, beside the template's own
         self.bridge = (bridge if self.kind == "qformer" else
-                       BRIDGES[bridge](vision.config.width, llm.config.width))
+                       PROJECTORS[bridge](vision.config.width, llm.config.width))
         if self.kind == "qformer" and aspect != "squash":
-            raise data.Usage(f"aspect {aspect!r}: a Q-Former is shown pictures squashed, and its "
+            raise UsageError(f"aspect {aspect!r}: a Q-Former is shown pictures squashed, and its "
                              "files cannot say anything else; choose squash")
         if aspect == "anyres":
             C = llm.config.width
@@ -423,11 +241,11 @@ class VLM(nn.Module):
 
     @property
     def image_size(self):
-        return self.vision.config.image
+        return self.vision.config.image_size
 
     @property
     def patches(self):
-        return (self.vision.config.image // self.vision.config.patch) ** 2
+        return (self.vision.config.image_size // self.vision.config.patch_size) ** 2
 
     def pixels(self, image):
         """PIL image -> pixels (n, 3, S, S), as this model was trained to be shown pictures."""
@@ -435,13 +253,13 @@ class VLM(nn.Module):
 
     def grid(self, size):
         """data.Grid of a picture of `size` (width, height)."""
-        side = self.vision.config.image // self.vision.config.patch
+        side = self.vision.config.image_size // self.vision.config.patch_size
         return data.anyres_grid(*size, self.image_size, side, self.grids)
 
     def places(self, size=None):
         """Vectors that a picture of `size` (width, height) becomes."""
         if self.kind == "qformer":
-            return self.bridge.qformer.config.queries
+            return self.bridge.qformer.config.num_queries
         return self.grid(size).tokens if self.aspect == "anyres" else self.patches
 
     def asked(self, ids, labels=None, keep=None):
@@ -478,7 +296,7 @@ class VLM(nn.Module):
         if sum(counts) != len(pixels):
             raise data.BadData(f"{len(pixels)} tiles given, but pictures of sizes {sizes} have "
                                f"{sum(counts)}; give sizes=[(width, height)] of every picture")
-        return [merge(tiles, self.newline, grid)
+        return [merge_tiles(tiles, self.newline, grid)
                 for tiles, grid in zip(features.split(counts), grids)]
 
     def embed(self, ids, pixels=None, labels=None, keep=None, left=False, sizes=None,
@@ -546,69 +364,6 @@ class VLM(nn.Module):
         return [self.bridge.qformer.config.width] * 2
 
     @classmethod
-    def from_parts(cls, vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtype=None,
-                   qformer=None):
-        """A new model from a CLIP folder and a LLaMA folder; the bridge is drawn from the seed.
-
-        bridge "qformer" takes `queries_of(qformer, vision)`, and draws the projection only: that of
-        a model before a LLaMA of this width goes on if it is asked by the same template.
-        (MiniGPT-4, too, takes BLIP-2's Q-Former and a projection of its own.)"""
-        tongue = Llama.from_pretrained(llm, dtype)
-        words, reader = data.Tokenizer(data.resolve(llm)), None
-        rows = -(-(len(words) + 2) // 64) * 64      # room for <image> and <pad>, as the hub has it
-        if rows > tongue.config.vocab:
-            tongue.grow(rows)
-        if bridge == "qformer":
-            eye, norm, asks = queries_of(qformer, vision, dtype)
-            if asks.config.vision != eye.config.width:
-                raise data.BadModel(f"the Q-Former reads features of width {asks.config.vision}, "
-                                    f"the eye's have {eye.config.width}; take both from one model")
-            if asks.config.vocab:
-                reader = Words(data.resolve(qformer) / "qformer_tokenizer")
-        else:
-            eye = ViT.from_pretrained(vision, dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if bridge == "qformer":
-                bridge = Queries(norm, asks, tongue.config.width)
-            model = cls(eye, bridge, tongue, words, template, aspect, reader=reader)
-            # The bridge should speak as loudly as words do, and in the channels that words use.
-            # Torch's default start is louder than Vicuna's words (0.02) and stays, as in the
-            # official runs. The toy's words are at 1, in a quarter of the channels: there the
-            # bridge starts with random mixtures of words.
-            with torch.no_grad():
-                parts = model.bridge._modules               # a Q-Former ends in a norm: heard at 1
-                last = parts.get("proj", parts.get("second", parts.get("first")))
-                speak = last if model.kind == "qformer" else model.bridge
-                heard = torch.randn(1000, last.in_features if speak is last else eye.config.width)
-                table = tongue.embed.weight.float()
-                if table.std() > speak(heard).std():
-                    last.weight.copy_(table.T @ torch.randn(len(table), last.in_features))
-                    last.bias.zero_()
-                    last.weight.mul_(table.std() / speak(heard).std())
-        if model.kind == "qformer" and goes_on(qformer, template, last.weight):
-            model.load_bridge(qformer)
-        model.bridge.to(tongue.embed.weight.dtype)
-        return model
-
-    def load_bridge(self, path):
-        """Take over a projector alone: a folder or a .safetensors file with mm_projector.* or
-        multi_modal_projector.*; before a Q-Former language_projection.*, or llama_proj.* of
-        MiniGPT-4 (other tensors in it are passed over). Raises data.BadModel."""
-        weights = data.load_weights(path)
-        if self.kind == "qformer":
-            name = next((n for n in ("llama_proj", "llm_proj", "opt_proj", "t5_proj")
-                         if f"{n}.weight" in weights), "language_projection")
-            data.fill(self.bridge.proj, {k: f"{name}.{k}" for k in ("weight", "bias")}, weights,
-                      {rf"(?!{name}\.).*": "not of the projection"})
-            return
-        known = spelled(weights)
-        table = {k.removeprefix("bridge."): known.get(v, v) for k, v in self.names().items()
-                 if k.startswith("bridge.")}
-        rest = r"(?!.*projector).*"
-        data.fill(self.bridge, table, weights, {rest: "not of the bridge"})
-
-    @classmethod
     def from_pretrained(cls, folder, dtype=None, base=None):
         """From a folder or hub id, in `dtype` or, if None, the file's own: transformers' LLaVA and
         LLaVA-NeXT in any spelling, the official safetensors (liuhaotian/llava-v1.6-*), InstructBLIP
@@ -618,13 +373,14 @@ class VLM(nn.Module):
         model in transformers' layout is shown it as transformers does, and an official one as the
         official code does: each answers as it does at home. A LoRA adapter is added to its base,
         which it names itself if `base` is None. Raises data.BadModel, data.Offline, data.Usage."""
-        folder = data.resolve(folder)
+        folder = resolve(folder)
         home, folder, weights = sources(folder, base)
-        c, reader = data.read_config(folder), None
+        c, reader = read_config(folder), None
         official = "mm_projector_type" in c or "mm_vision_tower" in c
-        made = (official_settings if official else settings)(folder, c)
+        made = (read_official_config if official else read_vlm_config)(folder, c)
         eye, tongue, bridge, aspect, grids, default = made
-        words, known = data.Tokenizer(home), spelled(weights)
+        eye, tongue = ViTConfig(**eye), LlamaConfig(**tongue)
+        words, known = data.Tokenizer(home), canonical_names(weights)
         embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
         tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
         template = (c["template"] if "template" in c else
@@ -633,7 +389,7 @@ class VLM(nn.Module):
             raise data.BadModel(f"{folder}: config.json says template {template!r}, which is not "
                                 f"one of {', '.join(data.TEMPLATES)}; take another model")
         if c.get("model_type") == "instructblip":
-            reader, rows = Words(folder / "qformer_tokenizer"), config_of(c).vocab
+            reader, rows = BertTokenizer(folder / "qformer_tokenizer"), configs.qformer(c)["vocab"]
             if len(reader) > rows + 1:              # a [DEC] more does no harm: nobody writes it
                 raise data.BadModel(f"{folder}: qformer_tokenizer has {len(reader)} tokens, the "
                                     f"Q-Former {rows} rows; take both from one place")
@@ -642,23 +398,23 @@ class VLM(nn.Module):
             ends -= data.end_ids(template, words)       # a captioner's, not of what it learns next
         with torch.device("meta"):
             if bridge == "qformer":
-                norm = LayerNorm(eye.width, norm_eps(folder, c, eye.eps))
-                bridge = Queries(norm, QFormer(config_of(c)), tongue.width)
+                norm = LayerNorm(eye.width, ln_vision_eps(folder, c, eye.eps))
+                bridge = QFormerProjector(norm, QFormer(QFormerConfig(**configs.qformer(c))), tongue.width)
             model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids, reader)
         model.ends = frozenset(ends)
         words.fit(tongue.vocab, template)
         ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
         ignore |= Llama.ignored(tongue)
-        if tongue.tied and head in known:
+        if tongue.tie_embeddings and head in known:
             ignore[re.escape(known[head])] = "tied: the embedding once more, see settle_tie"
             known.setdefault(embed, known[head])        # the one name a tied file has it under
         if bridge == "linear" and "multi_modal_projector.linear_2.weight" in known:
-            ignore |= identity(weights, known, tongue.width)
+            ignore |= check_identity_layer(weights, known, tongue.width)
         if official and apart:
             model.vision = None             # frozen in training and not in the file: as it was
         table = {ours: tuple(known.get(t, t) for t in theirs)
-                 for ours, theirs in data.expand(model, model.names()).items()}
-        data.fill(model, table, weights, ignore, dtype)
+                 for ours, theirs in expand_names(model, model.names()).items()}
+        load_into(model, table, weights, ignore, dtype)
         if official and apart:
             model.vision = ViT.from_pretrained(c["mm_vision_tower"], dtype or weights.dtype)
         return model.eval()
@@ -669,31 +425,31 @@ class VLM(nn.Module):
         if self.kind == "qformer":
             asks, eye, norm = self.bridge.qformer.config, self.vision.config, self.bridge.norm
             kind, name = ("instructblip", "InstructBlip") if asks.vocab else ("blip-2", "Blip2")
-            eye = eye.to_hf() | ({"model_type": "instructblip_vision_model"}
+            eye = configs.vit_to_hf(eye) | ({"model_type": "instructblip_vision_model"}
                                  if asks.vocab and eye.eva else {})
             return {
                 "model_type": kind,
                 "architectures": [f"{name}ForConditionalGeneration"] * self.vision.config.eva,
-                "dtype": data.dtype_name(self.llm.head.weight.dtype),
-                "num_query_tokens": asks.queries, "image_token_index": self.image_token,
+                "dtype": dtype_name(self.llm.head.weight.dtype),
+                "num_query_tokens": asks.num_queries, "image_token_index": self.image_token,
                 "use_decoder_only_language_model": True,
-                "tie_word_embeddings": self.llm.config.tied, "vision_config": eye,
-                "qformer_config": asks.to_hf(bool(asks.vocab)),
+                "tie_word_embeddings": self.llm.config.tie_embeddings, "vision_config": eye,
+                "qformer_config": configs.qformer_to_hf(asks, bool(asks.vocab)),
                 **({"ln_vision_eps": norm.eps} if norm.eps != self.vision.config.eps else {}),
-                "text_config": self.llm.config.to_hf(), "template": self.template,
+                "text_config": configs.llama_to_hf(self.llm.config), "template": self.template,
                 "image_aspect_ratio": self.aspect}
         own = isinstance(self.template, ChatTemplate)       # then its file says it
         return {
             "model_type": "llava_next" if tiles else "llava",
             "architectures": [f"Llava{'Next' * tiles}ForConditionalGeneration"],
-            "dtype": data.dtype_name(self.llm.head.weight.dtype),
+            "dtype": dtype_name(self.llm.head.weight.dtype),
             **({"image_grid_pinpoints": self.pinpoints} if tiles else {}),
             "image_token_index": self.image_token, "image_seq_length": self.patches,
             "projector_hidden_act": "gelu" if self.kind == "mlp" else "linear",
             "multimodal_projector_bias": True, "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": self.llm.config.tied,
-            "text_config": self.llm.config.to_hf(), "vision_config": self.vision.config.to_hf(),
+            "tie_word_embeddings": self.llm.config.tie_embeddings,
+            "text_config": configs.llama_to_hf(self.llm.config), "vision_config": configs.vit_to_hf(self.vision.config),
             **({} if own else {"template": self.template}), "image_aspect_ratio": self.aspect}
 
     @property
@@ -723,13 +479,13 @@ class VLM(nn.Module):
         last = max(self.image_token, self.pad_token)
         if last >= self.llm.config.vocab:
             self.llm.grow(last + 1)                 # transformers looks them up, then replaces them
-        tensors = data.export(self, self.names())
+        tensors = export(self, self.names())
         if self.kind == "linear":
             first = self.bridge.first
             tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(first.bias)).to(
                 first.weight)
             tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(first.bias)
-        data.save_weights(folder, tensors)
+        save_weights(folder, tensors)
         S = {"height": self.image_size, "width": self.image_size}
         picture = {"do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
                    "rescale_factor": 1 / 255, "image_mean": list(data.MEAN),
@@ -745,7 +501,7 @@ class VLM(nn.Module):
                         "do_pad": self.aspect in ("pad", "anyres"),
                         "image_processor_type": f"{kind}ImageProcessor",
                         **({"image_grid_pinpoints": self.pinpoints} if kind != "Llava" else {})}
-            shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch,
+            shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch_size,
                       "vision_feature_select_strategy": "default", "image_token": "<image>",
                       "num_additional_image_tokens": 1}
             self.save_chat_template(folder)
@@ -759,7 +515,7 @@ class VLM(nn.Module):
                                             "pad_token_id": self.pad_token}}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        data.save_tokenizer(self.words, folder, ("<image>", "<pad>"),
+        save_tokenizer(self.words, folder, ("<image>", "<pad>"),
                             not isinstance(self.template, ChatTemplate))
 
     def stop_ids(self):
@@ -775,8 +531,8 @@ class VLM(nn.Module):
         texts = {"chat_template.jinja": None, "chat_template.json": None}
         if isinstance(self.template, ChatTemplate):
             texts["chat_template.jinja"] = self.template.source
-        elif told := data.chat_template(self.template):
-            texts["chat_template.jinja"] = data.chat_template(self.template, self.words)
+        elif told := chat_template(ours := data.TEMPLATES[self.template]):
+            texts["chat_template.jinja"] = chat_template(ours, self.words)
             texts["chat_template.json"] = json.dumps({"chat_template": told}, indent=2) + "\n"
         for name, text in texts.items():
             (folder / name).unlink(missing_ok=True)
@@ -785,7 +541,7 @@ class VLM(nn.Module):
 
 
 if __name__ == "__main__":
-    toy = Path(__file__).parent / "weights/toy"
+    toy = Path(__file__).parent / "toy/weights"
     vlm = VLM.from_parts(toy / "clip", toy / "llama")
     row, target = data.encode([{"from": "human", "value": "<image>\nWhat colour is the star?"},
                                {"from": "gpt", "value": "The star is red."}], "v1", vlm.words)

@@ -41,11 +41,9 @@ import argparse
 import json
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,13 +51,24 @@ from safetensors.torch import save_file
 from torch import nn
 
 import data
-from clip import LayerNorm, ViT, block_names, prefixed
+from clip import block_names, LayerNorm, prefixed, ViT
 from clip import Config as ViTConfig
-from formats.checkpoints import POSITIONS, tied_decoder
+from formats import configs
+from formats.bert import BertTokenizer
+from formats.checkpoints import (
+    dtype_name,
+    export,
+    load_into,
+    POSITIONS,
+    resolve,
+    save_weights,
+    tied_decoder,
+)
+from formats.errors import exit_status, UsageError
 from formats.processors import Processor
+from formats.strict_json import read_config
 from kernels import attention, full, gelu, linear_cross_entropy
 from kernels.attention import visible
-
 
 # ------------------------------------------------------------------------------------ masks
 
@@ -107,58 +116,11 @@ class Config:
     heads: int = 12
     mlp: int = 3072
     eps: float = 1e-12
-    queries: int = 32
-    vision: int = 1408              # width of the features
+    num_queries: int = 32
+    vision_width: int = 1408              # width of the features
     vocab: int = 30523              # BERT's 30,522 and [DEC]; 0: no words, only queries
     context: int = 512              # positions of words
-    every: int = 2                  # cross-attention in blocks 0, every, 2 every ...
-
-    @classmethod
-    def from_hf(cls, c, queries=32, vision=1408):
-        """From `qformer_config` of a config.json; queries and vision stand outside of it."""
-        if type(c) is not dict:
-            raise data.BadModel("config.json: qformer_config must be an object; take the "
-                                "config.json of the weights")
-        if c.get("hidden_act", "gelu") != "gelu":
-            raise data.BadModel(f"config.json: the Q-Former's hidden_act {c['hidden_act']!r} is "
-                                "not BERT's gelu; give a BLIP-2 or InstructBLIP")
-        d = cls()
-        # InstructBLIP's always reads words; BLIP-2's only where the config says so
-        reads = c.get("use_qformer_text_input", "instruct" in str(c.get("model_type")))
-        made = cls(c.get("hidden_size", d.width), c.get("num_hidden_layers", d.depth),
-                   c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
-                   c.get("layer_norm_eps", d.eps), queries, vision,
-                   c.get("vocab_size", 30522) if reads else 0,
-                   c.get("max_position_embeddings", d.context),
-                   c.get("cross_attention_frequency", d.every))
-        made.check()
-        return made
-
-    def check(self):
-        """BadModel before any memory is taken, if the numbers cannot be a Q-Former's."""
-        for name, low, high in (("width", 1, 2 ** 15), ("depth", 1, 2 ** 9), ("heads", 1, 2 ** 9),
-                                ("mlp", 1, 2 ** 17), ("queries", 1, 2 ** 12),
-                                ("vision", 1, 2 ** 15), ("vocab", 0, 2 ** 20),
-                                ("context", 1, 2 ** 20), ("every", 1, 2 ** 9)):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise data.BadModel(f"config.json: the Q-Former's {name} = {value!r} is not a whole"
-                                    f" number from {low} to {high}; take the config.json of the "
-                                    "weights")
-        if type(self.eps) not in (int, float) or not self.eps > 0 or self.width % self.heads:
-            raise data.BadModel(f"config.json: the Q-Former's layer_norm_eps {self.eps!r} must be "
-                                f"positive and its width {self.width} divide by its {self.heads} "
-                                "heads; take the config.json of the weights")
-
-    def to_hf(self, instruct=False):
-        """`qformer_config` of a BLIP-2, or of an InstructBLIP."""
-        return {"model_type": "instructblip_qformer" if instruct else "blip_2_qformer",
-                "hidden_size": self.width, "num_hidden_layers": self.depth,
-                "num_attention_heads": self.heads, "intermediate_size": self.mlp,
-                "layer_norm_eps": self.eps, "hidden_act": "gelu", "vocab_size": self.vocab or 30523,
-                "max_position_embeddings": self.context, "pad_token_id": 0,
-                "cross_attention_frequency": self.every, "encoder_hidden_size": self.vision,
-                **({} if instruct else {"use_qformer_text_input": bool(self.vocab)})}
+    cross_attention_freq: int = 2                  # cross-attention in blocks 0, every, 2 every ...
 
 
 class Attention(nn.Module):
@@ -186,7 +148,7 @@ class Attention(nn.Module):
         return self.norm(x + self.out(y.reshape(B, T, C))), (k, v)
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """norm(x + MLP(x))."""
 
     def __init__(self, c):
@@ -203,9 +165,9 @@ class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.attention = Attention(c, c.width)
-        self.cross = Attention(c, c.vision) if layer % c.every == 0 else None
-        self.mlp = MLP(c)                                       # of the queries
-        self.words_mlp = MLP(c) if c.vocab else None
+        self.cross = Attention(c, c.vision_width) if layer % c.cross_attention_freq == 0 else None
+        self.mlp = FeedForward(c)                                       # of the queries
+        self.words_mlp = FeedForward(c) if c.vocab else None
 
     def forward(self, x, n, features, allow, keep, past):
         """x (B, n+T, C), its first n the queries; n = 0 with `past`, the queries' k and v.
@@ -265,7 +227,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.config = c = config
         # the 1 in front is the files'
-        self.query_tokens = nn.Parameter(torch.randn(1, c.queries, c.width) * .02)
+        self.query_tokens = nn.Parameter(torch.randn(1, c.num_queries, c.width) * .02)
         if c.vocab:
             self.word = nn.Embedding(c.vocab, c.width)
             self.position = nn.Embedding(c.context, c.width)
@@ -288,7 +250,7 @@ class QFormer(nn.Module):
             raise ValueError("QFormer: give features, ids or both; with past, ids alone")
         keep, rows, n = None, [], 0
         if features is not None:
-            n = self.config.queries
+            n = self.config.num_queries
             features = features.to(self.query_tokens.dtype)     # the eye may be in half precision
             rows.append(self.query_tokens.expand(len(features), -1, -1))
         if ids is not None:
@@ -329,143 +291,21 @@ class QFormer(nn.Module):
         `dtype` or the file's own. words=False leaves the words' part of it where it is.
 
         Raises data.BadModel, data.Offline."""
-        folder = data.resolve(folder)
-        config, weights = config_of(data.read_config(folder)), data.load_weights(folder)
+        folder = resolve(folder)
+        config, weights = Config(**configs.qformer(read_config(folder))), data.load_weights(folder)
         ignore = dict(cls.IGNORE)
         if not words:
             config, ignore = replace(config, vocab=0), ignore | cls.IGNORE_WORDS
         with torch.device("meta"):
             model = cls(config)
-        return data.fill(model, cls.spelling(weights), weights, ignore, dtype).eval()
-
-
-def config_of(c):
-    """The Q-Former's Config out of the config.json of a whole BLIP-2 or InstructBLIP."""
-    if c.get("model_type") not in ("blip-2", "instructblip"):
-        raise data.BadModel(f"config.json: model_type {c.get('model_type')!r} has no Q-Former; "
-                            "give a BLIP-2 or InstructBLIP")
-    vision = c.get("vision_config", {})
-    return Config.from_hf(c.get("qformer_config", {}), c.get("num_query_tokens", 32),
-                          vision.get("hidden_size", 1408) if type(vision) is dict else vision)
-
-
-# ------------------------------------------------------------------------------------- words
-
-SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
-
-
-def word_piece(tokens):
-    """BERT's tokenizer over a list of tokens: lower case, no accents, words cut into pieces."""
-    lib = tokenizers.Tokenizer(tokenizers.models.WordPiece(
-        {token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    lib.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    lib.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    lib.decoder = tokenizers.decoders.WordPiece()
-    lib.add_special_tokens(list(SPECIAL))
-    lib.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1",
-        [(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")])
-    return lib
-
-
-class Words:
-    """BERT's words: texts to ids and back. .pad .cls .sep .dec: ids, len(): rows they need.
-
-    [DEC], which begins a caption that is to be written, is BLIP's: where a folder lacks it (BERT's
-    own) it gets the next free id, 30522."""
-
-    def __init__(self, folder):
-        """From tokenizer.json or vocab.txt of a folder. Raises data.BadModel."""
-        folder = Path(folder)
-        if (folder / "tokenizer.json").exists() or not (folder / "vocab.txt").exists():
-            data.Tokenizer(folder)                              # refuses what is damaged
-            lib = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            lib.no_truncation()
-            lib.no_padding()
-        else:
-            try:
-                tokens = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-            except ValueError as error:
-                raise data.BadModel(f"{folder}/vocab.txt: {error}: replace the file") from None
-            if len(set(tokens)) != len(tokens) or set(SPECIAL) - set(tokens):
-                raise data.BadModel(f"{folder}/vocab.txt: a token twice, or one of "
-                                    f"{' '.join(SPECIAL)} missing: replace the file")
-            lib = word_piece(tokens)
-        self._take(lib, folder)
-
-    def _take(self, lib, where):
-        ids = [lib.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
-        if None in ids:
-            raise data.BadModel(f"{where}: its tokenizer has no [PAD], [CLS] or [SEP]; give BERT's")
-        base = lib.get_vocab_size(with_added_tokens=False)
-        if lib.get_vocab_size() == base:
-            lib.add_special_tokens(["[DEC]"])
-        # whatever else was added since, <image> for one, the row behind BERT's is that of [DEC]
-        self.dec = lib.token_to_id("[DEC]") or base
-        self.pad, self.cls, self.sep = ids
-        self.size = max(base, self.dec + 1)
-        lib.encode_special_tokens = True            # a caption that says "[SEP]" says just that
-        self.lib = lib
-
-    @classmethod
-    def build(cls, texts, size=30000):
-        """A vocabulary made on the spot: the characters, so that no word is unknown, and the most
-        frequent words of `texts`."""
-        splits = word_piece(list(SPECIAL))
-        tally = Counter(word for text in texts for word, _ in splits.pre_tokenizer.pre_tokenize_str(
-            splits.normalizer.normalize_str(text)))
-        letters = sorted({c for word in tally for c in word})
-        often = sorted(tally, key=lambda word: (-tally[word], word))
-        tokens = dict.fromkeys((*SPECIAL, *letters, *("##" + c for c in letters), *often))
-        words = cls.__new__(cls)
-        words._take(word_piece(list(tokens)[:size - 1]), "Words.build")
-        return words
-
-    def __len__(self):
-        return self.size
-
-    def encode(self, texts, length=32, left=False):
-        """Texts to ids (B, T) and mask (B, T) bool, False at padding: [CLS] words [SEP], of which
-        `length` tokens are kept, the last words if left. Official lengths: 32 in training, 35 in
-        retrieval, 128, left, for InstructBLIP, which may be asked without words: [CLS] [SEP], as
-        in transformers. Elsewhere a text without words raises data.BadData."""
-        rows = []
-        for i, text in enumerate([texts] if type(texts) is str else texts):
-            try:
-                row = self.lib.encode(text, add_special_tokens=False).ids
-            except TypeError:
-                raise data.BadData(f"text {i}: {text!r:.60} is not Unicode text: save it as valid "
-                                   "UTF-8") from None
-            if not row and not left:
-                raise data.BadData(f"text {i}: {text!r:.60} holds no word: a picture cannot be "
-                                   "compared with nothing; leave it out")
-            row = row[2 - length:] if left else row[:length - 2]
-            rows.append(torch.tensor([self.cls, *row, self.sep]))
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        size = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(ids.shape[1]) < size[:, None]
-
-    def decode(self, ids):
-        return self.lib.decode([int(i) for i in ids])
-
-    def save(self, folder):
-        """tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lib.save(str(folder / "tokenizer.json"))
-        names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep",
-                                                                   "mask")}
-        (folder / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "BertTokenizer", **names, "bos_token": "[DEC]",
-            "do_lower_case": True, "padding_side": "right", "model_max_length": 512},
-            indent=2) + "\n")
+        return load_into(model, cls.spelling(weights), weights, ignore, dtype).eval()
 
 
 # ------------------------------------------------------------------------------- three losses
 # All are of one rank's B pairs. The N = B · ranks pairs of all stand in the order of the ranks;
 # `same` (B, N) says which picture goes with which text: mine are rows, everyone's are columns.
 
-def gather(x):
+def all_gather(x):
     """x (B, ...) of every rank -> (N, ...), without gradient, this rank's own part too; x without
     gradient where there are no ranks. B must be the same everywhere."""
     x = x.detach()
@@ -476,7 +316,7 @@ def gather(x):
     return torch.cat(parts)
 
 
-def best_query(image, text):
+def max_query_similarity(image, text):
     """(B, Q, E) and (N, E) unit vectors -> (B, N) cosines, each of the query that fits best."""
     return torch.einsum("bqe,ne->bqn", image, text).amax(1)
 
@@ -484,7 +324,7 @@ def best_query(image, text):
 def similarities(image, text, images, texts, temp):
     """Mine (B, Q, E) and (B, E), everyone's (N, Q, E) and (N, E) -> (B, N) twice: my pictures to
     all texts, my texts to all pictures; divided by the temperature, after the best is taken."""
-    return best_query(image, texts) / temp, best_query(images, text).T / temp
+    return max_query_similarity(image, texts) / temp, max_query_similarity(images, text).T / temp
 
 
 def itc_loss(to_text, to_image, same, smoothing=.1):
@@ -537,7 +377,7 @@ def itg_loss(x, weight, bias, ids, mask, smoothing=.1):
 
 # ------------------------------------------------------------------------------ BLIP-2, stage 1
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """BERT's word head, without its last product, which is by the word embeddings."""
 
     def __init__(self, c):
@@ -553,7 +393,7 @@ class Head(nn.Module):
 HEAD_NAMES = {**layers(dense="transform.dense", norm="transform.LayerNorm"), "bias": "bias"}
 
 
-class Retriever(nn.Module):
+class Blip2Stage1(nn.Module):
     """An eye, a Q-Former, and what its three losses need: BLIP-2 after its first stage.
 
     The eye is frozen, the norm behind it is not. words: set by from_pretrained and from_parts."""
@@ -574,8 +414,8 @@ class Retriever(nn.Module):
     def __init__(self, eye, config, shared=256, eps=None):
         """eye, config: settings of ViT and QFormer; shared: E; eps: ln_vision's."""
         super().__init__()
-        if config.vision != eye.width or not config.vocab:
-            raise data.BadModel(f"a Q-Former for features {config.vision} wide with {config.vocab} "
+        if config.vision_width != eye.width or not config.vocab:
+            raise data.BadModel(f"a Q-Former for features {config.vision_width} wide with {config.vocab} "
                                 f"words, an eye {eye.width} wide: config.json must give both one "
                                 "width, and a vocabulary")
         self.vision = ViT(eye).requires_grad_(False)
@@ -585,13 +425,13 @@ class Retriever(nn.Module):
         self.to_shared = nn.Linear(config.width, shared)
         self.text_to_shared = nn.Linear(config.width, shared)
         self.match = nn.Linear(config.width, 2)
-        self.head = Head(config)
+        self.head = LMHead(config)
         self.temp = nn.Parameter(torch.tensor(.07))     # divides, and is never clamped
         self.words = None
 
     @property
     def image_size(self):
-        return self.vision.config.image
+        return self.vision.config.image_size
 
     def see(self, pixels):
         """pixels (B, 3, S, S) -> what the frozen eye says (B, P, Cv), ln_vision not yet applied."""
@@ -611,12 +451,12 @@ class Retriever(nn.Module):
     def matched(self, features, ids, mask):
         """(B, 2), index 1 is yes: the mean of the queries' logits, not of their probabilities."""
         x = self.qformer(features, ids, itm, mask)
-        return self.match(x[:, :self.qformer.config.queries]).mean(1)
+        return self.match(x[:, :self.qformer.config.num_queries]).mean(1)
 
     def similarity(self, pixels, ids, mask):
         """Pictures (B, 3, S, S) and texts (N, T) -> (B, N) cosines, without temperature."""
         image = self.encode_image(self.ln_vision(self.see(pixels)))
-        return best_query(image, self.encode_text(ids, mask))
+        return max_query_similarity(image, self.encode_text(ids, mask))
 
     def match_logit(self, pixels, ids, mask):
         """B pictures, each with its text -> (B, 2) logits of "no" and "yes"."""
@@ -644,27 +484,27 @@ class Retriever(nn.Module):
         image = self.encode_image(features, store)
         if {"itc", "itm"} & set(only):
             text = self.encode_text(ids, mask)
-            longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
+            longest = int(all_gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
             wide = (0, longest - ids.shape[1])
-            ids_n = gather(F.pad(ids, wide, value=self.words.pad))
-            mask_n = gather(F.pad(mask, wide))
+            ids_n = all_gather(F.pad(ids, wide, value=self.words.pad))
+            mask_n = all_gather(F.pad(mask, wide))
             first = dist.get_rank() * len(ids) if len(ids_n) > len(ids) else 0
             mine = slice(first, first + len(ids))
             same = (ids_n[mine, None] == ids_n).all(-1)                                # (B, N)
             if owner is not None:
-                same = same | (owner[:, None] == gather(owner))
-            both = similarities(image, text, gather(image), gather(text), self.temp)
+                same = same | (owner[:, None] == all_gather(owner))
+            both = similarities(image, text, all_gather(image), all_gather(text), self.temp)
         if "itc" in only:
             made["itc"] = itc_loss(*both, same)
         if "itm" in only:
-            if bool(gather(same.all().view(1)).all()):          # refused by all ranks, or by none
+            if bool(all_gather(same.all().view(1)).all()):          # refused by all ranks, or by none
                 raise data.BadData(f"a batch of {len(ids_n)} pairs with the same words or picture "
                                    "has no negatives: shuffle the data, or take a larger batch")
             drawn = hard_negatives(*both, same, seed, first)
             wrong_image, wrong_text = drawn.clamp(min=0)
             # gathered before ln_vision, which is run again here: so it learns from the negatives,
             # wherever they come from, and no gradient has to travel between ranks
-            features = torch.cat((features, self.ln_vision(gather(x)[wrong_image]), features))
+            features = torch.cat((features, self.ln_vision(all_gather(x)[wrong_image]), features))
             ids3 = torch.cat((ids_n[mine], ids_n[mine], ids_n[wrong_text]))
             mask3 = torch.cat((mask_n[mine], mask_n[mine], mask_n[wrong_text]))
             made["itm"] = itm_loss(self.matched(features, ids3, mask3), drawn)
@@ -685,23 +525,6 @@ class Retriever(nn.Module):
         return self
 
     @classmethod
-    def from_parts(cls, vision, words, config, seed=0, bert=None, shared=256):
-        """A new one: an eye (folder or hub id, see ViT.from_pretrained), Words, settings of the
-        Q-Former, which begins at random or, given a folder or hub id of BERT, as that."""
-        eye = ViT.from_pretrained(vision).docked().requires_grad_(False)
-        with torch.device("meta"):
-            model = cls(eye.config, config, shared)
-        model.vision, model.temp = eye, nn.Parameter(torch.tensor(.07))
-        for i, (name, part) in enumerate(model.named_children()):
-            if name != "vision":
-                begin(part.to_empty(device="cpu"), config.width, 100 * seed + i)
-        if bert is not None:
-            begin_as_bert(model, bert)
-        for block in model.qformer.blocks:                  # as published
-            block.mlp.load_state_dict(block.words_mlp.state_dict())
-        return model.fits(words).eval()
-
-    @classmethod
     def from_pretrained(cls, folder, dtype=None, vision=None):
         """From a folder or hub id: transformers' Blip2ForImageTextRetrieval, what save_pretrained
         writes, or LAVIS' tensors as safetensors beside a config.json and tokenizer of the former.
@@ -711,11 +534,11 @@ class Retriever(nn.Module):
         saved without what was frozen. transformers' files have no head for captions and no
         temperature: both begin anew, which ITC's cosine and ITM do not notice, and ITG must learn.
         Raises data.BadModel, data.Offline."""
-        folder = data.resolve(folder)
-        c, weights, words = data.read_config(folder), data.load_weights(folder), Words(folder)
+        folder = resolve(folder)
+        c, weights, words = read_config(folder), data.load_weights(folder), BertTokenizer(folder)
         lavis = any(k.startswith("Qformer.bert.") for k in weights)
-        eye, config = ViTConfig.eye(c), config_of(c)
-        Processor(folder, c["model_type"]).expect(eye.image, "squash", "a Q-Former's are squashed")
+        eye, config = ViTConfig(**configs.vision_tower(c)), Config(**configs.qformer(c))
+        Processor(folder, c["model_type"]).expect(eye.image_size, "squash", "a Q-Former's are squashed")
         shared, eps = c.get("image_text_hidden_size", 256), c.get("ln_vision_eps")
         eps = 1e-5 if lavis and eps is None else eye.eps if eps is None else eps
         if type(shared) is not int or not 1 <= shared <= 2 ** 15 or not (
@@ -733,20 +556,20 @@ class Retriever(nn.Module):
                 raise data.BadModel(f"{folder}: saved without its frozen eye; name the eye's "
                                     "folder as well (vision=)")
         else:
-            rest.head, rest.temp = Head(config), nn.Parameter(torch.tensor(.07))
-            begin(rest.head, config.width)
+            rest.head, rest.temp = LMHead(config), nn.Parameter(torch.tensor(.07))
+            init_weights(rest.head, config.width)
             if (folder / "pretraining.safetensors").exists():
-                data.fill(rest, cls.REST_NAMES,
+                load_into(rest, cls.REST_NAMES,
                           data.load_weights(folder / "pretraining.safetensors"))
             model.head = model.temp = None                  # not in the main file
-        data.fill(model, names, weights, cls.IGNORE, dtype)
+        load_into(model, names, weights, cls.IGNORE, dtype)
         if not lavis:
             model.head, model.temp = rest.head, rest.temp
         if model.vision is None:
             model.vision = ViT.from_pretrained(vision, dtype).docked().requires_grad_(False)
-            if model.vision.config.width != config.vision:
+            if model.vision.config.width != config.vision_width:
                 raise data.BadModel(f"{vision}: an eye {model.vision.config.width} wide, the "
-                                    f"Q-Former looks at {config.vision}; give the one it knows")
+                                    f"Q-Former looks at {config.vision_width}; give the one it knows")
         for name, p in model.named_parameters():
             if not name.startswith("vision."):
                 p.data = p.data.float()
@@ -764,21 +587,21 @@ class Retriever(nn.Module):
         whose BLIP-2 has no such eye, cannot load it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors, rest = data.export(self, self.names()), set(self.REST_NAMES.values())
-        data.save_weights(folder, {k: v for k, v in tensors.items() if k not in rest})
+        tensors, rest = export(self, self.names()), set(self.REST_NAMES.values())
+        save_weights(folder, {k: v for k, v in tensors.items() if k not in rest})
         aside = folder / "pretraining.safetensors.tmp"
         save_file({k: v.contiguous() for k, v in tensors.items() if k in rest}, aside)
         aside.replace(folder / "pretraining.safetensors")
         eye = self.vision.config
-        config = {"model_type": "blip-2", "dtype": data.dtype_name(self.vision.patch.dtype),
+        config = {"model_type": "blip-2", "dtype": dtype_name(self.vision.patch.dtype),
                   "architectures": ["Blip2ForImageTextRetrieval"] if eye.eva else [],
-                  "num_query_tokens": self.qformer.config.queries, "image_token_index": None,
+                  "num_query_tokens": self.qformer.config.num_queries, "image_token_index": None,
                   "image_text_hidden_size": self.to_shared.out_features,
-                  "ln_vision_eps": self.ln_vision.eps, "vision_config": eye.to_hf(),
-                  "qformer_config": self.qformer.config.to_hf()}
+                  "ln_vision_eps": self.ln_vision.eps, "vision_config": configs.vit_to_hf(eye),
+                  "qformer_config": configs.qformer_to_hf(self.qformer.config)}
         picture = {"image_processor_type": "BlipImageProcessor",
                    "processor_class": "Blip2Processor", "do_resize": True, "resample": 3,
-                   "size": {"height": eye.image, "width": eye.image}, "do_rescale": True,
+                   "size": {"height": eye.image_size, "width": eye.image_size}, "do_rescale": True,
                    "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
                    "image_mean": list(data.MEAN), "image_std": list(data.STD)}
         for name, content in (("config.json", config), ("preprocessor_config.json", picture)):
@@ -789,7 +612,7 @@ class Retriever(nn.Module):
 # --------------------------------------------------------------------------------- first values
 
 @torch.no_grad()
-def begin(module, width, seed=0):
+def init_weights(module, width, seed=0):
     """Starting values: N(0, 0.02) at the published width of 768, more where sums are shorter; norms
     1, biases 0. From a generator of its own: the program's stays where it was."""
     dice = torch.Generator().manual_seed(seed)
@@ -800,42 +623,12 @@ def begin(module, width, seed=0):
             p.fill_(float(name.endswith("norm.weight") or name == "weight"))
 
 
-def begin_as_bert(model, folder):
-    """BERT's weights where the Q-Former is a BERT: attention of a row to itself, the words' MLP,
-    embeddings, head. Cross-attention, queries and the row of [DEC] stay random. [BLIP-2] 3.1"""
-    weights, q = data.load_weights(data.resolve(folder)), model.qformer
-    at = "bert." if any(k.startswith("bert.") for k in weights) else ""
-    if at + "embeddings.word_embeddings.weight" not in weights:
-        raise data.BadModel(f"{folder}: no word embeddings of a BERT; give bert-base-uncased")
-    rows = weights.shape(at + "embeddings.word_embeddings.weight")[0]
-    head = Head(replace(q.config, vocab=rows))              # BERT has a row less, that of [DEC]
-    head.dense, head.norm = model.head.dense, model.head.norm
-    parts = nn.ModuleDict({
-        "word": nn.Embedding(rows, q.config.width), "position": q.position, "norm": q.norm,
-        "blocks": nn.ModuleList(nn.ModuleDict({"attention": b.attention, "words_mlp": b.words_mlp})
-                                for b in q.blocks), "head": head})
-    names = {**table(block_table(at + "encoder.layer.{}.", "self"), at + "embeddings.LayerNorm",
-                     at + "embeddings"), **prefixed(HEAD_NAMES, "head.", "cls.predictions.")}
-    if at + "embeddings.LayerNorm.gamma" in weights:        # quirk: TensorFlow's names, on the hub
-        names = {k: v if type(v) is tuple else v.replace("LayerNorm.weight", "LayerNorm.gamma")
-                 .replace("LayerNorm.bias", "LayerNorm.beta") for k, v in names.items()}
-    data.fill(parts, names, weights, {
-        **POSITIONS,
-        r".*token_type_embeddings\..*": "first or second sentence: a Q-Former knows one",
-        r".*pooler\..*|cls\.seq_relationship\..*": "the task of which sentence follows",
-        **tied_decoder(r"cls\.predictions\.decoder", at + "embeddings.word_embeddings.weight",
-                       "cls.predictions.bias")})
-    with torch.no_grad():
-        q.word.weight[:rows] = parts["word"].weight
-        model.head.bias[:rows] = head.bias
-
-
 # ---------------------------------------------------------------------------------------- alone
 
-def draw():
+def print_masks():
     """The masks, and the shapes of a pass under each."""
     torch.manual_seed(0)
-    q, T = QFormer(Config(width=64, depth=2, heads=2, mlp=128, queries=3, vision=32, vocab=50)), 5
+    q, T = QFormer(Config(width=64, depth=2, heads=2, mlp=128, num_queries=3, vision_width=32, vocab=50)), 5
     ids, features = torch.randint(50, (1, T)), torch.randn(1, 16, 32)
     for rule, says in ((itc, "two towers in one: contrast"), (itm, "one reader: do they belong?"),
                        (itg, "words after pictures: write")):
@@ -856,18 +649,18 @@ def main():
     p.add_argument("--model", default=Path(__file__).parent / "runs/toy/blip2/stage1/model")
     args = p.parse_args()
     if args.image is None:
-        return draw()
+        return print_masks()
     if not args.captions:
-        raise data.Usage('no caption: give one or more behind the picture, each "in quotes"')
+        raise UsageError('no caption: give one or more behind the picture, each "in quotes"')
     if not Path(args.model).exists() and args.model == p.get_default("model"):
         raise data.BadModel(f"{args.model}: no such folder; make it by python train.py --recipe "
                             "blip2 --stage 1, or give --model FOLDER_OR_HUB_ID")
-    model = Retriever.from_pretrained(args.model)
+    model = Blip2Stage1.from_pretrained(args.model)
     pixels = data.preprocess(data.load_image(args.image), model.image_size, "squash")
     ids, mask = model.words.encode(args.captions, length=35)
     with torch.inference_mode():
         features = model.ln_vision(model.see(pixels))
-        cosine = best_query(model.encode_image(features), model.encode_text(ids, mask))[0]
+        cosine = max_query_similarity(model.encode_image(features), model.encode_text(ids, mask))[0]
         logits = model.matched(features.expand(len(ids), -1, -1), ids, mask)
     print("  itc   itm   score   (cosine, probability of a match, match logit + cosine)")
     for c, (no, yes), text in zip(cosine.tolist(), logits.tolist(), args.captions):
@@ -875,4 +668,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(data.guarded(main))
+    sys.exit(exit_status(main))

@@ -10,6 +10,11 @@ characters. So both work on groups: the fewest tokens whose text is whole charac
 
 import copy
 
+import torch
+
+import data
+from formats.checkpoints import dtype_name
+
 
 def inner_decode(tokenizer):
     """`tokenizer.decode` for tokens inside a text: at its start it drops a first space."""
@@ -121,3 +126,49 @@ class StopTexts:
         group = self.held[0][0] if self.held else self.pending
         dropped = len(self.decode(group)) - len(self.tokenizer.decode(group))
         return rest[max(dropped, 0):]
+
+
+def stop_ids(model, eos=None):
+    """Ids after which the model has finished: eos (an id or a set) if given, else those of its
+    tokenizer, of its template and of its generation_config.json."""
+    if eos is not None or not hasattr(model, "words"):
+        return eos if isinstance(eos, (set, frozenset)) else {eos}
+    return data.end_ids(model.template, model.words) | set(getattr(model, "ends", ()))
+
+
+def stop_text(model, eos=None):
+    """The text that ends an answer, where its template has an end that is no token, or None."""
+    if eos is not None or not hasattr(model, "words"):
+        return None
+    return data.stop_text(model.template, model.words)
+
+
+def repetition_penalty(scores, seen, penalty):
+    """scores (B, V), logits or log-probabilities; seen (B, V) bool."""
+    less = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen, less, scores)
+
+
+def ids_seen(prompts, vocab, device):
+    """(B, V) bool: which ids stand in each prompt."""
+    seen = torch.zeros(len(prompts), vocab, dtype=torch.bool)
+    for row, ids in zip(seen, prompts):
+        row[[i for i in ids if i >= 0]] = True
+    return seen.to(device)
+
+
+def limit(room, max_new_tokens):
+    """Why an answer of `room` tokens goes on no further."""
+    return "length" if room == max_new_tokens else "context"
+
+
+def damaged(llm):
+    """The error of an output that is not a number. Weights from a file were finite when loaded."""
+    here = llm.embed.weight.dtype
+    if here != torch.float32 and all(p.isfinite().all() for p in llm.parameters()):
+        other = "--dtype bf16 or fp32" if here == torch.float16 else "--dtype fp32"
+        return data.BadModel("the model's output is not a number (NaN): its weights are whole, but "
+                             f"what is computed from them is too large for {dtype_name(here)};"
+                             f" take {other}")
+    return data.BadModel("the model's output is not a number (NaN): its weights are damaged; take "
+                         "another checkpoint")

@@ -15,8 +15,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from formats.checkpoints import CONVERT
 from formats.errors import BadModel
 from formats.strict_json import read_config

@@ -21,9 +21,9 @@ import sys
 from functools import lru_cache
 
 from formats.errors import BadData
-from formats.strict_json import file_text, json_values
+from formats.strict_json import iter_rows, read_text
 
-MARK = "<image>"
+IMAGE_TOKEN = "<image>"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
          "system": "system", "developer": "system"}
 PICTURES = "image", "images", "image_path"          # keys of a row that name its pictures
@@ -95,7 +95,7 @@ def foreign_mark(text: str) -> str:
     if found := _FOREIGN.search(text):
         return found.group()
     for found in _HTML.finditer(text):
-        if found.group() != MARK and at_an_edge(text, *found.span()):
+        if found.group() != IMAGE_TOKEN and at_an_edge(text, *found.span()):
             return found.group()
     return ""
 
@@ -183,8 +183,8 @@ def _parts(field: str, parts: list, answer: bool) -> tuple[str, list]:
                 raise BadData(f"{here}: a picture in an answer or a system text cannot be read: "
                               "move it into a question")
             names.append(_image_part(here, part))
-            opens = not said.replace(MARK, "").strip()
-            said += f"{MARK}\n" if opens else MARK
+            opens = not said.replace(IMAGE_TOKEN, "").strip()
+            said += f"{IMAGE_TOKEN}\n" if opens else IMAGE_TOKEN
         else:
             raise BadData(f"{here}.type: {kind!r} is not read, only text and image: take the part "
                           "out, or leave the row out")
@@ -215,7 +215,7 @@ def _turn(field: str, turn, chat: bool) -> tuple[str, str, list]:
     _refuse_unknown_pictures(turn, (who, what), False, f"{field}.")
     if role != "gpt" and (mark := foreign_mark(value)):
         raise BadData(f"{field}.{what}: {mark!r} marks a picture for another model, here it would "
-                      f"be letters: write {MARK} for each picture of the row's images")
+                      f"be letters: write {IMAGE_TOKEN} for each picture of the row's images")
     return role, value, names
 
 
@@ -241,7 +241,7 @@ def _captions(rest: dict, told, pictures: list) -> list[dict]:
         raise BadData("image: is missing: a caption needs its picture")
     if not told or not all(_text("caption", line).strip() for line in told):
         raise BadData("caption: must be text, or a list of texts, and is empty: correct it")
-    asked = {"from": "human", "value": "\n".join([MARK] * len(pictures))}
+    asked = {"from": "human", "value": "\n".join([IMAGE_TOKEN] * len(pictures))}
     many = len(told) > 1
     return [{**rest, "id": f"{rest['id']}, caption {i}" if many else rest["id"],
              "conversations": [asked, {"from": "gpt", "value": line}]}
@@ -309,7 +309,7 @@ def read_rows(path):
     Raises BadData only for a file that cannot be read at all."""
     try:
         # Bytes that are no UTF-8 become half surrogates, so that they are found in their row.
-        text = file_text(path, 4_000_000_000, "surrogateescape")
+        text = read_text(path, 4_000_000_000, "surrogateescape")
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
                       "lines") from None
@@ -318,7 +318,7 @@ def read_rows(path):
         yield 1, f"{path}: line 1, row 1", BadData(f"cannot be read as JSON ({why}); what follows "
                                                    "was not read")
         return
-    for row, place, value in json_values(text):
+    for row, place, value in iter_rows(text):
         where = f"{path}: {place}"
         try:
             yield row, where, value if isinstance(value, BadData) else parse_row(value, where)
@@ -341,3 +341,27 @@ def read_conversations(path) -> list[dict]:
     if not samples:
         raise BadData(f"{path}: holds no samples: expected a list of conversations")
     return samples
+
+
+# What stage 2 of MiniGPT-4 asks about its pictures.                     [MiniGPT4] 2304.10592
+MINIGPT4_INSTRUCTIONS = ("Describe this image in detail.",
+                "Take a look at this image and describe what you notice.",
+                "Please provide a detailed description of the picture.",
+                "Could you describe the contents of this image for me?")
+
+
+def blip_caption(text: str, words: int = 50) -> str:
+    """A web caption as BLIP-2 and MiniGPT-4 learn it in stage 1 (LAVIS, blip_caption): small
+    letters, . ! " ( ) * # : ; ~ as spaces, at most so many words."""
+    text = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", text.lower()))
+    return " ".join(text.rstrip("\n").strip(" ").split(" ")[:words])
+
+
+def llava_row(name, turns, shown=(0,)):
+    """One LLaVA sample. name: of its picture, or a list with one for each number in `shown`, which
+    are as for `ask`. In a file any <image> is a picture, so a typed one gets a space."""
+    shown = list(shown)
+    turns = [t.replace(IMAGE_TOKEN, "< image>") for t in turns]
+    turns = [f"{IMAGE_TOKEN}\n" * shown.count(i) + t for i, t in enumerate(turns)]
+    return {"id": name if type(name) is str else name[0], "image": name, "conversations": [
+        {"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]}

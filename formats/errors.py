@@ -4,31 +4,36 @@ Every message says what is wrong, why, and what to do that works, in one line.""
 import errno
 import os
 import sys
+import time
 
-import torch
+from tqdm import tqdm
 
 
-class Failure(Exception):
+class UserError(Exception):
     """A foreseen failure; `code` is the exit status."""
     code = 3
 
 
-class BadImage(Failure): """A picture that cannot be used."""
-class BadModel(Failure): """A model folder that cannot be used."""
-class BadData(Failure): """Training text that cannot be used."""
+class BadImage(UserError): """A picture that cannot be used."""
+class BadModel(UserError): """A model folder that cannot be used."""
+class BadData(UserError): """Training text that cannot be used."""
 class NothingToLearn(BadData): """A sample without a word to learn: left out, and counted."""
-class Offline(Failure): code = 4            # something that would have to be downloaded
-class Usage(Failure): code = 2              # a command line that makes no sense
-class TrainingFailed(Failure): code = 1     # NaN, divergence, out of memory, disk full
+class Offline(UserError): code = 4            # something that would have to be downloaded
+class UsageError(UserError): code = 2              # a command line that makes no sense
+class TrainingFailed(UserError): code = 1     # NaN, divergence, out of memory, disk full
 
 
-def guarded(main, debug: bool = False) -> int:
+def exit_status(main, debug: bool = False) -> int:
     """Run `main()` and return an exit status; foreseen trouble is one line on stderr.
 
     debug: let the traceback through instead. SystemExit (argparse) passes untouched."""
     try:
         return int(main() or 0)
-    except (Failure, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except BaseException as error:
+        # torch may not be loaded yet, and has an error of its own for a GPU's memory
+        full = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
+        if not isinstance(error, (UserError, OSError, *full, KeyboardInterrupt)):
+            raise
         if debug:
             raise
         line, code = " ".join(str(error).split()), getattr(error, "code", None)
@@ -37,7 +42,7 @@ def guarded(main, debug: bool = False) -> int:
         if isinstance(error, BrokenPipeError):      # `| head` has seen enough; flush into nothing
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 0
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, full):
             line, code = f"out of memory ({line or 'host'}): lower the batch or picture size", 1
         elif isinstance(error, OSError):
             code = 1 if error.errno == errno.ENOSPC else 3
@@ -45,3 +50,33 @@ def guarded(main, debug: bool = False) -> int:
             line = f"{where}: {error.strerror}: free space or choose another folder"
         print("error:", line, file=sys.stderr)
         return code
+
+
+def progress(things, what):
+    """The things; every ten seconds a line on stderr tells how many there were."""
+    start = told = time.monotonic()
+    for n, thing in enumerate(things, 1):
+        yield thing
+        if (now := time.monotonic()) - told > 10:
+            print(f"{n:,} {what}, {n / (now - start):,.0f} a second", file=sys.stderr)
+            told = now
+
+
+def printable(text: str) -> str:
+    """Text on one line; what could command a terminal is spelled out."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+def note(line):
+    """One line for the person, not for the pipe."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def bounded(kind, low, high):
+    """A type for argparse: an int or float between two bounds."""
+    def value(text):
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+    value.__name__ = f"{kind.__name__} ({low} to {high})"
+    return value

@@ -18,8 +18,16 @@ from contextlib import nullcontext
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import (BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin,
-                 TiffImagePlugin, WebPImagePlugin, features)
+from PIL import (
+    BmpImagePlugin,
+    features,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from formats.errors import BadData, BadImage
 from formats.picture_metadata import without_metadata
@@ -50,7 +58,7 @@ MOST = 205_000_000
 # DEFLATE packs 1,000 equal bytes into one. Over 50 megapixels a file that holds 2,000 pixels a byte
 # is no photograph.
 PLAIN, PACKED = 50_000_000, 2000
-# What Pillow raises on damaged files, found by mutating some; Failure is none of these.
+# What Pillow raises on damaged files, found by mutating some; UserError is none of these.
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
            OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
            Image.DecompressionBombError)

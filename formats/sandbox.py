@@ -15,7 +15,7 @@ import json
 import sys
 from datetime import datetime
 
-from jinja2 import TemplateError, ext, nodes
+from jinja2 import ext, nodes, TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from formats.errors import BadModel
-from formats.strict_json import file_text, read_config
+from formats.strict_json import read_config, read_text
 
 SECONDS = 10.0                  # for one prompt; a template of the hub takes a millisecond
 LARGEST = 1_000_000             # bytes of a template file
@@ -67,7 +67,7 @@ def find(folder) -> tuple[str, str] | None:
     path = Path(folder) / "chat_template.jinja"
     if path.exists():
         try:
-            return file_text(path, LARGEST), path.name
+            return read_text(path, LARGEST), path.name
         except (OSError, ValueError) as error:
             raise BadModel(f"{path}: cannot be read ({error}): replace the file") from None
     told = key("tokenizer_config.json")

@@ -4,13 +4,18 @@ Ids of added tokens are the library's, and so transformers': a token that tokeni
 tokenizer_config.json puts beyond a gap gets the next free id, whatever number stands beside it.
 Source: transformers 5.23, tokenization_utils_base.py (_from_pretrained) and
 tokenization_utils_tokenizers.py (__init__); tests compare with AutoTokenizer."""
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 from tokenizers import AddedToken
 
 from formats.checkpoints import hub_id
+from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadModel
-from formats.strict_json import read_config
+from formats.prefix import drop_apart
+from formats.strict_json import read_config, read_model_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
          "mask_token")
@@ -89,3 +94,89 @@ def refuse_sentencepiece(path):
             f"transformers import AutoTokenizer as T; T.from_pretrained('{hub or folder}')."
             f"save_pretrained('{folder}')\"; Vicuna's words are also in the tokenizer.json of "
             "llava-hf/llava-1.5-7b-hf")
+
+@dataclass
+class TokenizerParts:
+    """What data.Tokenizer needs of a folder's files."""
+    lib: tokenizers.Tokenizer       # without the prefix rule, which is applied in data.Tokenizer
+    size: int                       # of the vocabulary, added tokens too
+    prefix: str                     # every | first | "": before which texts a space goes
+    prefix_in_file: str             # the same as tokenizer.json says it, which transformers obeys
+    legacy: bool                    # LLaMA's older prefix rule
+    bos: int | None
+    eos: int | None
+    unk: int | None
+    pad: int
+    add_bos: bool                   # a text begins with BOS
+    max_length: int | float
+    added: dict                     # {added token: id}
+    more: list                      # AddedTokens that are not in tokenizer.json
+
+
+def read_tokenizer(folder) -> TokenizerParts:
+    """tokenizer.json and what stands beside it. Raises BadModel for a file that is missing,
+    damaged, or has ids with gaps."""
+    path = Path(folder) / "tokenizer.json"
+    refuse_sentencepiece(path)
+    config, spec = tokenizer_config(folder), read_model_json(path, 64_000_000)
+    try:
+        in_file = take_prefix(spec)
+        spec["truncation"] = spec["padding"] = None     # CLIP's file cuts at 77 by itself
+        lib = load_library(spec, path)
+        more = add_tokens(lib, config)
+        vocabulary = lib.get_vocab()
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))) or not vocabulary:
+            raise ValueError("token ids must be 0, 1, 2 ... without gaps")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadModel(f"{path}: not a tokenizer ({error!r}): replace the file") from None
+    # The slow tokenizer of the official code obeys the config, not the file.
+    legacy = config.get("legacy")
+    legacy = in_file == "every" if legacy is None else bool(legacy)
+    names = {key: _content(value) for key, value in config.items()}
+
+    def find(key, default):
+        token = names.get(key) if isinstance(names.get(key), str) else default
+        return vocabulary.get(token)
+
+    bos, eos, unk = find("bos_token", "<s>"), find("eos_token", "</s>"), find("unk_token", "<unk>")
+    pad = next(i for i in (find("pad_token", None), unk, eos, 0) if i is not None)
+    length = names.get("model_max_length", 2048)
+    # quirk: LLaMA-3's config does not say that a text begins with BOS, its post-processor adds it
+    opens = lib.encode("").ids[:1] == [bos]
+    return TokenizerParts(
+        lib, len(vocabulary), in_file and ("every" if legacy else "first"), in_file, legacy, bos,
+        eos, unk, pad, bos is not None and bool(names.get("add_bos_token", bool(in_file) or opens)),
+        length if isinstance(length, (int, float)) else 2048,
+        {token.content: i for i, token in lib.get_added_tokens_decoder().items()}, more)
+
+
+def take_prefix(spec) -> str:
+    """Remove the ▁ prefix from the pipeline; say where it stood: every | first | (nowhere)."""
+    drop_apart(spec, IMAGE_TOKEN)
+    found, normalizer = "", spec.get("normalizer")
+    parts = normalizer.get("normalizers", []) if normalizer else []
+    if any(part["type"] == "Prepend" for part in parts):
+        parts[:] = [part for part in parts if part["type"] != "Prepend"]
+        found = "every"
+    splitter = spec.get("pre_tokenizer")
+    if splitter and splitter["type"] == "Metaspace":
+        scheme = splitter.get("prepend_scheme", "always")
+        found = {"always": "every", "first": "first"}.get(scheme, "")
+        splitter["prepend_scheme"] = "never"
+        splitter.pop("add_prefix_space", None)
+    return found
+
+
+def load_library(spec, path):
+    """The library's tokenizer. Special tokens are found by data.Tokenizer, not in there."""
+    try:
+        lib = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        lib.encode_special_tokens = True
+        lib.encode("a ▁ é 😀\n", add_special_tokens=False)
+        return lib
+    except BaseException as error:
+        # The library raises bare Exception, which has no subclass to name; anything more
+        # specific (Ctrl-C, a bug of ours) must still get through.
+        if type(error) is not Exception:
+            raise
+        raise BadModel(f"{path}: not a tokenizer ({error}): replace the file") from None

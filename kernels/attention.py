@@ -65,7 +65,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import INTERPRET, fused, jit, tl, triton
+from kernels.launch import fused, INTERPRET, jit, tl, triton
 
 NOTHING = 1e30                  # stands for infinity: NOTHING - NOTHING is 0, inf - inf is NaN
 

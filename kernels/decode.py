@@ -49,8 +49,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import causal, on_device, sliding_window
-from kernels.launch import INTERPRET, SPEC, fused, jit, tl, triton
-
+from kernels.launch import fused, INTERPRET, jit, SPEC, tl, triton
 
 # ---- the specification ----
 

@@ -16,9 +16,13 @@ import generate
 import instruct
 import standin
 from projector import VLM
+from evaluate.__main__ import main, parse
+from evaluate.benchmarks import LETTER, is_no, parse_choice
+from evaluate.judge import parse_scores
+from formats.errors import exit_status
 
 ROOT = Path(__file__).parents[1]
-TOY = ROOT / "weights/toy"
+TOY = ROOT / "toy/weights"
 WORDS = data.Tokenizer(TOY / "llama")
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions.")
@@ -27,8 +31,8 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 def run(*words):
     """A command in this process; its exit code."""
     try:
-        args = evaluate.arguments([str(w) for w in words])
-        return data.guarded(lambda: evaluate.main(args))
+        args = parse([str(w) for w in words])
+        return exit_status(lambda: main(args))
     except SystemExit as error:
         return error.code
 
@@ -124,7 +128,7 @@ def test_scienceqa_scores_are_known(folder, seer, stand_in, capsys):
             "letter from the given choices directly.")
     assert [n for _, n in asked] == [1, 1, 0, 0]
     assert asked[0][0] == data.prompt_ids(f"{SYSTEM} USER: <image>\n{text} ASSISTANT:", WORDS)
-    bare = f"Is it deep?\nA. a\nB. b\nC. c\n{evaluate.LETTER}"
+    bare = f"Is it deep?\nA. a\nB. b\nC. c\n{LETTER}"
     assert asked[3][0] == data.prompt_ids(f"{SYSTEM} USER: {bare} ASSISTANT:", WORDS)
     assert [list(row) for row in rows] == [[
         "question_id", "prompt", "text", "answer_id", "model_id", "metadata"]] * 4
@@ -159,7 +163,7 @@ def test_the_form_of_llava_trained_on_scienceqa(folder, seer, stand_in):
     ("The answer is A. The answer is B.", 2, -1), ("the answer is B.", 2, -1),
     ("A. But no. The answer is B.", 2, 0), ("The answer is Z.", 5, -1)])
 def test_what_counts_as_a_letter(text, choices, pick):
-    assert evaluate.chosen(text, choices) == pick
+    assert parse_choice(text, choices) == pick
 
 
 # ------------------------------------------------------------------------------------------- POPE
@@ -209,7 +213,7 @@ def test_pope_scores_are_known(folder, seer, stand_in, capsys):
     ("No", 1), ("no", 1), ("No, there is none", 1), ("There is not", 1), ("Yes. No cat", 0),
     ("Not at all", 0), ("NO", 0), ("nothing", 0), ("", 0), ("Yes, no doubt", 1), ("no\n", 0)])
 def test_what_counts_as_a_no(text, no):
-    assert evaluate.denies(text) == bool(no)
+    assert is_no(text) == bool(no)
 
 
 # ------------------------------------------------------------------------------------ LLaVA-Bench
@@ -335,7 +339,7 @@ def test_what_a_judge_costs_and_needs(folder, seer, stand_in, capsys, monkeypatc
     ("8 9 10", [-1, -1]), ("8", [-1, -1]), ("", [-1, -1]), ("\n8 9", [-1, -1]),
     ("nan 9", [-1, -1]), ("8 inf", [-1, -1]), ("Assistant 8", [-1, -1]), ("8/10 9/10", [-1, -1])])
 def test_what_counts_as_grades(line, pair):
-    assert evaluate.grades(line) == pair
+    assert parse_scores(line) == pair
 
 
 # -------------------------------------------------------------------------------- what all share

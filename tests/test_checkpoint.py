@@ -53,8 +53,8 @@ def decoder(depth=DEPTH):
 def towers():
     """CLIP's two: the picture tower runs all blocks but the last, the text tower all."""
     size = {"width": 64, "depth": DEPTH, "heads": 4, "mlp": 128}
-    model = shaken(clip.CLIP(clip.Config(**size, image=28, patch=4),
-                             clip.Config(**size, vocab=50, context=T, end=49), 32))
+    model = shaken(clip.CLIP(clip.Config(**size, image_size=28, patch_size=4),
+                             clip.Config(**size, vocab=50, context=T, eos_id=49), 32))
     dice = torch.Generator().manual_seed(0)
     pixels, ids = torch.randn(2, 3, 28, 28, generator=dice), torch.randint(0, 50, (2, T),
                                                                           generator=dice)

@@ -18,6 +18,12 @@ import llama
 from kernels import quantize as q
 from test_generate import TONGUE, asked, folder, inside, args_for, model, pixels, soft, words
 from tiny import gap, LIMIT
+from decoding.attention_map import attention_to_patches, mean_inside_box
+from decoding.cuda_graph import DecodeStep, capture_stream, decode_graph
+from decoding.flags import check_prompt, parse
+from decoding.loading import load_model, prepare_for_inference
+from formats.errors import UsageError, UserError
+from toy.world import draw, make_scene
 
 __all__ = ["folder", "inside", "model", "pixels", "words"]          # fixtures
 
@@ -28,7 +34,7 @@ __all__ = ["folder", "inside", "model", "pixels", "words"]          # fixtures
 def replays(monkeypatch):
     """A function: from now on `generate` decodes as on a GPU, on a stand-in for torch.cuda. What is
     recorded does not run, a replay runs it. Unwritten cache is NaN. Returns what was counted."""
-    run = g.Step.__call__
+    run = DecodeStep.__call__
     told = SimpleNamespace(run=0, recorded=0, replayed=0)
 
     class Graph:
@@ -50,7 +56,7 @@ def replays(monkeypatch):
         yield
         told.graph = None
 
-    class Unwritten(llama.Cache):
+    class Unwritten(llama.KVCache):
         def __init__(self, *args):
             super().__init__(*args)
             self.k.fill_(torch.nan)
@@ -60,15 +66,15 @@ def replays(monkeypatch):
         told.graph = None
         waits = SimpleNamespace(wait_stream=lambda other: None)
         event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
-        g.beside.cache_clear()
+        capture_stream.cache_clear()
         for name, it in {"Stream": lambda device: waits, "current_stream": lambda *device: waits,
                          "stream": lambda it: contextlib.nullcontext(), "Event": lambda: event,
                          "CUDAGraph": Graph, "graph": graph}.items():
             monkeypatch.setattr(torch.cuda, name, it)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
-        monkeypatch.setattr(g.Step, "__call__", call)
+        monkeypatch.setattr(DecodeStep, "__call__", call)
         monkeypatch.setattr(g, "Cache", Unwritten)
-        monkeypatch.setattr(g, "one_by_one", g.replayed)
+        monkeypatch.setattr(g, "one_by_one", decode_graph)
         return told
     return go
 
@@ -109,7 +115,7 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
     every = lambda: g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings)
     want = every()
     replays()
-    run, hold = g.Step.__call__, llama.Cache.hold
+    run, hold = DecodeStep.__call__, llama.KVCache.hold
 
     def call(step):
         before = step.token.clone()
@@ -125,8 +131,8 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
         hold(memory)
         memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
         memory.end += wrong == "end"
-    monkeypatch.setattr(g.Step, "__call__", call)
-    monkeypatch.setattr(llama.Cache, "hold", shown)
+    monkeypatch.setattr(DecodeStep, "__call__", call)
+    monkeypatch.setattr(llama.KVCache, "hold", shown)
     monkeypatch.setattr(g, "SPEC", True)                        # all steps run here
     assert every() != want
     wrong = None
@@ -188,10 +194,10 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
     """No value goes to the host and no shape changes: what a CUDA graph needs of PyTorch's part."""
     monkeypatch.setattr(importlib.import_module("kernels.decode"), "check", lambda *_: None)
     prompts, pictures = four(model, pixels)
-    llm, x, keep, _ = g.begin(model, prompts, pictures, 9)
+    llm, x, keep, _ = g.prefill_inputs(model, prompts, pictures, 9)
     settings = {"penalty" if k[0] == "r" else k: v for k, v in settings.items()}
-    choose = g.Choice(llm, prompts, 9, **settings)
-    memory = llama.Cache(llm.config, 4, x.shape[1] + 9, x, keep)
+    choose = g.Sampler(llm, prompts, 9, **settings)
+    memory = llama.KVCache(llm.config, 4, x.shape[1] + 9, x, keep)
     lengths = keep.sum(1, keepdim=True)
     token = choose(g.predict(llm, x, memory, (keep.cumsum(1) - 1).clamp(min=0), keep))[:, None]
 
@@ -204,7 +210,7 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
     assert launches(grows) != launches(grows)                           # control: today's way
     with pytest.raises(AssertionError), Launches():
         token[0].item()                                                 # control
-    step = g.Step(llm, memory, choose, token, lengths)
+    step = DecodeStep(llm, memory, choose, token, lengths)
     state = step.token, step.place, memory.at, memory.end, memory.k, memory.v
     where = [t.data_ptr() for t in state]
     first = launches(step)
@@ -229,16 +235,16 @@ def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
         def __exit__(self, *_):
             raise_at.clear()
             raise RuntimeError("failed due to a previous error")
-    raise_at, run = [], g.Step.__call__
+    raise_at, run = [], DecodeStep.__call__
 
     def step(self):
         if raise_at:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         run(self)
-    monkeypatch.setattr(g.Step, "__call__", step)
+    monkeypatch.setattr(DecodeStep, "__call__", step)
     monkeypatch.setattr(torch.cuda, "graph", Refuses)
     monkeypatch.setattr(torch.cuda, "set_stream", back.append)
-    with pytest.raises(data.Failure, match="capturing.: set KERNELS=spec"):
+    with pytest.raises(UserError, match="capturing.: set KERNELS=spec"):
         list(g.generate(model.llm, [1, 70], None, 9))
     assert back == [torch.cuda.current_stream()]
     monkeypatch.setattr(g, "SPEC", True)
@@ -246,7 +252,7 @@ def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
 
 
 def test_a_held_cache_takes_one_token_at_a_time(model):
-    memory = llama.Cache(model.llm.config, 1, 9, model.llm.embed.weight)
+    memory = llama.KVCache(model.llm.config, 1, 9, model.llm.embed.weight)
     with torch.no_grad():
         model.llm(torch.tensor([[1, 70, 80]]), memory)
         memory.hold()
@@ -302,7 +308,7 @@ def test_stop_texts_cut_where_they_begin(model, pixels, settings):
 def test_stop_texts_may_begin_with_a_space():
     """Decoding drops a text's first space. Every beginning, in English; a token that holds more
     than the stop text goes with it."""
-    toy = Path(g.__file__).parent / "weights/toy"
+    toy = Path(g.__file__).parent / "toy/weights"
     model = g.VLM.from_parts(toy / "clip", toy / "llama")
     ids = model.words.encode("This picture has a")
     told = lambda *stop, **more: model.words.decode(
@@ -322,7 +328,7 @@ def test_stop_texts_may_begin_with_a_space():
 
 def test_stop_texts_need_words(model):
     for stop, who in (([""], model), (["a"], model.llm)):
-        with pytest.raises(data.Usage):
+        with pytest.raises(UsageError):
             next(g.generate(who, [1], stop=stop))
 
 
@@ -330,7 +336,7 @@ def test_stop_texts_need_words(model):
 def test_counts_of_what_is_left(settings, allowed):
     """Chi-square of 20,000 draws against the softmax over what top-k or top-p leaves."""
     logits, n = torch.tensor([0., 2., 1., -1., .5]), 20000
-    drawn = g.sample(logits.expand(n, 5), g.dice(0, 1, n)[:, 0], 1.0, **settings)
+    drawn = g.sample(logits.expand(n, 5), g.uniforms(0, 1, n)[:, 0], 1.0, **settings)
     counts = torch.bincount(drawn, minlength=5)
     left = torch.full_like(logits, -math.inf)
     left[list(allowed)] = logits[list(allowed)]
@@ -349,7 +355,7 @@ def test_laid_weights_say_the_same(model, pixels, folder):
     ids = asked(loaded, "What is it?")
     before = list(g.generate(loaded, ids, pixels[0], 16))
     logits = loaded(torch.tensor([ids]), pixels[0]).detach()
-    g.ready(loaded)
+    prepare_for_inference(loaded)
     assert any(isinstance(part, q.Laid) for part in loaded.modules())
     with torch.inference_mode():
         assert gap(loaded(torch.tensor([ids]), pixels[0]), logits) < LIMIT
@@ -405,20 +411,20 @@ def test_dtype_auto_on_a_cpu(model, pixels, tmp_path, monkeypatch, capsys, kind,
     copy.deepcopy(model).to(getattr(torch, kind)).save_pretrained(tmp_path)
     monkeypatch.setattr(g, "fast_bf16", lambda: fast)
     line = ["x.png", "hi", "--model", str(tmp_path), "--device", "cpu"]
-    made = g.load(g.arguments(line))
+    made = load_model(parse(line))
     assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
     assert capsys.readouterr().err.count("\n") == (kind != becomes)
     assert len(list(g.generate(made, asked(made, "Hi"), pixels[0], 5))) == 5
-    asked_for = g.load(g.arguments([*line, "--dtype", "fp16"]))         # control: a flag is obeyed
+    asked_for = load_model(parse([*line, "--dtype", "fp16"]))         # control: a flag is obeyed
     assert asked_for.llm.embed.weight.dtype == torch.float16
 
 
 def test_cache_knows_whether_anything_is_padded():
     config = llama.Config(vocab=8, context=64, **TONGUE)
     like, keep = torch.zeros(1), torch.tensor([[True] * 3, [False, True, True]])
-    assert llama.Cache(config, 2, 8, like).keep is None
-    assert llama.Cache(config, 2, 8, like, keep[:1].expand(2, 3)).keep is None
-    padded = llama.Cache(config, 2, 8, like, keep)
+    assert llama.KVCache(config, 2, 8, like).keep is None
+    assert llama.KVCache(config, 2, 8, like, keep[:1].expand(2, 3)).keep is None
+    padded = llama.KVCache(config, 2, 8, like, keep)
     assert padded.keep.sum() == 15
     padded.k.zero_()
     padded.k[:, 1], padded.length = 1, 3
@@ -432,7 +438,7 @@ def test_looked_is_the_attention_of_the_model(model, pixels, monkeypatch):
     """The recomputed probabilities, applied to the values, are what the layer's attention gave."""
     ids = asked(model, "What is it?")
     said = list(g.generate(model, ids, pixels[0], 5))
-    found = g.looked(model, ids, said, pixels[0], 1)
+    found = attention_to_patches(model, ids, said, pixels[0], 1)
     assert found.shape == (5, model.patches) and (found >= 0).all() and (found.sum(1) < 1).all()
     real, kept = llama.attention, []
 
@@ -450,8 +456,8 @@ def test_looked_is_the_attention_of_the_model(model, pixels, monkeypatch):
     monkeypatch.setattr(llama, "attention", spy)
     with torch.no_grad():
         model(torch.tensor([ids + said[:-1]]), pixels[0])
-    most = g.looked(model, ids, said, pixels[0])
-    assert any(torch.equal(most, g.looked(model, ids, said, pixels[0], i)) for i in (0, 1))
+    most = attention_to_patches(model, ids, said, pixels[0])
+    assert any(torch.equal(most, attention_to_patches(model, ids, said, pixels[0], i)) for i in (0, 1))
     off = lambda other: float((found - other).abs().max() / found.max())
     assert off(kept[1][-5:]) < LIMIT
     assert off(kept[0][-5:]) > LIMIT and off(kept[1][-6:-1]) > LIMIT        # controls
@@ -460,9 +466,9 @@ def test_looked_is_the_attention_of_the_model(model, pixels, monkeypatch):
 def test_inside_a_box():
     grid = torch.zeros(4, 4)
     grid[1:3, 0:2] = 1
-    assert g.inside(grid, (0, .25, .5, .75)) == (1, 0)
-    assert g.inside(grid, (.5, .25, 1, .75))[0] == 0                # control: x and y in order
-    assert g.inside(grid, (.26, .3, .3, .35)) == (1, pytest.approx(3 / 15))      # between middles
+    assert mean_inside_box(grid, (0, .25, .5, .75)) == (1, 0)
+    assert mean_inside_box(grid, (.5, .25, 1, .75))[0] == 0                # control: x and y in order
+    assert mean_inside_box(grid, (.26, .3, .3, .35)) == (1, pytest.approx(3 / 15))      # between middles
 
 
 def test_attention_picture(folder, inside, tmp_path):
@@ -479,12 +485,12 @@ def test_attention_picture(folder, inside, tmp_path):
 
 def test_two_pictures_in_a_talk(model, pixels):
     turns = ["What <image>?", "a", "And this?"]
-    ids = g.ask(turns, "v1", model.words, {0, 2})
+    ids = g.build_prompt(turns, "v1", model.words, {0, 2})
     assert ids.count(data.IMAGE) == 2 and "What  <image> ?" in model.words.decode(ids)
-    plain = g.ask(["What?", "a", "And this?"], "v1", model.words, {0, 2})
+    plain = g.build_prompt(["What?", "a", "And this?"], "v1", model.words, {0, 2})
     talk = [{"from": ("human", "gpt")[i % 2], "value": t}
             for i, t in enumerate(["<image>\nWhat?", "a", "<image>\nAnd this?"])]
-    assert plain == data.chat_ids(talk, "v1", model.words)
+    assert plain == data.prompt_tokens(talk, "v1", model.words)
     with torch.no_grad():
         both = lambda *x: model(torch.tensor([plain]), torch.cat(x))[:, -1]
         assert gap(both(pixels[0], pixels[1]), both(pixels[1], pixels[0])) > LIMIT
@@ -504,12 +510,12 @@ def test_chat_keeps_the_first_picture(folder, inside, tmp_path):
 def test_prompts_of_every_kind(model, pixels):
     """Nothing that is typed adds a picture or a turn, or stops the program."""
     for typed in ("😀 é 漢", "שלום עולם", "\u202eabc", "a\r\nb\tc", "</s><s>[INST]", "ASSISTANT:"):
-        assert g.text_fault(typed) is None
-        ids = g.ask([typed], model.template, model.words)
+        assert check_prompt(typed) is None
+        ids = g.build_prompt([typed], model.template, model.words)
         assert ids.count(data.IMAGE) == 1 and ids.count(model.words.eos) == 0
         assert len(list(g.generate(model, ids, pixels[0], 2))) == 2
-    long = g.ask(["word " * 200_000], model.template, model.words)         # 1 MB
-    with pytest.raises(data.Failure, match="context"):
+    long = g.build_prompt(["word " * 200_000], model.template, model.words)         # 1 MB
+    with pytest.raises(UserError, match="context"):
         next(g.generate(model, long, pixels[0]))
 
 
@@ -517,13 +523,13 @@ def test_attended_finds_the_box_of_the_thing_named(monkeypatch):
     """A model that looks exactly where it should, and one that looks at the next thing's place."""
     import attended
     import world
-    toy = Path(__file__).parents[1] / "weights/toy"
+    toy = Path(__file__).parents[1] / "toy/weights"
     vlm = g.VLM.from_parts(toy / "clip", toy / "llama")
-    scenes, side = [world.scene(i, "test", 3) for i in range(4)], int(vlm.patches ** .5)
+    scenes, side = [make_scene(i, "test", 3) for i in range(4)], int(vlm.patches ** .5)
 
     def looking(shift):
         def look(model, ids, tokens, pixels, layer):
-            scene = next(s for s in scenes if torch.equal(vlm.pixels(world.draw(s)), pixels))
+            scene = next(s for s in scenes if torch.equal(vlm.pixels(draw(s)), pixels))
             out = torch.full((len(tokens), side, side), .1)
             ends = attended.named(tokens, vlm.words, [t.full for t in scene.things])
             for i, t in enumerate(scene.things):

@@ -12,6 +12,7 @@ import llama
 import projector
 from data import IGNORE, IMAGE
 from kernels.attention import visible
+from toy.parts import init_induction_heads
 
 TINY = llama.Config(vocab=60, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
@@ -301,13 +302,13 @@ def test_late_score_is_the_best_patch():
     patches, phrases = noise(2, 3, 4), noise(5, 4, seed=1)
     by_hand = torch.tensor([[max(float(p @ t) for p in picture) for t in phrases]
                             for picture in patches])
-    assert near(clip.late_scores(patches, phrases), by_hand)
+    assert near(clip.filip_scores(patches, phrases), by_hand)
 
 
 @pytest.fixture(scope="module")
 def vlm():
     torch.manual_seed(0)
-    eye = clip.ViT(clip.Config(width=16, depth=3, heads=2, mlp=24, image=16, patch=8))
+    eye = clip.ViT(clip.Config(width=16, depth=3, heads=2, mlp=24, image_size=16, patch_size=8))
     return projector.VLM(eye, "mlp", llama.Llama(TINY), words=None)
 
 
@@ -413,7 +414,7 @@ def copier():
 @pytest.mark.parametrize("head, delta", [(0, 1), (1, 2), (2, 3)])
 def test_start_copying_makes_heads_that_look_one_to_three_back(copier, monkeypatch, head, delta):
     model = llama.Llama(copier.config)
-    llama.start_copying(model)
+    init_induction_heads(model)
     for at in range(5):
         share, weight = looks_back(model, head, at, monkeypatch)
         assert (share > .55 and weight > .55) if at == delta else (share < .3 and weight < .3)
@@ -425,7 +426,7 @@ def test_start_copying_depends_on_its_seed_alone(copier):
     for junk, seed in ((1, 0), (2, 0), (3, 1)):
         torch.manual_seed(junk)
         model = llama.Llama(copier.config)
-        llama.start_copying(model, seed)
+        init_induction_heads(model, seed)
         made.append(model.state_dict())
     assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
     assert not torch.equal(made[0]["embed.weight"], made[2]["embed.weight"])

@@ -24,12 +24,17 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from formats import configs
 import clip
 import data
 import generate
 import llama
 import projector
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
+from formats.anyres import ANYRES_GRIDS, TRANSPOSED
+from formats.checkpoints import expand_names, export, save_weights
+from formats.families import read_vlm_config
+from formats.names import canonical_names
 
 S = 24                                          # side of the tiny tower's picture: 3 x 3 patches
 EYE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -107,7 +112,7 @@ def write(model, folder, layout="C", family="llava", **processor):
     fresh = set(data.load_weights(folder))
     if layout != "C":
         table = {respelled(k, layout): v for k, v in model.state_dict().items()}
-        data.save_weights(folder, table)
+        save_weights(folder, table)
     else:
         assert fresh == {respelled(k, "C") for k in model.state_dict()}
     write_words(folder)
@@ -121,7 +126,7 @@ def write_official(model, folder, family="next", tower="openai/clip-vit-large-pa
     table = {official(k): v for k, v in model.state_dict().items()}
     if not with_tower:
         table = {k: v for k, v in table.items() if "vision_tower" not in k}
-    data.save_weights(folder, table)
+    save_weights(folder, table)
     kind = "llava_mistral" if "mistral" in family else "llava_llama"
     tiles = family.startswith("next")
     extra = {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS,
@@ -207,7 +212,7 @@ def test_one_tensor_in_two_spellings_is_refused(tmp_path, family):
     write(their_model(family), tmp_path, "A", family)
     table = dict(data.load_weights(tmp_path).items())
     table["lm_head.weight"] = table["language_model.lm_head.weight"] + 1
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     with pytest.raises(data.BadModel, match="lm_head.weight are the same one in two spellings"):
         projector.VLM.from_pretrained(tmp_path)
 
@@ -226,7 +231,7 @@ def test_what_does_not_fit_is_named_as_in_the_file(tmp_path, layout, change):
     else:
         table.pop(name)
         name = "layers.1.mlp.down_proj.weight"
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     with pytest.raises(data.BadModel, match=re.escape(name)) as info:
         projector.VLM.from_pretrained(tmp_path)
     assert "\n" not in str(info.value)
@@ -281,7 +286,7 @@ def test_pinpoints_may_be_a_string(tmp_path):
         tmp_path / "clip")
     write_official(their_model("next"), tmp_path / "llava", "next", tmp_path / "clip")
     edit(tmp_path / "llava", image_grid_pinpoints=str([tuple(p) for p in PINPOINTS]))
-    assert projector.VLM.from_pretrained(tmp_path / "llava").grids == data.OFFICIAL
+    assert projector.VLM.from_pretrained(tmp_path / "llava").grids == ANYRES_GRIDS
 
 
 # ------------------------------------------------------------------------------- NeXT's pictures
@@ -329,7 +334,7 @@ def test_ties_are_cut_as_at_home(tmp_path):
     assert hf.grid((20, 11)).tiles == (2, 1) and ours.grid((20, 11)).tiles == (1, 2)
     ours.save_pretrained(tmp_path / "saved")            # and transformers is told which
     again = projector.VLM.from_pretrained(tmp_path / "saved")
-    assert again.grids == ours.grids == data.OFFICIAL and hf.grids == data.TRANSPOSED
+    assert again.grids == ours.grids == ANYRES_GRIDS and hf.grids == TRANSPOSED
     image = picture((20, 11))
     assert vlm_gap(again, loaded(transformers.LlavaNextForConditionalGeneration,
                                  tmp_path / "saved"), images=[image]) <= LIMIT
@@ -367,19 +372,19 @@ def test_a_projector_alone(tmp_path):
     write(their_model("llava"), tmp_path / "a", "A")
     write(their_model("llava", seed=9), tmp_path / "b", "A")
     a, b = (projector.VLM.from_pretrained(tmp_path / x) for x in "ab")
-    table = data.export(b.bridge, {k.removeprefix("bridge."): v for k, v in b.BRIDGE_NAMES.items()})
+    table = export(b.bridge, {k.removeprefix("bridge."): v for k, v in b.BRIDGE_NAMES.items()})
     (tmp_path / "p").mkdir()
     for spell in (lambda k: k, lambda k: "model." + k,
                   lambda k: k.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
                              .replace("multi_modal_projector.linear_2", "model.mm_projector.2")):
-        data.save_weights(tmp_path / "p", {spell(k): v for k, v in table.items()})
+        save_weights(tmp_path / "p", {spell(k): v for k, v in table.items()})
         for path in (tmp_path / "p", tmp_path / "p/model.safetensors", tmp_path / "b"):
             for p in a.bridge.parameters():
                 p.data.zero_()
             a.load_bridge(path)
             for p, q in zip(a.bridge.parameters(), b.bridge.parameters()):
                 assert torch.equal(p, q)
-    data.save_weights(tmp_path / "p", {k: v for k, v in table.items() if "2.bias" not in k})
+    save_weights(tmp_path / "p", {k: v for k, v in table.items() if "2.bias" not in k})
     with pytest.raises(data.BadModel, match="linear_2.bias is missing"):
         a.load_bridge(tmp_path / "p")
 
@@ -429,26 +434,26 @@ def test_old_hub_configs_leave_fields_out(tmp_path):
     bare = {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
             "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
             "torch_dtype": "float16", "vocab_size": 32064}
-    c = llama.Config.from_hf(bare)
+    c = llama.Config(**configs.llama_from_hf(bare))
     assert (c.width, c.depth, c.heads, c.kv_heads, c.mlp) == (4096, 32, 32, 32, 11008)
-    assert (c.eps, c.vocab, c.theta, c.context, c.tied) == (1e-5, 32064, 1e4, 4096, False)
+    assert (c.eps, c.vocab, c.rope_theta, c.context, c.tie_embeddings) == (1e-5, 32064, 1e4, 4096, False)
     for kind, theirs in (("llama", transformers.LlamaConfig()),
                          ("mistral", transformers.MistralConfig())):
-        c = llama.Config.from_hf({"model_type": kind})
+        c = llama.Config(**configs.llama_from_hf({"model_type": kind}))
         assert (c.vocab, c.width, c.depth, c.heads, c.kv_heads, c.mlp, c.eps) == (
             theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers,
             theirs.num_attention_heads, theirs.num_key_value_heads, theirs.intermediate_size,
             theirs.rms_norm_eps)
-        assert c.theta == theirs.rope_parameters["rope_theta"]
+        assert c.rope_theta == theirs.rope_parameters["rope_theta"]
     theirs = transformers.CLIPVisionConfig()
-    c = clip.Config.from_hf({})
-    assert (c.width, c.depth, c.heads, c.mlp, c.eps, c.image, c.patch) == (
+    c = clip.Config(**configs.vit_from_hf({}))
+    assert (c.width, c.depth, c.heads, c.mlp, c.eps, c.image_size, c.patch_size) == (
         theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads,
         theirs.intermediate_size, theirs.layer_norm_eps, theirs.image_size, theirs.patch_size)
     # a whole vision_config left out is ViT-L/14 at 336
     whole = transformers.LlavaConfig().vision_config
-    eye, *_ = projector.settings(tmp_path, {"model_type": "llava"})
-    assert (eye.width, eye.depth, eye.heads, eye.mlp, eye.image, eye.patch) == (
+    eye, *_ = read_vlm_config(tmp_path, {"model_type": "llava"})
+    assert (eye.width, eye.depth, eye.heads, eye.mlp, eye.image_size, eye.patch_size) == (
         whole.hidden_size, whole.num_hidden_layers, whole.num_attention_heads,
         whole.intermediate_size, whole.image_size, whole.patch_size)
 
@@ -474,7 +479,7 @@ def test_a_tied_file_may_hold_the_head_too(tmp_path):
         **TONGUE, tie_word_embeddings=True)))
     theirs.save_pretrained(tmp_path)
     table = dict(data.load_weights(tmp_path).items())
-    data.save_weights(tmp_path, {**table, "lm_head.weight": table["model.embed_tokens.weight"],
+    save_weights(tmp_path, {**table, "lm_head.weight": table["model.embed_tokens.weight"],
                                  "model.layers.0.self_attn.rotary_emb.inv_freq":
                                      10000 ** (-torch.arange(4) / 4)})
     ids = torch.arange(3, 20)[None]
@@ -545,12 +550,12 @@ def test_loading_a_billion_weights_takes_little_more_than_they_do(tmp_path):
         model = llama.Llama(config)
     noise = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0)).bfloat16() * .02
     table = {k: noise.repeat(-(-v.numel() // len(noise)))[:v.numel()].view(v.shape)
-             for k, v in data.export(model, model.names()).items()}
+             for k, v in export(model, model.names()).items()}
     count = sum(v.numel() for v in table.values())
     assert count > 1e9
-    data.save_weights(tmp_path, table, max_bytes=1_000_000_000)         # in shards
+    save_weights(tmp_path, table, max_bytes=1_000_000_000)         # in shards
     del table
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(configs.llama_to_hf(config)))
     (what, size, peak), = load_apart(tmp_path)
     assert what == "loaded" and size == 2 * count
     assert peak <= 1.15 * size + 300e6, (peak, size)
@@ -581,21 +586,21 @@ def listed(family):
 def skeleton(family):
     """Our model of a family, without memory: (model, table, what is ignored)."""
     with torch.device("meta"):
-        eye = clip.ViT(clip.Config(image=336))
+        eye = clip.ViT(clip.Config(image_size=336))
         c7 = llama.Config(eps=1e-5, context=4096)
-        mistral = llama.Config(kv_heads=8, mlp=14336, theta=1e6, context=32768)
+        mistral = llama.Config(kv_heads=8, mlp=14336, rope_theta=1e6, context=32768)
         made = {
             "clip-vit-large-patch14": lambda: clip.CLIP(
                 clip.Config(), clip.Config(768, 12, 12, 3072), 768),
             "clip-vit-large-patch14-336": lambda: clip.CLIP(
-                clip.Config(image=336), clip.Config(768, 12, 12, 3072), 768),
+                clip.Config(image_size=336), clip.Config(768, 12, 12, 3072), 768),
             "vicuna-7b-v1.5": lambda: llama.Llama(c7),
             "tinyllama-1.1b": lambda: llama.Llama(llama.Config(32000, 2048, 22, 32, 4, 5632, 1e-5)),
             "mistral-7b-v0.2": lambda: llama.Llama(mistral),
             "llama-3.1-8b": lambda: llama.Llama(llama.Config(
                 128256, 4096, 32, 32, 8, 14336, 1e-5, 5e5)),
             "llama-3.2-1b": lambda: llama.Llama(llama.Config(
-                128256, 2048, 16, 32, 8, 8192, 1e-5, 5e5, tied=True)),
+                128256, 2048, 16, 32, 8, 8192, 1e-5, 5e5, tie_embeddings=True)),
             "llava-1.5-7b-hf": lambda: projector.VLM(
                 eye, "mlp", llama.Llama(llama.replace(c7, vocab=32064)), None),
             "llava-v1.6-mistral-7b-hf": lambda: projector.VLM(
@@ -613,10 +618,10 @@ FAMILIES = sorted(p.stem for p in (ROOT / "tests/keys").glob("*.txt"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weight_tables_are_complete_both_ways(family):
     model, theirs = skeleton(family), listed(family)
-    known = projector.spelled(theirs) if isinstance(model, projector.VLM) else {}
+    known = canonical_names(theirs) if isinstance(model, projector.VLM) else {}
     names = model.names() if hasattr(model, "names") else model.NAMES
     used, shapes = set(), {k: tuple(p.shape) for k, p in model.named_parameters()}
-    for ours, parts in data.expand(model, names).items():
+    for ours, parts in expand_names(model, names).items():
         parts = [known.get(part, part) for part in parts]
         assert not used & set(parts)                    # each of theirs has one home
         used |= set(parts)
@@ -734,7 +739,7 @@ def test_generate_answers_as_transformers_does(tmp_path, family, size):
          tmp_path / "model", "--max-new-tokens", "24"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     ours = projector.VLM.from_pretrained(tmp_path / "model")
-    ids = data.chat_ids([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.words)
+    ids = data.prompt_tokens([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.words)
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 2, 0
     inputs = their_inputs(ours, ids, [Image.open(tmp_path / "img.png")])
     out = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0]

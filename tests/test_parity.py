@@ -18,13 +18,14 @@ import clip
 import data
 import llama
 import projector
-import world
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
+from formats.checkpoints import save_weights
+from toy.world import draw, make_scene
 
-EYE = clip.Config(width=32, depth=3, heads=4, mlp=48, eps=1e-5, image=24, patch=8)
-READER = clip.Config(width=24, depth=2, heads=3, mlp=40, vocab=50, context=16, end=49)
+EYE = clip.Config(width=32, depth=3, heads=4, mlp=48, eps=1e-5, image_size=24, patch_size=8)
+READER = clip.Config(width=24, depth=2, heads=3, mlp=40, vocab=50, context=16, eos_id=49)
 TONGUE = llama.Config(vocab=120, width=32, depth=3, heads=4, kv_heads=2, mlp=48, eps=1e-5,
-                      theta=5000.0, context=128)
+                      rope_theta=5000.0, context=128)
 LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tied": True},
           "tied": {"tied": True}, "wide heads": {"head": 16},
           "llama3": {"scaling": ("llama3", 8.0, 1.0, 4.0, 64)},
@@ -89,7 +90,7 @@ def test_their_vision_tower_alone_in_ours(tmp_path, prefix):
     table = {prefix + k.removeprefix("vision_model."): v
              for k, v in data.load_weights(tmp_path).items()}
     table[prefix + "embeddings.position_ids"] = torch.arange(10)[None]      # a buffer of old files
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     assert vit_gap(clip.ViT.from_pretrained(tmp_path), theirs) <= LIMIT
 
 
@@ -131,11 +132,11 @@ def llama_gap(ours, theirs):
 def test_our_llama_in_transformers(tmp_path, changes):
     ours = our_llama(**changes)
     ours.save_pretrained(tmp_path)
-    assert ("lm_head.weight" in data.load_weights(tmp_path)) != ours.config.tied
+    assert ("lm_head.weight" in data.load_weights(tmp_path)) != ours.config.tie_embeddings
     assert llama_gap(ours, loaded(transformers.LlamaForCausalLM, tmp_path)) <= LIMIT
     again = llama.Llama.from_pretrained(tmp_path)
     assert same_tensors(ours, again) and again.config == ours.config
-    assert (again.head.weight is again.embed.weight) == ours.config.tied
+    assert (again.head.weight is again.embed.weight) == ours.config.tie_embeddings
 
 
 @pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
@@ -164,7 +165,7 @@ def test_rope_base_of_old_and_new_configs(tmp_path):
     for drop in ("rope_theta", "rope_parameters"):          # flat in old files, nested in new ones
         (tmp_path / "config.json").write_text(json.dumps(
             {k: v for k, v in config.items() if k != drop}))
-        assert llama.Llama.from_pretrained(tmp_path).config.theta == 5000
+        assert llama.Llama.from_pretrained(tmp_path).config.rope_theta == 5000
         assert llama_gap(ours, loaded(transformers.LlamaForCausalLM, tmp_path)) <= LIMIT
 
 
@@ -187,7 +188,7 @@ def test_interleaved_rope_breaks_llama(tmp_path, monkeypatch):
 def greedy(model, ids, new, cached):
     """`new` tokens behind ids (1, T), each the most likely."""
     ids, start = ids[0].tolist(), ids.shape[1]
-    cache = llama.Cache(model.config, 1, start + new, model.embed.weight) if cached else None
+    cache = llama.KVCache(model.config, 1, start + new, model.embed.weight) if cached else None
     for step in range(new):
         seen = ids[-1:] if cached and step else ids
         ids.append(int(model(torch.tensor([seen]), cache)[0, -1].argmax()))
@@ -216,7 +217,7 @@ def test_cache_gives_the_same_logits_in_any_pieces(changes):
     model = our_llama(**changes)
     whole = model(IDS)
     for sizes in ((11,), (1,) * 11, (4, 1, 6)):
-        cache, pieces = llama.Cache(model.config, 2, 11, model.embed.weight), []
+        cache, pieces = llama.KVCache(model.config, 2, 11, model.embed.weight), []
         for piece in IDS.split(sizes, 1):
             pieces.append(model(piece, cache))
         assert gap(torch.cat(pieces, 1), whole) <= LIMIT
@@ -232,7 +233,7 @@ def test_left_padding_with_positions_changes_nothing():
     positions = (torch.arange(11) - 4).clamp(min=0)[None]
     alone = model(short)
     assert gap(model(padded, None, positions, keep)[:, 4:], alone) <= LIMIT
-    cache = llama.Cache(model.config, 1, 12, model.embed.weight, keep)
+    cache = llama.KVCache(model.config, 1, 12, model.embed.weight, keep)
     assert gap(model(padded, cache, positions)[:, 4:], alone) <= LIMIT
     more = model(torch.tensor([[9]]), cache, torch.tensor([[7]]))
     assert gap(more, model(torch.cat((short, torch.tensor([[9]])), 1))[:, -1:]) <= LIMIT
@@ -341,7 +342,7 @@ def test_processor_loads_and_sees_the_same_picture(tmp_path, parts, aspect):
     for kind in (transformers.AutoProcessor, transformers.LlavaProcessor):
         processor = kind.from_pretrained(tmp_path)
         assert type(processor).__name__ == "LlavaProcessor"
-        for picture in (world.draw(world.scene(0)), world.draw(world.scene(1), side=24),
+        for picture in (draw(make_scene(0)), draw(make_scene(1), side=24),
                         Image.fromarray(np.random.default_rng(0).integers(
                             0, 256, (37, 37, 3), dtype=np.uint8))):
             batch = processor(images=picture, text="USER: <image>\nHi!", return_tensors="pt")
@@ -444,7 +445,7 @@ def test_a_missing_tensor_is_named(folders, name, kind, tensor):
     table = dict(data.load_weights(folders / name).items())
     kind.from_pretrained(folders / name)
     del table[tensor]
-    data.save_weights(folders / name, table)
+    save_weights(folders / name, table)
     with pytest.raises(data.BadModel, match=f"{tensor} is missing"):
         kind.from_pretrained(folders / name)
 
@@ -455,6 +456,6 @@ def test_a_missing_tensor_is_named(folders, name, kind, tensor):
                                     "language_model.model.layers.0.self_attn.q_proj.bias"])
 def test_a_foreign_tensor_is_named(folders, name, kind, tensor):
     table = dict(data.load_weights(folders / name).items())
-    data.save_weights(folders / name, {**table, tensor: torch.zeros(2)})
+    save_weights(folders / name, {**table, tensor: torch.zeros(2)})
     with pytest.raises(data.BadModel, match=tensor):
         kind.from_pretrained(folders / name)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
+from formats import configs
 import clip
 import data
 import generate
@@ -25,6 +26,12 @@ import llama
 import projector
 import qformer
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
+from decoding.beam import beam_search
+from decoding.flags import parse
+from formats.checkpoints import expand_names, export, save_weights
+from formats.conversations import MINIGPT4_INSTRUCTIONS, blip_caption
+from formats.errors import UsageError
+from formats.bert import BertTokenizer
 
 S, Q = 24, 5                                    # side of the pictures: 3 x 3 patches; queries
 EYE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -38,7 +45,7 @@ KINDS = {"blip2": ("Blip2", {}), "blip2 tied": ("Blip2", {"tie_word_embeddings":
          "instructblip": ("InstructBlip", {})}
 WORDS = Path(__file__).parents[2] / "shared/tokenizers/llama-legacy"
 published = pytest.mark.skipif(not WORDS.exists(), reason="needs LLaMA's published tokenizer")
-READER = qformer.Words.build(["What is in the picture? How many stars are there?"])
+READER = BertTokenizer.build(["What is in the picture? How many stars are there?"])
 PIXELS = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(1))
 ASKED = "What is in it?", "How many stars are there, and where?"
 IMAGE = 110                                     # the placeholder in transformers' ids
@@ -94,7 +101,7 @@ def folders(tmp_path_factory):
 
 def row(model, text, answer=()):
     """Our ids of a question about a picture, and the answer's."""
-    return generate.ask([text], model.template, model.words) + list(answer)
+    return generate.build_prompt([text], model.template, model.words) + list(answer)
 
 
 def their_inputs(ids, texts, pixels):
@@ -131,7 +138,7 @@ def test_eva_tower_is_transformers(folders, kind, monkeypatch):
     folder, theirs = folders[kind]
     ours = clip.ViT.from_pretrained(folder)
     assert ours(PIXELS).shape == (2, 10, 32)                        # the class token is kept
-    assert ours.config.eva and not ours.config.tail and ours.config.eps == 1e-6
+    assert ours.config.eva and not ours.config.has_final_block and ours.config.eps == 1e-6
     assert eye_gap(ours, theirs) <= LIMIT
     monkeypatch.setattr(clip, "gelu", clip.quick_gelu)              # trap 4: exact GELU,
     assert eye_gap(ours, theirs) > 100 * LIMIT
@@ -198,7 +205,7 @@ def test_trap_3_lavis_names_with_no_bias_for_k(tmp_path, folders, monkeypatch):
         for layer in theirs.vision_model.encoder.layers:
             layer.self_attn.qkv.bias[32:64] = 0         # as in the published files
     theirs.save_pretrained(tmp_path)
-    data.save_weights(tmp_path, lavis(theirs) | {"query_tokens": torch.ones(1, Q, 24)})
+    save_weights(tmp_path, lavis(theirs) | {"query_tokens": torch.ones(1, Q, 24)})
     assert eye_gap(clip.ViT.from_pretrained(tmp_path), theirs) <= LIMIT
     k = clip.ViT.from_pretrained(tmp_path).blocks[0].qkv.bias[32:64]
     assert not k.any()
@@ -214,7 +221,7 @@ def test_positions_are_stretched_at_load(folders, monkeypatch):
     folder, theirs = folders["blip2"]
     ours, small = clip.ViT.from_pretrained(folder, image=40), clip.ViT.from_pretrained(folder)
     pixels = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(2))
-    assert ours.config.image == 40 and ours.position.shape == (1, 26, 32)
+    assert ours.config.image_size == 40 and ours.position.shape == (1, 26, 32)
     assert torch.equal(ours.position[:, 0], small.position[:, 0])           # [cls] has no place
     assert eye_gap(ours, theirs, pixels, interpolate_pos_encoding=True) <= LIMIT
     half = clip.ViT.from_pretrained(folder, torch.bfloat16, image=40).position
@@ -236,19 +243,19 @@ def test_positions_are_stretched_at_load(folders, monkeypatch):
     ("instructblip", transformers.InstructBlipVisionConfig())])
 def test_fields_left_out_are_vit_g(kind, config):
     for vision in ({}, {"model_type": config.model_type}):
-        c = clip.Config.eye({"model_type": kind, "vision_config": vision})
-        assert (c.width, c.depth, c.heads, c.mlp, c.eps, c.image, c.patch) == (
+        c = clip.Config(**configs.vision_tower({"model_type": kind, "vision_config": vision}))
+        assert (c.width, c.depth, c.heads, c.mlp, c.eps, c.image_size, c.patch_size) == (
             config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
             config.intermediate_size, config.layer_norm_eps, config.image_size, config.patch_size)
-        assert c.eva and not c.tail and c.depth == 39
-    assert clip.Config.from_hf(c.to_hf()) == c
+        assert c.eva and not c.has_final_block and c.depth == 39
+    assert clip.Config(**configs.vit_from_hf(configs.vit_to_hf(c))) == c
     with torch.device("meta"):
         count = sum(p.numel() for p in clip.ViT(c).parameters())
     assert count == 985_952_256 - 2 * 1408              # of the whole in transformers: ln_vision
     for lie in ({"hidden_act": "quick_gelu"}, {"qkv_bias": False}, {"hidden_size": -1},
                 {"image_size": [224, 224]}):
         with pytest.raises(data.BadModel):
-            clip.Config.eye({"model_type": kind, "vision_config": lie})
+            clip.Config(**configs.vision_tower({"model_type": kind, "vision_config": lie}))
 
 
 # ------------------------------------------------------------------------------- whole models
@@ -378,7 +385,7 @@ def test_trap_8_the_norm_of_the_embeddings_has_two_names(tmp_path, folders):
         assert any(k.startswith(right) for k in data.load_weights(folder))
         write(theirs, tmp_path / kind)
         table = {k.replace(right, wrong): v for k, v in theirs.state_dict().items()}
-        data.save_weights(tmp_path / kind, table)
+        save_weights(tmp_path / kind, table)
         with pytest.raises(data.BadModel, match=right.replace(".", r"\.") + "weight is missing"):
             projector.VLM.from_pretrained(tmp_path / kind)
 
@@ -390,7 +397,7 @@ def test_trap_9_pictures_stand_before_bos(folders):
         ids = row(ours, ASKED[0])
         assert ids[:2] == [data.IMAGE, ours.words.bos]
         assert vlm_gap(ours, theirs, ids=[ids[1], ids[0], *ids[2:]]) > 100 * LIMIT
-    assert row(ours, "") and generate.ask(["hi"], "minigpt4_caption", ours.words)[:2] == [
+    assert row(ours, "") and generate.build_prompt(["hi"], "minigpt4_caption", ours.words)[:2] == [
         ours.words.bos, data.IMAGE]                     # MiniGPT-4: behind it
 
 
@@ -430,8 +437,8 @@ def talk(question, answer=None, mark="<image>\n"):
 def test_trap_10_the_pieces_of_a_prompt_are_tokenised_one_by_one():
     words = data.Tokenizer(WORDS)
     alone = lambda text: words.encode(text, bos=False)
-    assert data.INSTRUCTIONS[0] == "Describe this image in detail." and len(data.INSTRUCTIONS) == 4
-    for question in data.INSTRUCTIONS:
+    assert MINIGPT4_INSTRUCTIONS[0] == "Describe this image in detail." and len(MINIGPT4_INSTRUCTIONS) == 4
+    for question in MINIGPT4_INSTRUCTIONS:
         before, behind = "###Human: <Img>", f"</Img> {question} ###Assistant: "
         ids, labels = data.encode(talk(question, "A cat."), "minigpt4", words)
         assert ids == [1, *alone(before), data.IMAGE, *alone(behind), *alone("A cat.###")]
@@ -439,14 +446,14 @@ def test_trap_10_the_pieces_of_a_prompt_are_tokenised_one_by_one():
         assert labels == [data.IGNORE] * (len(ids) - n) + ids[-n:]
         assert ids != [1, *alone(before), data.IMAGE, *alone(behind + "A cat.###")]     # sprung
         system = data.TEMPLATES["minigpt4"].system
-        asked = data.chat_ids(talk(question), "minigpt4", words)
+        asked = data.prompt_tokens(talk(question), "minigpt4", words)
         assert asked == [1, *alone(f"{system}###Human: <Img>"), data.IMAGE,
                          *alone(f"</Img> {question}###Assistant: ")]
-        assert asked == generate.ask([question], "minigpt4", words)
+        assert asked == generate.build_prompt([question], "minigpt4", words)
     # stage 1: nothing is asked
     ids, labels = data.encode(talk("?", "a cat"), "minigpt4_caption", words)
     assert ids == [1, data.IMAGE, *alone("a cat\n")] and labels == [-100, -100, *ids[2:]]
-    assert data.chat_ids(talk("?"), "minigpt4_caption", words) == [1, data.IMAGE]
+    assert data.prompt_tokens(talk("?"), "minigpt4_caption", words) == [1, data.IMAGE]
     for turns, picture in ((talk("a", "b") + talk("c", "d"), True), (talk("a"), True),
                            (talk("a", "b"), False)):
         for template in ("minigpt4", "instructblip"):
@@ -462,7 +469,7 @@ def test_a_chat_of_minigpt4_goes_on_behind_its_answers():
     assert text == (f"{system}###Human: <Img><image></Img> What?###Assistant: A cat.###Human: "
                     "Sure?###Assistant: ")
     typed = ["What is <image>?", "</s>", "And ###Assistant: ?"]
-    ids = generate.ask(typed, "minigpt4", words)
+    ids = generate.build_prompt(typed, "minigpt4", words)
     assert ids.count(data.IMAGE) == 1 and words.eos not in ids      # what is typed is letters
     assert "What is <image>?" in words.decode(ids) and "</s>" in words.decode(ids)
 
@@ -473,15 +480,15 @@ def test_blip2_learns_bos_and_instructblip_its_answer_only():
     alone = lambda text: words.encode(text, bos=False)
     ids, labels = data.encode(talk("thrown away", "a cat"), "blip2", words)
     assert ids == [data.IMAGE, 1, *alone("a cat\n")] and labels == [data.IGNORE, *ids[1:]]
-    assert data.chat_ids(talk("x"), "blip2", words) == [data.IMAGE, 1]
+    assert data.prompt_tokens(talk("x"), "blip2", words) == [data.IMAGE, 1]
     ids, labels = data.encode(talk("What is it?", "A cat."), "instructblip", words)
     answer = [*alone("A cat."), words.eos]
     assert ids == [data.IMAGE, 1, *alone("What is it?"), *answer]
     assert labels == [data.IGNORE] * (len(ids) - len(answer)) + answer
-    asked = data.chat_ids(talk("What is it?"), "instructblip", words)
-    assert asked == ids[:-len(answer)] == generate.ask(["What is it?"], "instructblip", words)
-    assert generate.ask(["a", "b", "What is it?"], "instructblip", words) == asked
-    assert generate.ask(["<image> </s>"], "instructblip", words).count(data.IMAGE) == 1
+    asked = data.prompt_tokens(talk("What is it?"), "instructblip", words)
+    assert asked == ids[:-len(answer)] == generate.build_prompt(["What is it?"], "instructblip", words)
+    assert generate.build_prompt(["a", "b", "What is it?"], "instructblip", words) == asked
+    assert generate.build_prompt(["<image> </s>"], "instructblip", words).count(data.IMAGE) == 1
     assert data.encode(talk("Hi", "Ho", mark=""), "instructblip", words, False)[0][0] == 1
     for template in ("blip2", "minigpt4_caption"):
         with pytest.raises(data.BadData, match=f"{template} needs <image>"):
@@ -489,10 +496,10 @@ def test_blip2_learns_bos_and_instructblip_its_answer_only():
 
 
 def test_captions_of_the_web_are_cleaned():
-    assert data.caption_text('A "Red"  (big) Star; #1!\n') == "a red big star 1"
-    assert data.caption_text("it's 50% off, a-b") == "it's 50% off, a-b"
-    assert data.caption_text(" ".join(["word"] * 60)).split() == ["word"] * 50
-    assert data.caption_text("...") == ""
+    assert blip_caption('A "Red"  (big) Star; #1!\n') == "a red big star 1"
+    assert blip_caption("it's 50% off, a-b") == "it's 50% off, a-b"
+    assert blip_caption(" ".join(["word"] * 60)).split() == ["word"] * 50
+    assert blip_caption("...") == ""
 
 
 @published
@@ -504,7 +511,7 @@ def test_the_official_ids_of_instructblip(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | dict.fromkeys(
         ("bos_token", "eos_token", "unk_token"), "</s>")))
     words = data.Tokenizer(tmp_path)
-    ids = generate.ask(["What is it?"], "instructblip", words)
+    ids = generate.build_prompt(["What is it?"], "instructblip", words)
     assert ids[:2] == [data.IMAGE, 2]
     assert words.decode([0, 450, 0], skip_special=False) == "</s> The</s>"
     assert plain.decode([0, 450], skip_special=False) == "<unk> The"            # control
@@ -530,7 +537,7 @@ class Script:
 
     def answers(self):
         said = generate.generate_batch(self, [[1]] * len(self.rows), max_new_tokens=99)
-        return ["".join(generate.spell(x, self.words)) for x in said]
+        return ["".join(generate.stream_text(x, self.words)) for x in said]
 
 
 @published
@@ -558,10 +565,10 @@ def test_minigpt4_ends_at_three_hashes_in_any_spelling(monkeypatch):
 @torch.no_grad()
 def test_beams_end_at_a_text_as_at_a_token(folders):
     ours = projector.VLM.from_pretrained(folders["blip2"][0])
-    ids = generate.ask(["Hi"], "minigpt4", ours.words)
+    ids = generate.build_prompt(["Hi"], "minigpt4", ours.words)
     free = list(generate.generate(ours, ids, PIXELS[:1], 40, eos=-1))
     token = next(i for i in free[3:] if ours.words.decode([i]).isalpha())       # a letter it says
-    found = lambda ends, stop=None: generate.beams(ours, ids, PIXELS[:1], None, ends, 40, 3, stop)
+    found = lambda ends, stop=None: beam_search(ours, ids, PIXELS[:1], None, ends, 40, 3, stop)
     assert found({2}, ours.words.decode([token])) == found({2, token})
     assert token in found({2}) and token not in found({2, token})   # control: it matters
 
@@ -575,7 +582,7 @@ def test_the_command_line_answers_as_transformers_does(tmp_path, folders, kind, 
 
     def told(*question, typed=""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
-        args = generate.arguments([str(tmp_path / "img.png"), *question, "--model", str(folder),
+        args = parse([str(tmp_path / "img.png"), *question, "--model", str(folder),
                                    "--max-new-tokens", "16", "--device", "cpu"])
         assert not generate.main(args)
         return capsys.readouterr()
@@ -609,8 +616,8 @@ def test_bf16_is_close(folders):
 @pytest.fixture(scope="module")
 def retriever(tmp_path_factory, folders):
     """A BLIP-2 of stage 1 with EVA's eye, and its folder."""
-    config = qformer.Config(24, 4, 3, 40, queries=Q, vision=32, vocab=len(READER), context=64)
-    made = qformer.Retriever.from_parts(folders["blip2"][0], READER, config, shared=16)
+    config = qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=32, vocab=len(READER), context=64)
+    made = qformer.Blip2Stage1.from_parts(folders["blip2"][0], READER, config, shared=16)
     folder = tmp_path_factory.mktemp("retriever")
     made.save_pretrained(folder)
     return made, folder
@@ -628,7 +635,7 @@ def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
     assert not any("word" in name for name in names) and {"proj.weight", "norm.bias"} < {*names}
     assert ours.get_submodule("bridge.proj") is ours.bridge.proj
     again = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
-                                     qformer=qformer.Retriever.from_pretrained(folder)).eval()
+                                     qformer=qformer.Blip2Stage1.from_pretrained(folder)).eval()
     assert same_tensors(ours, again)                    # a module and its folder are one
     other = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash", 1,
                                      qformer=folder)
@@ -644,8 +651,8 @@ def test_parts_from_a_lavis_file(tmp_path, folders):
     folder, theirs = folders["blip2"]
     ours = projector.VLM.from_pretrained(folder)
     asks = {k: v for k, v in qformer.QFormer.LAVIS_NAMES.items()
-            if k in data.expand(ours.bridge.qformer, qformer.QFormer.NAMES) or "{}" in k}
-    data.save_weights(tmp_path, lavis(theirs) | data.export(ours.bridge.qformer, asks) | {
+            if k in expand_names(ours.bridge.qformer, qformer.QFormer.NAMES) or "{}" in k}
+    save_weights(tmp_path, lavis(theirs) | export(ours.bridge.qformer, asks) | {
         "t5_proj.weight": torch.ones(32, 24), "temp": torch.ones(())})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     made = projector.VLM.from_parts(None, folders["llama"], "qformer", "minigpt4", "squash",
@@ -668,7 +675,7 @@ def test_a_projection_is_taken_where_the_task_goes_on(folders):
     assert not torch.equal(parts("minigpt4_caption").bridge.proj.weight, with_it)
     ours = parts("instructblip", folders["instructblip"][0])
     assert ours.reader and ours.bridge.qformer.config.vocab == len(READER)
-    ids = torch.tensor([generate.ask([ASKED[0]], "instructblip", ours.words)])
+    ids = torch.tensor([generate.build_prompt([ASKED[0]], "instructblip", ours.words)])
     assert ours(ids, PIXELS[:1]).isfinite().all()
 
 
@@ -677,27 +684,27 @@ def test_minigpt4_projection_alone(tmp_path, folders):
                                     qformer=folders["blip2"][0])
     made = {"llama_proj.weight": torch.randn(32, 24), "llama_proj.bias": torch.randn(32),
             "Qformer.bert.embeddings.position_ids": torch.arange(9)[None]}      # rides along
-    data.save_weights(tmp_path / "full", made)
+    save_weights(tmp_path / "full", made)
     before = ours.bridge.qformer.query_tokens.clone()
     ours.load_bridge(tmp_path / "full")
     assert torch.equal(ours.bridge.proj.weight, made["llama_proj.weight"])
     assert torch.equal(ours.bridge.proj.bias, made["llama_proj.bias"])
     assert torch.equal(ours.bridge.qformer.query_tokens, before)
     # LLaMA-2's MiniGPT-4 has no Q-Former: four patches of 1408 side by side
-    data.save_weights(tmp_path / "v2", {**made, "llama_proj.weight": torch.randn(32, 5632)})
+    save_weights(tmp_path / "v2", {**made, "llama_proj.weight": torch.randn(32, 5632)})
     with pytest.raises(data.BadModel, match=r"llama_proj.weight: shape \(32, 5632\)"):
         ours.load_bridge(tmp_path / "v2")
-    data.save_weights(tmp_path / "none", {"other": torch.ones(1)})
+    save_weights(tmp_path / "none", {"other": torch.ones(1)})
     with pytest.raises(data.BadModel, match="language_projection.weight is missing"):
         ours.load_bridge(tmp_path / "none")
 
 
 def test_a_clip_eye_is_saved_whole_and_refused_by_transformers(tmp_path, folders):
     """transformers' BLIP-2 has no norm before the blocks: better refused than answered wrongly."""
-    eye = clip.Config(width=32, depth=3, heads=4, mlp=48, image=S, patch=8)
-    reads = clip.Config(width=24, depth=1, heads=3, mlp=40, vocab=50, context=16, end=49)
+    eye = clip.Config(width=32, depth=3, heads=4, mlp=48, image_size=S, patch_size=8)
+    reads = clip.Config(width=24, depth=1, heads=3, mlp=40, vocab=50, context=16, eos_id=49)
     shaken(clip.CLIP(eye, reads, 20)).save_pretrained(tmp_path / "clip")
-    asks = qformer.QFormer(qformer.Config(24, 4, 3, 40, queries=Q, vision=32, vocab=0))
+    asks = qformer.QFormer(qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=32, vocab=0))
     ours = projector.VLM.from_parts(tmp_path / "clip", folders["llama"], "qformer", "blip2",
                                     "squash", qformer=asks).eval()
     full = clip.ViT.from_pretrained(tmp_path / "clip")
@@ -711,10 +718,10 @@ def test_a_clip_eye_is_saved_whole_and_refused_by_transformers(tmp_path, folders
     assert torch.equal(clip.ViT.from_pretrained(tmp_path / "vlm")(PIXELS), full(PIXELS))
     with pytest.raises(RuntimeError, match="mismatch"):
         transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "vlm")
-    with pytest.raises(data.Usage, match="squash"):
+    with pytest.raises(UsageError, match="squash"):
         projector.VLM.from_parts(tmp_path / "clip", folders["llama"], "qformer", "blip2", "pad",
                                  qformer=asks)
-    wide = qformer.QFormer(qformer.Config(24, 4, 3, 40, queries=Q, vision=48, vocab=0))
+    wide = qformer.QFormer(qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=48, vocab=0))
     with pytest.raises(data.BadModel, match="width 48, the eye's have 32"):
         projector.VLM.from_parts(tmp_path / "clip", folders["llama"], "qformer", "blip2",
                                  "squash", qformer=wide)
@@ -737,7 +744,7 @@ def test_a_toy_begins_in_the_channels_that_words_use(folders, tmp_path):
 
 
 def test_a_system_without_madvise_keeps_its_pages(tmp_path, monkeypatch):
-    data.save_weights(tmp_path, {"a": torch.ones(4)})
+    save_weights(tmp_path, {"a": torch.ones(4)})
     weights = data.load_weights(tmp_path)
     weights.release("a")
     monkeypatch.delattr(mmap, "MADV_DONTNEED")

@@ -13,6 +13,7 @@ import transformers
 from packaging.requirements import Requirement
 from PIL import Image
 
+from formats import configs
 import clip
 import data
 import evaluate
@@ -25,6 +26,13 @@ import train
 from kernels.attention import packed
 from test_qformer_vlm import ASKED, PIXELS, READER, folders      # noqa: F401 (a fixture)
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
+from decoding.attention_map import attention_to_patches
+from decoding.chat import caption_folder
+from evaluate.benchmarks import model_answers
+from evaluate.toy import answers
+from formats.errors import UserError
+from instruct.journal import Request
+from trainer.loader import MicroBatches
 
 ROOT = Path(__file__).parents[1]
 TONGUE = dict(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -33,7 +41,7 @@ TONGUE = dict(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention
 
 
 def config(**values):
-    return llama.Config.from_hf({**TONGUE, **values})
+    return llama.Config(**configs.llama_from_hf({**TONGUE, **values}))
 
 
 # ------------------------------------------------------------------------- the requirement files
@@ -85,7 +93,7 @@ def test_the_context(values, context):
     """FastChat's get_context_length: int(factor * max_position_embeddings)."""
     made = config(**values)
     assert made.context == context
-    assert llama.Config.from_hf(made.to_hf()) == made                   # saved, it loads so again
+    assert llama.Config(**configs.llama_from_hf(configs.llama_to_hf(made))) == made                   # saved, it loads so again
 
 
 def test_a_context_that_the_factor_does_not_divide_survives():
@@ -94,7 +102,7 @@ def test_a_context_that_the_factor_does_not_divide_survives():
             made = config(max_position_embeddings=old, rope_scaling={"type": "linear",
                                                                      "factor": factor})
             assert made.context == int(old * factor)
-            assert llama.Config.from_hf(made.to_hf()) == made
+            assert llama.Config(**configs.llama_from_hf(configs.llama_to_hf(made))) == made
 
 
 @pytest.mark.parametrize("values", [
@@ -149,7 +157,7 @@ def test_a_stretched_model_writes_past_the_length_before(tmp_path):
     with torch.no_grad():
         assert gap(ours(ids), theirs(ids).logits) <= LIMIT
     assert len(list(generate.generate(ours, ids[0, :40].tolist(), max_new_tokens=99))) == 24
-    with pytest.raises(data.Failure, match="context has 64"):
+    with pytest.raises(UserError, match="context has 64"):
         list(generate.generate(ours, ids[0].tolist() * 2))
 
 
@@ -193,7 +201,7 @@ def test_prefill_sees_the_window(mistral):
 def stepped(model, ids, keep, prompt, held=False):
     """Logits of the places behind the prompt, one by one with a cache; held: by the device."""
     positions = (keep.cumsum(1) - 1).clamp(min=0)
-    cache = llama.Cache(model.config, len(ids), ids.shape[1] + 3, model.embed.weight,
+    cache = llama.KVCache(model.config, len(ids), ids.shape[1] + 3, model.embed.weight,
                         keep[:, :prompt])
     cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
     model(ids[:, :prompt], cache, positions[:, :prompt])
@@ -223,7 +231,7 @@ def test_step_by_step_with_a_cache_and_left_padding(mistral, prompt, held):
 def test_a_chunk_behind_a_cache_sees_its_window(mistral):
     _, ours, theirs = mistral
     ids = draw(2, 30)
-    cache = llama.Cache(ours.config, 2, 30, ours.embed.weight)
+    cache = llama.KVCache(ours.config, 2, 30, ours.embed.weight)
     parts = [ours(part, cache) for part in ids.split([4, 11, 1, 14], 1)]
     assert gap(torch.cat(parts, 1), theirs(ids).logits) <= LIMIT
 
@@ -318,15 +326,15 @@ def test_what_an_answer_looked_at_lies_in_its_window(mistral, tmp_path):
     folder = tmp_path / "llm"
     mistral[1].save_pretrained(folder)
     write_words(folder)
-    eye = shaken(clip.CLIP(clip.Config(32, 3, 4, 48, image=24, patch=8),
-                           clip.Config(32, 1, 4, 48, vocab=50, context=8, end=49), 16))
+    eye = shaken(clip.CLIP(clip.Config(32, 3, 4, 48, image_size=24, patch_size=8),
+                           clip.Config(32, 1, 4, 48, vocab=50, context=8, eos_id=49), 16))
     eye.save_pretrained(tmp_path / "clip")
     vlm = projector.VLM.from_parts(tmp_path / "clip", folder)
     ids, pixels = [1, data.IMAGE, *range(5, 15)], PIXELS[:1]
-    assert float(generate.looked(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0     # 10 tokens back
-    assert float(generate.looked(vlm, ids[:4], [7, 8], pixels, 0).sum()) > 0
+    assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0     # 10 tokens back
+    assert float(attention_to_patches(vlm, ids[:4], [7, 8], pixels, 0).sum()) > 0
     vlm.llm = widened(vlm.llm)
-    assert float(generate.looked(vlm, ids, [7, 8], pixels, 0).sum()) > 0            # control
+    assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).sum()) > 0            # control
 
 
 # ------------------------------------------------------------------------- CLIP's text tower
@@ -408,7 +416,7 @@ def reads(folders, monkeypatch):                                        # noqa: 
 def test_ids_do_not_give_back_what_was_typed(reads, text):
     """The control of the tests below; and what is known of ids alone is read as before."""
     model, given = reads
-    ids = generate.ask([text], model.template, model.words)
+    ids = generate.build_prompt([text], model.template, model.words)
     lost = model.asked(torch.tensor([ids]))[0]
     assert lost != text
     list(generate.generate(model, [*ids], PIXELS[:1], max_new_tokens=1))
@@ -422,12 +430,12 @@ def test_ids_do_not_give_back_what_was_typed(reads, text):
 def test_generate_hands_on_what_was_typed(reads, settings):
     model, given = reads
     for text in TYPED:
-        ids = generate.ask([text], model.template, model.words)
+        ids = generate.build_prompt([text], model.template, model.words)
         given.clear()
         list(generate.generate(model, ids, PIXELS[:1], max_new_tokens=2, **settings))
         assert given == [text]
     given.clear()
-    rows = [generate.ask([text], model.template, model.words) for text in TYPED[:2]]
+    rows = [generate.build_prompt([text], model.template, model.words) for text in TYPED[:2]]
     generate.generate_batch(model, rows, [PIXELS[:1]] * 2, max_new_tokens=2, **settings)
     assert given == list(TYPED[:2])
 
@@ -438,23 +446,25 @@ def test_every_way_to_ask_hands_on_what_was_typed(reads, monkeypatch, tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     pixels = PIXELS[:1]
     args = SimpleNamespace(seed=0, settings={"max_new_tokens": 2}, attention=None, verbose=False,
-                           num_beams=1, batch_size=2, prompt=TYPED[0], out=str(tmp_path / "o.json"))
-    generate.answer(model, [TYPED[2]], {0: (pixels, None)}, args)
+                           num_beams=1, batch_size=2, prompt=TYPED[0], out=str(tmp_path / "o.json"),
+                           max_new_tokens=2)
+    generate.print_answer(model, [TYPED[2]], {0: (pixels, None)}, args)
     assert given == [TYPED[2]]
     given.clear()
-    generate.answer(model, ["a", "b", TYPED[0]], {0: (pixels, None)}, args)
+    generate.print_answer(model, ["a", "b", TYPED[0]], {0: (pixels, None)}, args)
     assert given == [TYPED[0]]                          # it knows one question: the last
     given.clear()
-    generate.captions(model, [tmp_path / "a.png"] * 2, args)
+    caption_folder(model, [tmp_path / "a.png"] * 2, args)
     assert given == [TYPED[0]] * 2
     given.clear()
-    evaluate.answers(model, list(TYPED[:2]), PIXELS, 2)
+    answers(model, list(TYPED[:2]), PIXELS, 2)
     assert given == list(TYPED[:2])
     given.clear()
     monkeypatch.setattr(generate, "load", lambda args: model)
-    jobs = [instruct.Job(str(i), "a.png", str(i), text) for i, text in enumerate(TYPED)]
-    asked = SimpleNamespace(model="m", batch_size=4, images=tmp_path, max_new_tokens=2)
-    list(evaluate.replies(asked, jobs, {}))
+    jobs = [Request(str(i), "a.png", str(i), text) for i, text in enumerate(TYPED)]
+    asked = SimpleNamespace(model="m", batch_size=4, images=tmp_path, max_new_tokens=2,
+                            follow_links=False)
+    list(model_answers(asked, jobs, {}))
     assert given == list(TYPED)
 
 
@@ -488,22 +498,33 @@ def test_batches_carry_the_questions(reads):
              for text in (*TYPED[:2], ASKED[0], "no picture")]
 
     class Samples:
-        def read(self, index):
-            return (None if index == 3 else "picture"), talks[index] if index < 3 else [
-                {"from": "human", "value": "no picture"}, talks[3][1]]
+        def sample(self, index):
+            if index == 3:
+                return {"conversations": [{"from": "human", "value": "no picture"}, talks[3][1]]}
+            return {"image": "picture", "conversations": talks[index]}
 
-        def __getitem__(self, index):
-            return (None if index == 3 else Image.new("RGB", (9, 9))), self.read(index)[1]
+        def asked(self, index):
+            return ""
+
+        def read(self, index):
+            sample = self.sample(index)
+            return sample.get("image"), sample["conversations"]
+
+        def pictures(self, sample):
+            return [Image.new("RGB", (9, 9))] if "image" in sample else []
 
         def name(self, index):
             return str(index)
+
+        def fault(self, index):
+            return None
 
     row = SimpleNamespace(batch=4, groups=1, template="instructblip", aspect="squash")
     for pack in (0, 400):
         args = SimpleNamespace(row=row, pack=pack, accum=1, official_quirks=False, max_length=0,
                                on_bad_sample="error", workers=0)
-        micro = train.Batches(Samples(), model, args)[0, 0]
+        micro = MicroBatches(Samples(), model, args)[0, 0]
         assert sorted(micro.questions) == sorted([*TYPED[:2], ASKED[0]])
         model.reader, reader = None, model.reader
-        assert train.Batches(Samples(), model, args)[0, 0].questions is None
+        assert MicroBatches(Samples(), model, args)[0, 0].questions is None
         model.reader = reader

@@ -18,9 +18,11 @@ from PIL import Image, ImageDraw
 
 import data
 import evaluate
-import world
-from generate import ask, generate
+from generate import generate
 from projector import VLM
+from evaluate.toy import linear_probe, majority_baseline, score, text_only_accuracy
+from generate import build_prompt
+from toy.texts import KINDS, things_in
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +80,7 @@ def model(run):
 
 @pytest.fixture(scope="session")
 def right(model):
-    return evaluate.score(model, "test", 200, "right")
+    return score(model, "test", 200, "right")
 
 
 def test_the_stages_cost_what_they_did(run):
@@ -97,27 +99,27 @@ def test_loss_falls_and_samples_show_it(run):
     samples = [json.loads(x) for x in (run[0] / "stage2/samples.jsonl").open()]
     last = [s for s in samples if s["step"] == samples[-1]["step"]]
     first = [s for s in samples if s["step"] == samples[0]["step"]]
-    hits = [sum(world.things_in(s["truth"]) == world.things_in(s["says"]) for s in some)
+    hits = [sum(things_in(s["truth"]) == things_in(s["says"]) for s in some)
             for some in (first, last)]
     assert len(last) == 4 and hits[1] >= hits[0] >= 0 and hits[1] >= 1
 
 
 def test_it_answers_and_it_looks(model, right):
     """Right on unseen object sets; with another scene's picture, no better than blind."""
-    other, grey = (evaluate.score(model, "test", 200, p) for p in ("other", "grey"))
+    other, grey = (score(model, "test", 200, p) for p in ("other", "grey"))
     print({k: round(v, 3) for k, v in right.items()}, other["mean"], grey["mean"])
     # The goals, .95 and .98, less three standard errors of 60 questions a kind and 500 objects;
     # "count of" and the recall of descriptions are below theirs (README): what three seeds reach.
     assert right["mean"] >= .94 and right["precision"] >= .97 and right["invented"] <= .02
     assert right["recall"] >= .90 and right["count of"] >= .75
-    assert min(right[k] for k in world.KINDS if k != "count of") >= .82
-    blind = max(grey["mean"], evaluate.majority("test", 200)["mean"])
+    assert min(right[k] for k in KINDS if k != "count of") >= .82
+    blind = max(grey["mean"], majority_baseline("test", 200)["mean"])
     assert other["mean"] <= blind + .05
     assert other["recall"] < .3
 
 
 def test_after_stage_one_it_captions_but_does_not_converse(run, right):
-    early = evaluate.score(VLM.from_pretrained(run[0] / "stage1/model"), "test", 100, "right")
+    early = score(VLM.from_pretrained(run[0] / "stage1/model"), "test", 100, "right")
     assert early["recall"] > .3 and early["mean"] < right["mean"]
 
 
@@ -201,9 +203,9 @@ def test_pictures_not_from_our_renderer(model, tmp_path):
     right, told = 0, []
     for path, truth in album(tmp_path):
         pixels = data.preprocess(data.load_image(path), model.image_size, model.aspect)
-        ids = ask(["Describe this image"], model.template, model.words)
+        ids = build_prompt(["Describe this image"], model.template, model.words)
         text = model.words.decode(list(generate(model, ids, pixels, max_new_tokens=90)))
-        right += set(world.things_in(text)) == truth
+        right += set(things_in(text)) == truth
         told.append((path.name, text))
     print(*told, sep="\n")
     assert right >= 10, told
@@ -211,16 +213,16 @@ def test_pictures_not_from_our_renderer(model, tmp_path):
 
 def test_grey_is_not_described_as_any_of_the_twelve(model, tmp_path):
     """The control of the above: what is said of a blank sheet must not pass for a picture."""
-    ids = ask(["Describe this image"], model.template, model.words)
+    ids = build_prompt(["Describe this image"], model.template, model.words)
     text = model.words.decode(list(generate(model, ids, torch.zeros(1, 3, 64, 64))))
-    assert sum(set(world.things_in(text)) == truth for _, truth in album(tmp_path)) <= 1, text
+    assert sum(set(things_in(text)) == truth for _, truth in album(tmp_path)) <= 1, text
 
 
 def test_the_shipped_parts_pass_their_gates():
-    eye = evaluate.probe(evaluate.ViT.from_pretrained(ROOT / "weights/toy/clip"), 300)
+    eye = linear_probe(evaluate.ViT.from_pretrained(ROOT / "toy/weights/clip"), 300)
     assert eye["colour"] >= .97 and eye["shape"] >= .95 and eye["size"] >= .90, eye
-    folder = ROOT / "weights/toy/llama"
-    tongue = evaluate.ask_text(evaluate.Llama.from_pretrained(folder), data.Tokenizer(folder),
+    folder = ROOT / "toy/weights/llama"
+    tongue = text_only_accuracy(evaluate.Llama.from_pretrained(folder), data.Tokenizer(folder),
                                n=60)
     # the gates, less one error in twenty for 60 questions; "count of" misses its own (README)
     assert all(tongue[k] >= .95 for k in ("colour", "shape", "size")), tongue
@@ -231,5 +233,5 @@ def test_the_shipped_parts_pass_their_gates():
 def test_an_untrained_eye_fails_the_gate():
     """The control: the probe reads shapes from training, not from random features."""
     torch.manual_seed(0)
-    config = evaluate.ViT.from_pretrained(ROOT / "weights/toy/clip").config
-    assert evaluate.probe(evaluate.ViT(config).eval(), 100)["shape"] < .8
+    config = evaluate.ViT.from_pretrained(ROOT / "toy/weights/clip").config
+    assert linear_probe(evaluate.ViT(config).eval(), 100)["shape"] < .8

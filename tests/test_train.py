@@ -174,7 +174,7 @@ def child(train, data, order):
         train.generate = lambda *a, **more: iter((5, 6, 7))
     inject(train, order["fault"])
     args = train.arguments(order["argv"])
-    return data.guarded(lambda: train.train(args))
+    return exit_status(lambda: train.train(args))
 
 
 def serve():
@@ -189,7 +189,7 @@ def serve():
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n'
                                                     '{"step": 2, "loss": 7.5}\n')
-        train.plot(Path(folder))
+        plot_loss(Path(folder))
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
@@ -224,7 +224,14 @@ import data
 import llama
 import projector
 import train
-import world
+from formats.checkpoints import save_weights
+from toy.parts import llama_tokenizer
+from toy.texts import training_sample
+from toy.world import SIDE
+from trainer.flags import parse
+from trainer.loader import Samples
+from trainer.run_folder import plot_loss
+from trainer.schedules import cosine
 
 
 # ------------------------------------------------------------------------------ the tests' side
@@ -244,12 +251,12 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
     (folder / "llama").mkdir()
-    train.llama_tokenizer(folder / "llama")
+    llama_tokenizer(folder / "llama")
     rows = -(-len(data.Tokenizer(folder / "llama")) // 64) * 64
     llama.Llama(llama.Config(rows, 32, 2, 2, 1, 64, 1e-5, 1e4, 1024)
                 ).save_pretrained(folder / "llama")
-    clip.CLIP(clip.Config(32, 2, 2, 64, image=world.SIDE, patch=16),
-              clip.Config(32, 1, 2, 64, vocab=20, context=8, end=19), 16
+    clip.CLIP(clip.Config(32, 2, 2, 64, image_size=SIDE, patch_size=16),
+              clip.Config(32, 1, 2, 64, vocab=20, context=8, eos_id=19), 16
               ).save_pretrained(folder / "clip")
     return folder
 
@@ -297,7 +304,7 @@ def unchanged_process(monkeypatch):
 
 def here(argv):
     """A run inside this process."""
-    return train.train(train.arguments(argv))
+    return train.main(parse(argv))
 
 
 def sha(out):
@@ -349,10 +356,10 @@ def interrupted(flags, run, tmp_path_factory, tmp_path):
 
 @pytest.mark.parametrize("stage, learns", [(1, ("bridge.",)), (2, ("bridge.", "llm."))])
 def test_frozen_stays_frozen_and_the_rest_moves(flags, tmp_path, stage, learns):
-    args = train.arguments(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
-    job = train.bridge_job(args, tmp_path, "cpu")
+    args = parse(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
+    job = train.vlm_job(args, tmp_path, "cpu")
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
-    assert train.fit(job, tmp_path, args) == 0
+    assert train.train_loop(job, tmp_path, args) == 0
     for name, p in job.model.named_parameters():
         assert torch.equal(p, before[name]) == (not name.startswith(learns)), name
 
@@ -376,8 +383,8 @@ def test_only_supervised_rows_reach_the_output_head(flags, tmp_path, monkeypatch
         return real(x, head, labels, *rest)
     real = projector.linear_cross_entropy
     monkeypatch.setattr(projector, "linear_cross_entropy", counted)
-    args = train.arguments(flags(tmp_path, "--dtype", "fp32"))
-    job = train.bridge_job(args, tmp_path, "cpu")
+    args = parse(flags(tmp_path, "--dtype", "fp32"))
+    job = train.vlm_job(args, tmp_path, "cpu")
     (micro,) = job.batches(0)
     job.loss(micro)
     supervised = int((micro[1] != data.IGNORE).sum())
@@ -395,11 +402,11 @@ def follows_the_recipe(factor, steps, warmup):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    assert follows_the_recipe(lambda s: train.cosine(s, 100, .03), 100, .03)
-    assert follows_the_recipe(lambda s: train.cosine(s, 7, .5), 7, .5)      # 3.5 steps are 4
-    assert train.cosine(0, 10, 0) == 1
-    for wrong in (lambda s: train.cosine(s + 1, 100, .03),                  # off by one
-                  lambda s: train.cosine(s, 100, .04),                      # another warm-up
+    assert follows_the_recipe(lambda s: cosine(s, 100, .03), 100, .03)
+    assert follows_the_recipe(lambda s: cosine(s, 7, .5), 7, .5)      # 3.5 steps are 4
+    assert cosine(0, 10, 0) == 1
+    for wrong in (lambda s: cosine(s + 1, 100, .03),                  # off by one
+                  lambda s: cosine(s, 100, .04),                      # another warm-up
                   lambda s: min(s / 3, (100 - s) / 97)):                    # a line down
         assert not follows_the_recipe(wrong, 100, .03)
 
@@ -407,7 +414,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 def test_the_schedule_reaches_the_optimizer(flags, tmp_path):
     assert here(flags(tmp_path / "run", "--lr", .01, "--warmup", .3, stage=1)) == 0
     rates = [x["lr"] for x in lines(tmp_path / "run/metrics.jsonl")]
-    assert rates == [.01 * train.cosine(s, STEPS, .3) for s in range(STEPS)]
+    assert rates == [.01 * cosine(s, STEPS, .3) for s in range(STEPS)]
     assert rates[0] == 0 and rates[2] == .01            # ceil(.3 · 6) = 2
 
 
@@ -420,7 +427,7 @@ def losses(flags, out, *more):
 def test_accumulation_and_packing_change_nothing_and_groups_do(flags, tmp_path, monkeypatch):
     """The loss is a mean of groups' means, whatever micro-batches they are cut into: equal to the
     mean over all tokens where every group has as many of them, and only there (the control)."""
-    real = train.toy_sample
+    real = training_sample
 
     def of_length(length):
         def sample(*a):
@@ -671,16 +678,16 @@ def test_a_step_inside_backward_frees_each_gradient_and_is_the_step_at_the_end(f
     """The same bits, and at most one gradient of the last backward alive at a time."""
     ends, alive = {}, {}
     for clip in (0, 1e9):                   # 1e9: at the end, and nothing is cut off
-        args = train.arguments(flags(tmp_path, *ADAMW8[:2], "--clip", clip, "--warmup", 0, steps=1,
+        args = parse(flags(tmp_path, *ADAMW8[:2], "--clip", clip, "--warmup", 0, steps=1,
                                      stage=2))
-        job = train.bridge_job(args, tmp_path, "cpu")
+        job = train.vlm_job(args, tmp_path, "cpu")
         weights, most = list(job.trained().values()), []
         for p in weights:
             p.register_post_accumulate_grad_hook(lambda p: most.append(
                 sum(q.grad is not None for q in weights)))
         out = tmp_path / str(clip)
         out.mkdir()
-        assert train.fit(job, out, args) == 0
+        assert train.train_loop(job, out, args) == 0
         ends[clip], alive[clip] = [p.detach().clone() for p in weights], max(most)
     assert all(map(torch.equal, ends[0], ends[1e9]))
     assert alive[0] <= 1 and alive[1e9] == len(weights) > 10, alive
@@ -818,7 +825,7 @@ COMMAND_LINES = {
 @pytest.mark.parametrize("argv", COMMAND_LINES.values(), ids=COMMAND_LINES)
 def test_a_wrong_command_line_is_one_line_and_exit_2(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
-        train.arguments(argv)
+        parse(argv)
     err = capsys.readouterr().err
     assert leaving.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
@@ -903,8 +910,8 @@ def test_own_data_trains_with_pictures_and_text_alone(flags, run, album, tmp_pat
 
 
 def test_epochs_see_every_sample_once_in_an_order_of_their_own(flags, album):
-    args = train.arguments(flags(None, *album(lambda rows: rows.pop()), "--epochs", 2, steps=0))
-    samples = train.Samples(args)
+    args = parse(flags(None, *album(lambda rows: rows.pop()), "--epochs", 2, steps=0))
+    samples = Samples(args)
     assert samples.steps() == 3
     epochs = [[samples[i][0].size for i in range(e * 3, e * 3 + 3)] for e in range(20)]
     assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
@@ -974,7 +981,7 @@ def test_a_projector_can_be_given(flags, run, tmp_path):
     """Its values are where the bridge starts: at a rate of 0 they are where it ends."""
     given = {f"multi_modal_projector.linear_{i}.{kind}": torch.randn(32, *[32] * (kind == "weight"))
              for i in (1, 2) for kind in ("weight", "bias")}
-    data.save_weights(tmp_path / "bridge", given)
+    save_weights(tmp_path / "bridge", given)
     assert run(flags(tmp_path / "run", "--projector", tmp_path / "bridge", "--lr", 0, stage=1,
                      steps=1)).code == 0
     made = data.load_weights(tmp_path / "run/model")
@@ -991,15 +998,15 @@ def test_every_recipe_takes_its_own_defaults(base):
     import train
     for recipe in train.RECIPES:
         for stage in (1, 2):
-            args = train.arguments(["--stage", str(stage), "--recipe", recipe, "--base", base])
+            args = parse(["--stage", str(stage), "--recipe", recipe, "--base", base])
             assert args.row.losses or args.row.batch % args.row.groups == 0
 
 
 def test_a_whole_number_of_warm_up_steps():
     import train
-    rise = [train.cosine(step, 340, 100) for step in (0, 50, 100, 339)]
+    rise = [cosine(step, 340, 100) for step in (0, 50, 100, 339)]
     assert rise[:3] == [0, .5, 1] and rise[3] < 1e-3
-    assert train.cosine(10, 340, .03) < 1 == train.cosine(11, 340, .03)     # ceil(10.2) steps
+    assert cosine(10, 340, .03) < 1 == cosine(11, 340, .03)     # ceil(10.2) steps
 
 
 def test_a_list_of_parts_passes_over_names_that_are_no_numbers(parts):
@@ -1007,8 +1014,8 @@ def test_a_list_of_parts_passes_over_names_that_are_no_numbers(parts):
     from projector import VLM
     model = VLM.from_parts(parts / "clip", parts / "llama")
     with pytest.raises(train.data.Usage, match="no such part"):
-        train.set_trained(model, ("vision.2+",))
-    assert {n.split(".")[2] for n in train.set_trained(model, ("vision.blocks.1+",))} == {"1"}
+        train.set_trainable(model, ("vision.2+",))
+    assert {n.split(".")[2] for n in train.set_trainable(model, ("vision.blocks.1+",))} == {"1"}
 
 
 def test_old_checkpoints_go_and_a_damaged_later_one_is_not_kept_for_them(flags, run, tmp_path):
@@ -1033,10 +1040,10 @@ def test_one_step_of_data_is_refused(flags, run, album, tmp_path):
 
 def test_data_of_ones_own_keeps_the_toys_rates():
     import train
-    toy, own = (train.arguments(["--stage", "2", *more]).row
+    toy, own = (parse(["--stage", "2", *more]).row
                 for more in ((), ("--data", "x.json")))
     assert (own.lr, own.batch, own.clip) == (toy.lr, toy.batch, toy.clip) and own.steps == 0
-    official = train.arguments(["--stage", "2", "--data", "x.json", "--base", "7b"]).row
+    official = parse(["--stage", "2", "--data", "x.json", "--base", "7b"]).row
     assert (official.lr, official.batch) == (2e-5, 128)
 
 

@@ -1,223 +1,380 @@
-"""The data file of a run: its samples in memory, what changed in it, and what was left out.
+"""TODO"""
 
-    Rows      the samples of the file in one block of bytes, which all workers share
-    Journal   bad_samples.jsonl, nothing_to_learn.jsonl, and rows.safetensors: what a run that is
-              resumed compares the file with
-
-Some samples teach nothing. There are two kinds, and each has a file of its own:
-
-    bad_samples.jsonl         samples that cannot be used; only with --on-bad-sample skip
-    nothing_to_learn.jsonl    samples that can be read, but no answer of theirs is learned
-
-Both hold a line for each sample, not for each time that it is met: {"step", "sample", "where",
-"why"}. `sample` is its number in the file, from 0; `where` its row; `step` is when it was met,
-0: before the run began."""
-import hashlib
-import json
+import math
 import os
-import sys
+import random
+import signal
+import time
 from array import array
+from collections import Counter
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from formats.conversations import images_of, read_rows
-from formats.errors import BadData, NothingToLearn
-
-BAD, NOTHING = "bad_samples.jsonl", "nothing_to_learn.jsonl"
-LISTS = BAD, NOTHING
-ABOUT = "id", "where", "field"          # keys of a sample that say where it stands
-TAUGHT = "image", "system", "conversations"         # what is learned; other keys are let go
-_written = json.JSONEncoder(ensure_ascii=False).encode
-SHOWN = 3                               # samples that a line on stderr names
+import data
+from formats.conversations import blip_caption, images_of, MINIGPT4_INSTRUCTIONS
+from formats.errors import BadData, NothingToLearn, UsageError, UserError
+from formats.pictures import picture_path
+from toy.texts import DESCRIBE, training_sample
+from trainer.distributed import gathered
+from trainer.rows import BAD, NOTHING, Rows
 
 
-class Rows:
-    """The samples of a data file. rows[i] is a dict {id, image, conversations, where}.
-
-    Python objects would be copied into every worker, little by little: whoever looks at an object
-    changes its reference count, and so writes to the page of memory that it lies in. One block of
-    bytes has one reference count. A sample is parsed when it is asked for, in 10 µs.
-
-    check(sample): raises BadData if the sample cannot be trained on; it must be quick.
-    words: of each sample its words, negative without a picture, as data.modality_order wants them.
-    bad: {number: what is wrong}. Such a row keeps its place, so that all others keep theirs."""
-
-    def __init__(self, path, check):
-        self.path, self.bad = path, {}
-        self.block, self.ends = bytearray(), array("q", [0])
-        self.words, self.digests = array("i"), array("q")
-        for _, where, got in read_rows(path):
-            if isinstance(got, BadData):
-                if str(got).endswith("what follows was not read"):
-                    raise BadData(f"{where}: {got}")        # nobody can say what is left out
-                self.bad[len(self)] = f"{where}: {got}"
-                got = [{"id": where, "where": where, "conversations": []}]
-            for sample in got:
-                self._add(sample, check)
-        if not len(self):
-            raise BadData(f"{path}: holds no samples: expected a list of conversations")
-
-    def _add(self, sample, check):
-        number, talk, images = len(self), sample["conversations"], images_of(sample)
-        if number not in self.bad:
-            try:
-                check(sample)
-            except NothingToLearn:
-                pass                                        # is counted when its turn comes
-            except BadData as error:
-                self.bad[number] = f"sample {sample['id']}: {error}"
-        # an empty row counts as one word: data.modality_order takes no 0
-        count = max(1, sum([len(turn["value"].split()) for turn in talk]))
-        self.words.append(count if images else -count)
-        about, taught = (_written({key: sample[key] for key in keys if key in sample}).encode()
-                         for keys in (ABOUT, TAUGHT))
-        digest = hashlib.blake2b(taught, digest_size=8).digest()
-        self.digests.append(int.from_bytes(digest, "little", signed=True))
-        self.block += b"[%b,%b]" % (about, taught)
-        self.ends.append(len(self.block))
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        about, taught = json.loads(self.block[self.ends[i]:self.ends[i + 1]])
-        return {**about, **taught}
-
-    def _told(self, number):
-        why, where = self.bad[number], self[number]["where"]
-        return why if why.startswith(where) else f"{where}, {why}"
-
-    def refuse(self):
-        """Raises BadData, if there are bad samples, that names the first of them."""
-        if self.bad:
-            first = "; ".join(self._told(number) for number in list(self.bad)[:SHOWN])
-            more = f"; and {len(self.bad) - SHOWN:,} more" if len(self.bad) > SHOWN else ""
-            raise BadData(f"{len(self.bad):,} of {len(self):,} samples cannot be trained on: "
-                          f"{first}{more}: correct them, or leave them out with --on-bad-sample "
-                          "skip")
+def length_grouped_indices(lengths, batch, ranks, dice) -> list[int]:
+    """A random order in which steps of ranks · batch samples are dealt to ranks of equal work."""
+    shuffled, out = torch.randperm(len(lengths), generator=dice).tolist(), []
+    for first in range(0, len(shuffled), batch * ranks):
+        step = sorted(shuffled[first:first + batch * ranks], key=lambda i: -lengths[i])
+        if len(step) % ranks:                           # quirk: a short step is dealt in turn
+            hands = [step[r::ranks] for r in range(ranks)]
+        else:                                           # the next goes to the shortest hand
+            hands, sums = [[] for _ in range(ranks)], [0] * ranks
+            for i in step:
+                at = sums.index(min(sums))
+                hands[at].append(i)
+                sums[at] = math.inf if len(hands[at]) == len(step) // ranks else (
+                    sums[at] + lengths[i])
+        out += [i for hand in hands for i in hand]
+    return out
 
 
-class Journal:
-    """What a run writes down about its samples. All ranks keep the books, the first one writes.
+def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
+    """One epoch's order of samples in stage 2 of LLaVA-1.5 (llava/train/llava_trainer.py).
 
-    samples: train.Samples; out: the run's folder; most_bad: more bad samples end the run."""
+    lengths: words of each sample, negative without a picture. Steps of ranks · batch samples hold
+    pictures only or text only, of like length on all ranks. quirk: the last step of each kind, full
+    or not, goes to the end, both in one, in the order of the file."""
+    if 0 in lengths:
+        raise BadData(f"sample number {lengths.index(0)} of the data has no words: take it out")
+    kinds = [[i for i, n in enumerate(lengths) if (n > 0) == picture] for picture in (True, False)]
+    if not all(kinds):
+        return length_grouped_indices(lengths, batch, ranks, dice)
+    steps, rest, size = [], [], batch * ranks
+    for kind in kinds:
+        order = [kind[i] for i in length_grouped_indices([abs(lengths[i]) for i in kind], batch, ranks, dice)]
+        cut = [order[i:i + size] for i in range(0, len(order), size)]
+        steps += cut[:-1]
+        rest += cut[-1]
+    mixed = [steps[i] for i in torch.randperm(len(steps), generator=dice).tolist()]
+    return [i for step in mixed for i in step] + sorted(rest)
 
-    def __init__(self, samples, out, most_bad):
-        self.samples, self.rows, self.out, self.most_bad = samples, samples.rows, out, most_bad
-        self.met = {name: {} for name in LISTS}             # number -> why
-        self.writes = False
 
-    def begin(self, step, writes):
-        """A run begins, or goes on after `step` steps. Raises BadData if the file has changed."""
-        self.writes = writes
-        for name in LISTS:
-            self.met[name] = {x["sample"]: x["why"] for x in self._lines(name) if x["step"] <= step}
+def with_last(batches, step):
+    """(micro-batch, is it the step's last?, seconds that it was waited for)."""
+    began, held = time.perf_counter(), None
+    following = iter(batches(step))
+    while True:
+        micro = next(following, None)
+        waited = time.perf_counter() - began
+        if held:
+            yield held[0], micro is None, held[1]
+        if micro is None:
+            return
+        held, began = (micro, waited), time.perf_counter()
+
+
+class Samples:
+    """Where samples come from: the toy world, without end, or a file in LLaVA's format.
+
+    Without --on-bad-sample skip a file with bad samples is refused here, before anything loads."""
+
+    def __init__(self, args):
+        self.args = args
+        self.rows = Rows(args.data, self.check) if args.data else None
+        self.epoch, self.order, self.drawn = -1, (), {}
+        self.ahead = self.journal = None        # micro-batches that workers make ahead
+        if self.rows and args.on_bad_sample == "error":
+            self.rows.refuse()
+
+    def steps(self):
+        row = self.args.row
+        if row.steps:
+            return row.steps
         if not self.rows:
-            return
-        self.compare(step)
-        if writes:
-            save_numbers(self.out / "rows.safetensors", digest=self.rows.digests,
-                         words=self.rows.words)
-            # a row that has been corrected is bad no more
-            later = [x for x in self._lines(BAD) if 0 < x["step"] <= step]
-            now = [self._line(0, number, why) for number, why in self.rows.bad.items()]
-            if now or later or (self.out / BAD).exists():
-                text = "".join(json.dumps(x) + "\n" for x in now + later)
-                replace_file(self.out / BAD, lambda path: path.write_text(text))
-        self.met[BAD] = {**self.rows.bad, **{
-            x["sample"]: x["why"] for x in self._lines(BAD) if 0 < x["step"] <= step}}
-        self._judge()
+            raise UsageError("the toy world has no end: give --steps")
+        steps = math.ceil(len(self.rows) * row.epochs / row.batch)
+        if steps >= 10 ** 6:
+            raise UsageError(f"{steps:,} steps, a million or more: give a larger --batch, or fewer "
+                             "--epochs")
+        if steps == 1 and row.schedule == "llava" and row.warmup:
+            raise UsageError(f"{len(self.rows)} samples are one step, and the rate of the first "
+                             "step is 0: give more --epochs or a smaller --batch")
+        return steps
 
-    def _line(self, step, number, why):
-        where = self.rows[number]["where"] if self.rows else "the toy world"
-        return {"step": step, "sample": number, "where": where, "why": why}
+    def number(self, index):
+        """Where the run's sample number `index` is in the file; every epoch has an order of its
+        own. Of the toy world: the index."""
+        if not self.rows:
+            return index
+        epoch, at = divmod(index, len(self.rows))
+        if epoch != self.epoch:
+            dice, row = torch.Generator().manual_seed(self.args.seed * 1000 + epoch), self.args.row
+            if row.order == "modality":
+                order = data.modality_order(self.rows.words, row.batch // row.groups, row.groups,
+                                            dice)
+            else:
+                order = torch.randperm(len(self.rows), generator=dice).tolist()
+            self.epoch, self.order = epoch, array("q", order)
+        return self.order[at]
 
-    def _lines(self, name):
-        path = self.out / name
-        texts = path.read_text().splitlines(True) if path.exists() else ()
-        return [json.loads(x) for x in texts if x.endswith("}\n")]
+    def close(self):
+        """The workers go."""
+        self.ahead = None
 
-    def compare(self, step):
-        """Refuses a file in which a sample has changed that the first `step` steps have learned
-        from."""
-        path, rows = self.out / "rows.safetensors", self.rows
-        if not step:
-            return
-        if not path.exists():                   # of a run that an older version began
-            print(f"{path} is missing: nobody can tell whether --data is still the file that the "
-                  "run began with", file=sys.stderr)
-            return
+    def used(self, step):
+        """Numbers of the samples that the first `step` steps have drawn."""
+        return {self.number(i) for i in range(min(step * self.args.row.batch, len(self.rows)))}
+
+    def fault(self, index):
+        """What was found wrong with the sample when the file was read, or None."""
+        return self.rows.bad.get(self.number(index)) if self.rows else None
+
+    def id(self, index):
+        return self.rows[self.number(index)]["id"] if self.rows else index
+
+    def name(self, index):
+        return f"sample {self.id(index)}" if self.rows else f"toy sample {index}"
+
+    def sample(self, index):
+        """Number `index` of the run, whatever the epoch: a row of the file, or of the toy world
+        {image: the picture itself, conversations}."""
+        if self.rows is not None:
+            return self.rows[self.number(index)]
+        if index not in self.drawn:             # asked for its words, then for its picture
+            if len(self.drawn) > 2 * self.args.row.batch:
+                self.drawn.clear()
+            self.drawn[index] = training_sample(self.args.seed, self.args.stage, index,
+                                           self.args.row.told)
+        picture, talk = self.drawn[index]
+        return {"image": picture, "conversations": talk}
+
+    def asked(self, index):
+        """MiniGPT-4's instruction. quirk: one for a batch, not for a sample."""
+        if self.args.row.template != "minigpt4":
+            return ""
+        dice = random.Random(f"{self.args.seed}-{index // self.args.row.batch}")
+        # the toy LLaMA knows the words of its own
+        return dice.choice(DESCRIBE if self.rows is None else MINIGPT4_INSTRUCTIONS)
+
+    def check(self, sample):
+        """Raises data.BadData for a row that cannot be trained on, without counting its tokens."""
+        row = self.args.row
+        if row.template:
+            data.sample_pieces(sample, row.template)
+        elif len(images_of(sample)) != 1:
+            many = len(images_of(sample)) or "no"
+            raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
+                               "the row")
+        elif not blip_caption(sample["conversations"][-1]["value"]):
+            raise data.BadData("its caption has no words: correct the row, or take it out")
+
+    def read(self, index):
+        """(picture, conversation) as its template learns it; of a file the picture's name. Text
+        alone has None, and a sample of several pictures their list."""
+        sample, template = self.sample(index), self.args.row.template
+        talk = data._lesson(sample, template, self.asked(index)) if template else (
+            sample["conversations"])
+        return sample.get("image"), talk
+
+    def pictures(self, sample):
+        """The pictures themselves, in order. Raises data.Failure."""
+        if self.rows is None:
+            return images_of(sample)
+        links = getattr(self.args, "follow_links", False)
+        return [data.load_image(picture_path(self.args.images, name, links))
+                for name in images_of(sample)]
+
+    def __getitem__(self, index):
+        """`read`, with the picture itself in place of its name."""
+        pictures = self.pictures(self.sample(index)) or [None]
+        return pictures[0] if len(pictures) == 1 else pictures, self.read(index)[1]
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch: what VLM.loss takes, and the sizes of its texts after splicing."""
+    ids: torch.Tensor               # (B, T); packed, (1, T): all texts in one row
+    labels: torch.Tensor            # (B, T)
+    pixels: torch.Tensor | None     # (n, 3, S, S)
+    keep: torch.Tensor | None       # (B, T); packed, None
+    weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
+    lengths: list | None            # packed: ids of each text
+    counts: list                    # of each text: its tokens, learned ones, pictures
+    questions: list | None          # of each picture, for a Q-Former that reads; None: reads not
+    left_out: list                  # (BAD or NOTHING, number in the file, why) of samples
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """step -> this rank's micro-batches, one after the other.
+
+    A step is planned from its texts alone: which samples stand in which micro-batch, and what each
+    learned token of theirs weighs. Officially the loss is the mean over the learned tokens of one
+    rank's 16 samples (stage 1: 32), then the mean over 8 ranks. So
+
+        weight of a token = 1 / (groups · learned tokens of its group)      group: 16 in a row
+
+    and a step's loss is a plain sum, however it is cut into rows, micro-batches or ranks. Pictures
+    are read when a micro-batch is made, by workers ahead of time if there are any: it is a function
+    of (step, its number) alone, whoever makes it.
+
+    A sample that cannot be used, or teaches nothing, has no place in a micro-batch. One micro-batch
+    in which nobody is left is passed over; among several ranks it becomes a `blank` one, so that
+    all come to the same places."""
+
+    def __init__(self, samples, model, args, rank=0, ranks=1):
+        self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
+        self.left_out = []
+        self.words, self.side, self.places = model.words, model.image_size, model.places()
+        self.reads = model.reader is not None
+        self.device, self.planned = model.llm.embed.weight.device, (None, None)
+        if not args.pack and args.row.batch % (args.accum * ranks):
+            raise UsageError(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
+                             f"micro-batches on each of {ranks} ranks; give another, or --pack")
+
+    def text(self, index):
+        """(ids, labels) of a sample. Raises data.Failure with its name; data.NothingToLearn, which
+        says why, where no token of it is learned."""
+        args, samples = self.args, self.samples
         try:
-            with safe_open(path, "pt") as file:
-                digests, words = file.get_tensor("digest"), file.get_tensor("words")
-        except SafetensorError as error:
-            raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of "
-                          "the data, or --overwrite to start anew") from None
-        again = "put the old one back, or --overwrite to start anew"
-        refused = f"{self.out}: --resume with another --data file"
-        if len(digests) != len(rows):
-            raise BadData(f"{refused}: {rows.path} has {len(rows):,} samples now, and had "
-                          f"{len(digests):,}; {again}")
-        # the order of the samples is a function of these: it goes on as it began
-        rows.words, self.samples.epoch = array("i", words.tolist()), -1
-        same = digests == torch.frombuffer(rows.digests, dtype=torch.int64)
-        changed = (~same).nonzero().flatten().tolist()
-        left_out = {x["sample"] for name in LISTS for x in self._lines(name) if x["step"] <= step}
-        used = self.samples.used(step) - left_out if changed else ()
-        for number in changed:
-            if number in used:
-                row = rows[number]
-                raise BadData(f"{refused}: {row['where']}, sample {row['id']}, has changed, and "
-                              f"the run has learned from it; {again}")
+            return data.encode_sample(
+                samples.sample(index), args.row.template, self.words, self.places, args.pack,
+                args.max_length, args.official_quirks, asked=samples.asked(index))
+        except UserError as error:
+            raise type(error)(f"{samples.name(index)}: {error}") from None
 
-    def add(self, step, found):
-        """found: [(file, number of the sample, why)] of all ranks, met in this step (from 1).
+    def size(self, ids):
+        return len(ids) + (self.places - 1) * ids.count(data.IMAGE)
 
-        Raises BadData when too much is bad, or all of it."""
-        for name, number, why in found:
-            if number in self.met[name]:
+    def plan(self, step):
+        """[[(index, ids, labels, weight)]]: the samples of each micro-batch of all ranks.
+
+        Samples with nothing to learn are left out."""
+        if self.planned[0] == step:
+            return self.planned[1]
+        row, first = self.args.row, step * self.args.row.batch
+        texts, left_out, causes = [], [], Counter()
+        for index in range(first, first + row.batch):
+            text = [], []
+            try:
+                if self.samples.fault(index) is None:       # else it was listed at the start
+                    text = self.text(index)
+            except NothingToLearn as error:
+                left_out.append((NOTHING, self.samples.number(index), str(error)))
+                causes[str(error).removeprefix(f"{self.samples.name(index)}: ")] += 1
+            except UserError as error:
+                if self.args.on_bad_sample == "error":
+                    raise
+                left_out.append((BAD, self.samples.number(index), str(error)))
+            texts.append(text)
+        learned = [sum(x != data.IGNORE for x in labels) for _, labels in texts]
+        if not any(learned) and self.args.on_bad_sample == "error":
+            why = "; ".join(f"{n} of them: {cause}" for cause, n in causes.most_common())
+            raise data.BadData(f"{self.samples.name(first)} and the {row.batch - 1} after it have "
+                               f"nothing to train on: {why}")
+        group = row.batch // row.groups
+        sums = [sum(learned[i:i + group]) for i in range(0, row.batch, group)]
+        taught = [(first + i, *text, 1 / (row.groups * sums[i // group]))
+                  for i, text in enumerate(texts) if learned[i]]
+        if self.args.pack:
+            rows = data.pack([self.size(t[1]) for t in taught], self.args.pack)
+            micros = [[taught[i] for i in row] for row in rows]
+        else:
+            size = row.batch // (self.args.accum * self.ranks)
+            micros = [[t for t in taught if (t[0] - first) // size == m]
+                      for m in range(row.batch // size)]
+        self.planned, self.left_out = (step, [m for m in micros if m]), left_out
+        return self.planned[1]
+
+    def __getitem__(self, at):
+        """Micro-batch (step, number), or the data.Failure that it met: a worker must not raise."""
+        step, number = at
+        try:
+            planned = self.plan(step)
+            left_out = list(self.left_out) if number == 0 else []
+            # a rank that is dealt one less, or nobody who can be used, gets a blank one
+            dealt = planned[number] if number < len(planned) else []
+            chosen, pixels = [], []
+            for sample in dealt:
+                try:
+                    pictures = self.pictures(sample)
+                except UserError as error:       # what it weighs is lost: the others are planned
+                    if self.args.on_bad_sample == "error":
+                        raise
+                    left_out.append((BAD, self.samples.number(sample[0]), str(error)))
+                    continue
+                chosen.append(sample)
+                pixels += pictures
+        except UserError as error:
+            return error
+        if not chosen:
+            return self.blank(left_out)
+        texts = [(ids, labels) for _, ids, labels, _ in chosen]
+        lengths = [len(ids) for ids, _ in texts]
+        weights = torch.tensor([t[-1] for t in chosen])
+        if self.args.pack:
+            ids, labels = (torch.tensor([[x for t in texts for x in t[i]]]) for i in (0, 1))
+            weights, keep = weights.repeat_interleave(torch.tensor(lengths))[None], None
+        else:
+            ids, labels = data.collate(texts, self.words.pad)
+            keep = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+            weights = weights[:, None].expand(ids.shape)
+            if len(planned) == self.args.row.groups == self.ranks == 1 and chosen == dealt:
+                weights = None              # one group in one micro-batch: the plain mean
+        counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
+                   ids.count(data.IMAGE)) for ids, labels in texts]
+        return MicroBatch(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
+                     lengths if self.args.pack else None, counts,
+                     [data.question(self.samples.read(i)[1]) for i, ids, _, _ in chosen
+                      if data.IMAGE in ids] if self.reads else None, left_out)
+
+    def blank(self, left_out):
+        """A micro-batch without a sample: two tokens that weigh nothing."""
+        ids = torch.full((1, 2), self.words.pad)
+        labels = torch.tensor([[data.IGNORE, self.words.pad]])
+        packed = bool(self.args.pack)
+        return MicroBatch(ids, labels, None, None if packed else torch.ones(1, 2, dtype=torch.bool),
+                     torch.zeros(1, 2), [2] if packed else None, [], None, left_out)
+
+    def pictures(self, planned):
+        """[pixels (1, 3, S, S)] of a planned sample. Raises data.Failure with its name."""
+        try:
+            return [data.preprocess(picture, self.side, self.args.row.aspect)
+                    for picture in self.samples.pictures(self.samples.sample(planned[0]))]
+        except UserError as error:
+            raise type(error)(f"{self.samples.name(planned[0])}: {error}") from None
+
+    def numbers(self, first, last):
+        """Of this rank's micro-batches in steps first .. last-1, all ranks having as many."""
+        for step in range(first, last):
+            try:
+                many = -(-max(1, len(self.plan(step))) // self.ranks) * self.ranks
+            except UserError:
+                many = self.ranks           # __getitem__ will meet it and hand it over
+            yield from ((step, number) for number in range(self.rank, many, self.ranks))
+
+    def __call__(self, step):
+        if self.args.workers and self.samples.ahead is None:
+            self.samples.ahead = iter(torch.utils.data.DataLoader(
+                self, batch_size=None, sampler=self.numbers(step, self.samples.steps()),
+                num_workers=self.args.workers, worker_init_fn=worker_init, generator=torch.Generator(),
+                multiprocessing_context="fork",     # they share the block of `Rows`
+                pin_memory=self.device.type == "cuda"))
+        left_out = []
+        for at in self.numbers(step, step + 1):
+            micro = next(self.samples.ahead) if self.args.workers else self[at]
+            if isinstance(micro, UserError):
+                raise micro
+            left_out += micro.left_out
+            if not micro.counts and self.ranks == 1:
                 continue
-            self.met[name][number] = why
-            if self.writes:
-                with open(self.out / name, "a") as f:
-                    f.write(json.dumps(self._line(step, number, why)) + "\n")
-        if found:
-            self._judge()
-
-    def _judge(self):
-        bad, path = self.met[BAD], self.out / BAD
-        if len(bad) > self.most_bad:
-            raise BadData(f"{path}: {len(bad)} samples left out, more than --most-bad "
-                          f"{self.most_bad}; the last: {list(bad.values())[-1]}")
-        useless = {**self.met[NOTHING], **bad}
-        if self.rows and len(useless) == len(self.rows):
-            raise BadData(f"{self.rows.path}: not one of its {len(useless):,} samples can be "
-                          f"learned from; the first: {useless[min(useless)]}")
-
-    def report(self):
-        """Lines for the end of the run."""
-        for name, what in ((BAD, "left out as bad"), (NOTHING, "that taught nothing")):
-            whys = list(self.met[name].values())
-            if whys:
-                more = f"; and {len(whys) - SHOWN:,} more" if len(whys) > SHOWN else ""
-                yield (f"samples {what}: {len(whys):,} ({'; '.join(whys[:SHOWN])}{more}), listed "
-                       f"in {self.out / name}")
+            yield micro._replace(**{name: t.to(self.device, non_blocking=True)
+                                    for name, t in micro._asdict().items() if torch.is_tensor(t)})
+        if self.samples.journal:
+            self.samples.journal.add(step + 1, gathered(left_out))
 
 
-def replace_file(path, write):
-    """Write a file whole or not at all: aside, to the disk, then under its name."""
-    tmp = path.with_name(path.name + ".tmp")
-    write(tmp)
-    with open(tmp, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(tmp, path)
-
-
-def save_numbers(path, **arrays):
-    """Arrays of integers as a .safetensors file."""
-    kinds = {"i": torch.int32, "q": torch.int64}
-    tensors = {name: torch.frombuffer(numbers, dtype=kinds[numbers.typecode])
-               for name, numbers in arrays.items()}
-    replace_file(path, lambda tmp: save_file(tensors, tmp))
+def worker_init(worker):
+    """A worker's first act. Ctrl-C, and what a scheduler sends to the whole group, is for the
+    process that trains: it saves, and ends its workers."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)

@@ -5,6 +5,7 @@ import torch
 import generate as g
 import llama
 from tiny import shaken
+from decoding.cuda_graph import DecodeStep
 
 SIZE = dict(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
@@ -14,7 +15,7 @@ def fixed(llm, x, keep, memory, choose, count):
     memory.k.fill_(torch.nan)
     memory.v.fill_(torch.nan)
     first = choose(g.predict(llm, x, memory, (keep.cumsum(1) - 1).clamp(min=0), keep))[:, None]
-    step = g.Step(llm, memory, choose, first, keep.sum(1, keepdim=True))
+    step = DecodeStep(llm, memory, choose, first, keep.sum(1, keepdim=True))
     for n in range(count):
         if n:
             step()
@@ -28,11 +29,11 @@ def test_fixed_step_with_kernels(monkeypatch):
     want = every()
     monkeypatch.setattr(g, "one_by_one", fixed)
     assert every() == want and len(set(map(tuple, want))) == 3
-    hold = llama.Cache.hold
+    hold = llama.KVCache.hold
 
     def shown(memory):
         hold(memory)
         memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
         memory.end += 1
-    monkeypatch.setattr(llama.Cache, "hold", shown)
+    monkeypatch.setattr(llama.KVCache, "hold", shown)
     assert every() != want                                      # control: an unwritten place

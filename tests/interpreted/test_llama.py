@@ -46,7 +46,7 @@ def draw(*shape):
 def written(model, ids, keep, prompt):
     """Logits of the places behind the prompt, fed one by one with a cache."""
     positions = (keep.cumsum(1) - 1).clamp(min=0)
-    cache = llama.Cache(model.config, len(ids), ids.shape[1], model.embed.weight,
+    cache = llama.KVCache(model.config, len(ids), ids.shape[1], model.embed.weight,
                         keep[:, :prompt])
     model(ids[:, :prompt], cache, positions[:, :prompt])
     return torch.cat([model(ids[:, t:t + 1], cache, positions[:, t:t + 1])

@@ -113,7 +113,7 @@ def test_one_token_after_another_gives_the_logits_of_the_whole_row(held, monkeyp
             plain.setattr(launch, "SPEC", True)
             true = model(ids, positions=positions, keep=keep)[:, 6:]
         if held:
-            room = llama.Cache(model.config, 2, 20, model.embed.weight, keep[:, :6])
+            room = llama.KVCache(model.config, 2, 20, model.embed.weight, keep[:, :6])
             room.k.fill_(torch.nan), room.v.fill_(torch.nan)
             model(ids[:, :6], room, positions[:, :6])
             room.hold()
