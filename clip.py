@@ -50,7 +50,7 @@ from formats.errors import exit_status
 from formats.names import ZEROS
 from formats.processors import Processor
 from formats.strict_json import read_config
-from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
+from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, checkpointed
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class ViT(nn.Module):
         table = self.EVA_NAMES if self.config.eva else self.NAMES
         return {k: v for k, v in table.items() if self.config.has_final_block or "norm_post" not in k}
 
-    def docked(self):
+    def without_final_block(self):
         """This tower without its tail, for a Q-Former, which has a norm of its own in that place
         (and in the files under that name). An EVA has none to lose. Returns self."""
         if self.config.has_final_block:
@@ -215,10 +215,10 @@ class ViT(nn.Module):
         """pixels (B, 3, S, S) -> (B, 1+P, C), class first: what the second-last block of a CLIP, or
         the last of a tower without a tail, puts out."""
         blocks = self.blocks[:-1] if self.config.has_final_block else self.blocks
-        return run(blocks, self.embed(pixels), policy=self.checkpoint)
+        return checkpointed(blocks, self.embed(pixels), policy=self.checkpoint)
 
     @torch.no_grad()
-    def unit_loudness(self, pixels):
+    def normalize_output_scale(self, pixels):
         """Scale the residual stream so that the second-last block's output has unit variance.
 
         Every block reads the stream through a norm, so scaling all that writes into it changes no
@@ -277,7 +277,7 @@ class TextTower(nn.Module):
             raise ValueError(f"a text of {ids.shape[1]} tokens; this CLIP has positions for "
                              f"{self.config.context}: cut the text, and keep its end token")
         x = self.token[ids] + self.position[:ids.shape[1]]
-        x = run(self.blocks, x, causal, policy=self.checkpoint)
+        x = checkpointed(self.blocks, x, causal, policy=self.checkpoint)
         # quirk: files that say eos_token_id 2 are from before the field was right; there the end
         # is the largest id of the text
         if self.config.ends == (2,):
@@ -298,14 +298,14 @@ class CLIP(nn.Module):
     def __init__(self, vision, text, shared):
         super().__init__()
         self.vision, self.text = ViT(vision), TextTower(text)
-        self.to_shared = nn.Linear(vision.width, shared, bias=False)
-        self.text_to_shared = nn.Linear(text.width, shared, bias=False)
+        self.visual_projection = nn.Linear(vision.width, shared, bias=False)
+        self.text_projection = nn.Linear(text.width, shared, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.6592))        # ln(1 / 0.07)      [CLIP] 2.5
 
     def patches(self, pixels):
         """pixels -> (B, 1+P, E): class token and patches in the shared space, unit length."""
         x = self.vision.blocks[-1](self.vision(pixels))
-        return F.normalize(self.to_shared(self.vision.norm_post(x)), dim=-1)
+        return F.normalize(self.visual_projection(self.vision.norm_post(x)), dim=-1)
 
     def encode_image(self, pixels):
         """pixels (B, 3, S, S) -> (B, E) unit vectors."""
@@ -313,7 +313,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids):
         """ids (B, T), padded behind the end token -> (B, E) unit vectors."""
-        return F.normalize(self.text_to_shared(self.text(ids)), dim=-1)
+        return F.normalize(self.text_projection(self.text(ids)), dim=-1)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
@@ -330,7 +330,7 @@ class CLIP(nn.Module):
         """config.json, preprocessor_config.json and model.safetensors, as transformers reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        shared = self.to_shared.weight.shape[0]
+        shared = self.visual_projection.weight.shape[0]
         config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": shared,
                   "dtype": dtype_name(self.scale.dtype),
                   "vision_config": {**configs.vit_to_hf(self.vision.config), "projection_dim": shared},

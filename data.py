@@ -57,6 +57,7 @@ from formats.pictures import check_pixels
 from formats.processors import MEAN, STD
 from formats.templates import ChatTemplate, find, PROBES, recognise, special_tokens
 from formats.tokenizers import read_tokenizer
+import math
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 
@@ -156,7 +157,7 @@ class Tokenizer:
         """Ids of the text, BOS first if asked and the model uses one.
 
         special=False: no stretch of the text can become a control token."""
-        return [self.bos] * (bos and self.add_bos) + [i for i, _ in self.pairs(text, special)]
+        return [self.bos] * (bos and self.add_bos) + [i for i, _ in self.encode_with_offsets(text, special)]
 
     def decode(self, ids, skip_special: bool = True) -> str:
         """Text of the ids; places of pictures (negative ids) and unknown ids are passed over."""
@@ -392,7 +393,7 @@ def tokenize_segments(pieces, tokenizer, pictures=-1, special=True) -> tuple[lis
     ids, flags, at = [], [], 0
     # quirk: the text between two pictures is tokenised as if it stood alone, prefix space included.
     for end, joint, learn in sorted(joints, key=lambda j: j[0]) + [(len(text), SEAM, False)]:
-        for token, start in tokenizer.pairs(
+        for token, start in tokenizer.encode_with_offsets(
                 text[at:end], lambda m: special or not any(human[at + m.start():at + m.end()])):
             ids.append(token)
             flags.append(bool(learned[at + start]))
@@ -475,7 +476,7 @@ def _own_ids(pieces, tokenizer) -> list[int]:
         text, human = "".join(piece for piece, _ in some), bytearray()
         for piece, person in some:
             human += bytes([person]) * len(piece)
-        return [i for i, _ in tokenizer.pairs(
+        return [i for i, _ in tokenizer.encode_with_offsets(
             text, lambda m: not any(human[m.start():m.end()]), tokenizer.stood)]
 
     mark, ids, rest = tokenizer.added(IMAGE_TOKEN), [], []
@@ -631,7 +632,42 @@ def pack(lengths, size: int) -> list[list[int]]:
     return rows
 
 
-# ---------------------------------------------------------------- conversations on disk
+def length_grouped_indices(lengths, batch, ranks, dice) -> list[int]:
+    """A random order in which steps of ranks · batch samples are dealt to ranks of equal work."""
+    shuffled, out = torch.randperm(len(lengths), generator=dice).tolist(), []
+    for first in range(0, len(shuffled), batch * ranks):
+        step = sorted(shuffled[first:first + batch * ranks], key=lambda i: -lengths[i])
+        if len(step) % ranks:                           # quirk: a short step is dealt in turn
+            hands = [step[r::ranks] for r in range(ranks)]
+        else:                                           # the next goes to the shortest hand
+            hands, sums = [[] for _ in range(ranks)], [0] * ranks
+            for i in step:
+                at = sums.index(min(sums))
+                hands[at].append(i)
+                sums[at] = math.inf if len(hands[at]) == len(step) // ranks else (
+                    sums[at] + lengths[i])
+        out += [i for hand in hands for i in hand]
+    return out
+
+def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
+    """One epoch's order of samples in stage 2 of LLaVA-1.5 (llava/train/llava_trainer.py).
+
+    lengths: words of each sample, negative without a picture. Steps of ranks · batch samples hold
+    pictures only or text only, of like length on all ranks. quirk: the last step of each kind, full
+    or not, goes to the end, both in one, in the order of the file."""
+    if 0 in lengths:
+        raise BadData(f"sample number {lengths.index(0)} of the data has no words: take it out")
+    kinds = [[i for i, n in enumerate(lengths) if (n > 0) == picture] for picture in (True, False)]
+    if not all(kinds):
+        return length_grouped_indices(lengths, batch, ranks, dice)
+    steps, rest, size = [], [], batch * ranks
+    for kind in kinds:
+        order = [kind[i] for i in length_grouped_indices([abs(lengths[i]) for i in kind], batch, ranks, dice)]
+        cut = [order[i:i + size] for i in range(0, len(order), size)]
+        steps += cut[:-1]
+        rest += cut[-1]
+    mixed = [steps[i] for i in torch.randperm(len(steps), generator=dice).tolist()]
+    return [i for step in mixed for i in step] + sorted(rest)
 
 
 # ---------------------------------------------------------------- pictures

@@ -88,18 +88,18 @@ def prefill_inputs(model, prompts, pictures, max_new_tokens, sizes=None):
         room.append(min(max_new_tokens, llm.config.context - taken))
     T, like = max(map(len, prompts)), llm.embed.weight
     ids = torch.tensor([[0] * (T - len(p)) + [*p] for p in prompts], device=like.device)
-    keep = torch.tensor([[i >= T - len(p) for i in range(T)] for p in prompts], device=like.device)
+    attention_mask = torch.tensor([[i >= T - len(p) for i in range(T)] for p in prompts], device=like.device)
     if llm is model:
-        return llm, llm.embed(ids), keep, room
+        return llm, llm.embed(ids), attention_mask, room
     pixels = [p for p in pictures if p is not None]
     pixels = torch.cat(pixels).to(like) if pixels else None
     every = [one for size in sizes for one in size or ()]
     # one for each picture; where a prompt is ids alone, `embed` reads the ids of all
     typed = [p.typed if isinstance(p, Prompt) else None for p in prompts for i in p
              if i == data.IMAGE]
-    x, _, keep = model.embed(ids, pixels, None, keep, left=True, sizes=every,
+    x, _, attention_mask = model.embed(ids, pixels, None, attention_mask, left=True, sizes=every,
                              questions=None if None in typed else typed)
-    return llm, x, keep, room
+    return llm, x, attention_mask, room
 
 
 def uniforms(seed, rows, count):
@@ -157,22 +157,22 @@ class Sampler:
 
 # --------------------------------------------------------------------------------------- steps
 
-def decode_steps(llm, x, keep, memory, choose, count):
+def decode_steps(llm, x, attention_mask, memory, choose, count):
     """Yield `count` steps' ids, a list of B each: a step reads what is written of the cache.
 
     For CPUs, where a launch costs little, and `Step`, which reads the whole capacity behind a mask,
     takes 1.1 to 1.4 times as long (160M weights, one core, 32 and 256 tokens of room)."""
-    lengths, positions = keep.sum(1, keepdim=True), (keep.cumsum(1) - 1).clamp(min=0)
+    lengths, position_ids = attention_mask.sum(1, keepdim=True), (attention_mask.cumsum(1) - 1).clamp(min=0)
     for step in range(count):
-        new = choose(llm.next_logits(x, memory, positions, keep))
+        new = choose(llm.next_logits(x, memory, position_ids, attention_mask))
         yield new.tolist()
         # rows that have ended go on talking to themselves: cheaper than taking them out
         new, at = new[:, None], lengths + step                                       # (B, 1)
         if memory is not None:
-            x, positions = new, at
+            x, position_ids = new, at
         else:
-            x, positions = torch.cat((x, llm.embed(new)), 1), torch.cat((positions, at), 1)
-            keep = torch.cat((keep, torch.ones_like(new).bool()), 1)
+            x, position_ids = torch.cat((x, llm.embed(new)), 1), torch.cat((position_ids, at), 1)
+            attention_mask = torch.cat((attention_mask, torch.ones_like(new).bool()), 1)
 
 
 @torch.inference_mode()
@@ -187,7 +187,7 @@ def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0,
     if wrong := check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty,
                       stop):
         raise UsageError(wrong)
-    if stop and not hasattr(model, "words"):
+    if stop and not hasattr(model, "tokenizer"):
         raise UsageError("stop texts need a model with a tokenizer: give a VLM, or eos")
     ends, sizes = dict.fromkeys(stop_ids(model, eos), "end"), sizes or [None] * len(prompts)
     answers = answers or [Tokens() for _ in prompts]
@@ -195,13 +195,13 @@ def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0,
     if own := stop_text(model, eos):
         stop[own] = "end"
     # decoding leaves out special tokens, so a text that is a token is looked for by its id
-    for text in [text for text in stop if model.words.added(text) is not None]:
-        ends.setdefault(model.words.added(text), stop.pop(text))
+    for text in [text for text in stop if model.tokenizer.added(text) is not None]:
+        ends.setdefault(model.tokenizer.added(text), stop.pop(text))
     if num_beams > 1:
         found = []
         for ids, pixels, size, answer in zip(prompts, pictures, sizes, answers, strict=True):
             llm, x, _, (room,) = prefill_inputs(model, [ids], [pixels], max_new_tokens, [size])
-            watch = StopTexts(stop, getattr(model, "words", None))
+            watch = StopTexts(stop, getattr(model, "tokenizer", None))
             reason = limit(room, max_new_tokens)
             tokens, *why = beam_search(llm, x, room, ids, ends, num_beams, watch,
                                        repetition_penalty, reason)
@@ -209,15 +209,15 @@ def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0,
             found.append(tokens)
         yield found
         return
-    llm, x, keep, room = prefill_inputs(model, prompts, pictures, max_new_tokens, sizes)
-    memory = KVCache(llm.config, len(x), x.shape[1] + max(room), x, keep) if cache else None
+    llm, x, attention_mask, room = prefill_inputs(model, prompts, pictures, max_new_tokens, sizes)
+    memory = KVCache(llm.config, len(x), x.shape[1] + max(room), x, attention_mask) if cache else None
     choose = Sampler(llm, prompts, max(room), seed, temperature, top_p, top_k, repetition_penalty)
     # FSDP gathers weights on a stream of its own, which a graph cannot record
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     way = decode_graph if cache and x.is_cuda and alone else decode_steps
-    watches = [StopTexts(stop, getattr(model, "words", None)) for _ in prompts]
+    watches = [StopTexts(stop, getattr(model, "tokenizer", None)) for _ in prompts]
     alive = [True] * len(prompts)
-    for step, new in enumerate(way(llm, x, keep, memory, choose, max(room))):
+    for step, new in enumerate(way(llm, x, attention_mask, memory, choose, max(room))):
         if min(new) < 0:
             raise damaged(llm)
         out = [[] for _ in prompts]
@@ -311,16 +311,16 @@ def generate_batch(model, prompts, pictures=None, **settings):
 
 def stream(model, ids, pixels=None, **settings):
     """The answer as text, piece by piece; settings as for `generate`."""
-    return filter(None, spell(generate(model, ids, pixels, **settings), model.words))
+    return filter(None, spell(generate(model, ids, pixels, **settings), model.tokenizer))
 
 
 def print_answer(model, turns, shown, args):
     """Print the answer as it is written; returns it. shown: {turn: (pixels, sizes, ...)}."""
-    said, ids = "", build_prompt(turns, model.template, model.words, numbers(shown))
+    said, ids = "", build_prompt(turns, model.template, model.tokenizer, numbers(shown))
     pixels, sizes = together(shown)
     start = time.perf_counter()
     written = generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings)
-    for piece in filter(None, spell(written, model.words)):
+    for piece in filter(None, spell(written, model.tokenizer)):
         print(piece, end="", flush=True)
         said += piece
     print(flush=True)
@@ -330,7 +330,7 @@ def print_answer(model, turns, shown, args):
     if args.attention and not said.strip():
         note(f"note: the answer has no words: {args.attention} is not drawn")
     if args.attention and said.strip():
-        parts = tokens_by_word(tokens, model.words)
+        parts = tokens_by_word(tokens, model.tokenizer)
         side = int(model.patches ** .5)
         grids = attention_to_patches(model, ids, tokens, pixels, args.layer).view(-1, side, side)
         sheet = draw(model, data.load_image(args.image), [w for w, _ in parts],

@@ -38,7 +38,7 @@ from formats.checkpoints import (
     save_weights,
 )
 from formats.strict_json import read_config
-from kernels import attention, decode, rms_norm, rope, rope_table, run, sliding_window, swiglu
+from kernels import attention, decode, rms_norm, rope, rope_table, checkpointed, sliding_window, swiglu
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ class KVCache:
     time goes to place `at` (1,), row b sees the first `end[b]` places, and all of them are shown,
     so that from step to step no shape and no address changes (generate.py: Step)."""
 
-    def __init__(self, config, batch, capacity, like, keep=None):
+    def __init__(self, config, batch, capacity, like, attention_mask=None):
         shape = (config.depth, batch, capacity, config.kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.v = torch.empty_like(self.k)
         self.length, self.at, self.end = 0, None, None
-        self.keep = None
-        if keep is not None and not keep.all():         # asked once a prompt, not once a token
-            self.keep = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
-            self.keep[:, :keep.shape[1]] = keep
+        self.attention_mask = None
+        if attention_mask is not None and not attention_mask.all():         # asked once a prompt, not once a token
+            self.attention_mask = torch.ones(batch, capacity, dtype=torch.bool, device=like.device)
+            self.attention_mask[:, :attention_mask.shape[1]] = attention_mask
 
     def hold(self):
         """From here on places are counted on the device."""
@@ -97,7 +97,7 @@ class KVCache:
                               device=self.k.device)
         self.length = None                                  # nobody on the host may go by it now
 
-    def grow(self, T):
+    def advance(self, T):
         """All layers have written T places."""
         if self.end is None:
             self.length += T
@@ -105,7 +105,7 @@ class KVCache:
             self.at += T
             self.end += T
 
-    def pick(self, rows):
+    def reorder(self, rows):
         """Row i becomes what row rows[i] was: beams go on from their parents."""
         if len(rows) != self.k.shape[1]:
             self.k, self.v = self.k[:, rows], self.v[:, rows]
@@ -151,7 +151,7 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
         self.down = nn.Linear(c.mlp, c.width, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, keep=None, documents=None):
+    def forward(self, x, cos, sin, cache=None, attention_mask=None, doc_spans=None):
         B, T, _ = x.shape
         H, G, D = self.c.heads, self.c.kv_heads, self.c.head_dim
         qkv = self.qkv(self.norm1(x)).view(B, T, H + 2 * G, D)
@@ -161,14 +161,14 @@ class Block(nn.Module):
         if cache is not None:
             start = cache.length
             k, v = cache.update(self.layer, k, v)                  # (B, S, G, D)
-            keep = None if cache.keep is None else cache.keep[:, :k.shape[1]]
+            attention_mask = None if cache.attention_mask is None else cache.attention_mask[:, :k.shape[1]]
         rule = self.c.rule(k.shape[1])
         if cache is not None and cache.end is not None:
-            y = decode(q, k, v, keep, cache.end, **rule)
+            y = decode(q, k, v, attention_mask, cache.end, **rule)
         elif cache is not None and T == 1 and not torch.is_grad_enabled():
-            y = decode(q, k, v, keep, **rule)   # one query against a cache has a kernel of its own
+            y = decode(q, k, v, attention_mask, **rule)   # one query against a cache has a kernel of its own
         else:
-            y = attention(q, k, v, **rule, start=start, keep=keep, documents=documents)
+            y = attention(q, k, v, **rule, start=start, attention_mask=attention_mask, doc_spans=doc_spans)
         x = x + self.out(y.reshape(B, T, H * D))
         return x + self.down(swiglu(self.gate_up(self.norm2(x))))
 
@@ -214,7 +214,7 @@ class Llama(nn.Module):
             return [c.mlp, c.mlp]
         return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
 
-    def grow(self, rows):
+    def resize_embeddings(self, rows):
         """Room for more tokens: new embedding and head rows are the mean of the old ones."""
         old, C = self.config.vocab, self.config.width
         self.config = replace(self.config, vocab=rows)
@@ -226,37 +226,37 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def hidden(self, x, cache=None, positions=None, keep=None, documents=None):
+    def hidden(self, x, cache=None, position_ids=None, attention_mask=None, doc_spans=None):
         """Last hidden states (B, T, C), normed, of ids (B, T) or embeddings (B, T, C).
 
         positions (B, T): rotary positions, 0, 1, 2 ... from the cache's length if None.
         keep (B, T) bool: False where a token is padding (without a cache).
-        documents: kernels.attention.packed of the texts in each row (without a cache): each sees
+        documents: kernels.attention.document_spans of the texts in each row (without a cache): each sees
         itself alone and counts its positions from 0."""
         if not x.is_floating_point():
             x = self.embed(x)
         start = cache.length if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
-            positions = positions if documents is None else positions - documents[0]
+        if position_ids is None:
+            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
+            position_ids = position_ids if doc_spans is None else position_ids - doc_spans[0]
         c = self.config
-        cos, sin = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        cos, sin = rope_table(position_ids, c.head_dim, c.rope_theta, c.rope_scaling)
         if cache is None:
-            x = run(self.blocks, x, cos, sin, None, keep, documents, policy=self.checkpoint,
+            x = checkpointed(self.blocks, x, cos, sin, None, attention_mask, doc_spans, policy=self.checkpoint,
                     offload=self.offload)
         else:                                   # nothing runs twice here: a cache would remember it
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
-            cache.grow(x.shape[1])
+            cache.advance(x.shape[1])
         return self.norm(x)
 
-    def forward(self, x, cache=None, positions=None, keep=None):
+    def forward(self, x, cache=None, position_ids=None, attention_mask=None):
         """ids (B, T) or embeddings (B, T, C) -> logits (B, T, V)."""
-        return self.head(self.hidden(x, cache, positions, keep))
+        return self.head(self.hidden(x, cache, position_ids, attention_mask))
 
-    def next_logits(self, x, cache, positions=None, keep=None):
+    def next_logits(self, x, cache, position_ids=None, attention_mask=None):
         """Logits (B, V), fp32, of what follows the last position."""
-        return self.head(self.hidden(x, cache, positions, keep)[:, -1]).float()
+        return self.head(self.hidden(x, cache, position_ids, attention_mask)[:, -1]).float()
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):

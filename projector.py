@@ -59,7 +59,7 @@ from formats.names import canonical, canonical_names
 from formats.strict_json import read_config
 from formats.templates import ChatTemplate, end_ids
 from kernels import gelu, linear_cross_entropy
-from kernels.attention import packed
+from kernels.attention import document_spans
 from llama import Config as LlamaConfig
 from llama import Llama
 from qformer import Config as QFormerConfig
@@ -130,7 +130,7 @@ def merge_tiles(tiles, newline, grid):
     return torch.cat((overview, x.flatten(0, 1)))
 
 
-def splice(ids, words, features, labels=None, keep=None, left=False, lengths=None):
+def splice(ids, words, features, labels=None, attention_mask=None, left=False, lengths=None):
     """Put each picture's vectors where its IMAGE token stands.
 
     ids (B, T), IMAGE marking pictures; words (B, T, C) embeddings of the ids (anything at IMAGE);
@@ -138,16 +138,16 @@ def splice(ids, words, features, labels=None, keep=None, left=False, lengths=Non
     keep (B, T) bool, False at padding, which is dropped and put back at the end (left: the front).
     Returns embeddings (B, T', C), labels (B, T') with IGNORE at pictures, keep (B, T').
     lengths: the documents of one packed row, [their tokens]; then B is 1, and in place of keep
-    comes [[their places after splicing]], for kernels.attention.packed.
+    comes [[their places after splicing]], for kernels.attention.document_spans.
     Raises data.BadData when the number of pictures and of places for them differ."""
     B, T = ids.shape
-    keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
+    attention_mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask
     labels = torch.full_like(ids, data.IGNORE) if labels is None else labels
-    picture = (ids == data.IMAGE) & keep
+    picture = (ids == data.IMAGE) & attention_mask
     if int(picture.sum()) != len(features):
         raise data.BadData(f"{int(picture.sum())} <image> places in the text, but {len(features)} "
                            "pictures given; give one picture for each place")
-    width = keep.long()                                     # slots that a token takes: 0, 1 or P_i
+    width = attention_mask.long()                                     # slots that a token takes: 0, 1 or P_i
     width[picture] = width.new_tensor([len(f) for f in features])
     source = torch.repeat_interleave(torch.arange(B * T, device=ids.device), width.flatten())
     sums = width.sum(1)                                     # (B,)
@@ -189,10 +189,10 @@ def sources(folder, base):
     return home, whole, Adapted(data.load_weights(base), adapter, canonical)
 
 
-def asked_in(folder, words, bridge, official, default):
+def asked_in(folder, words, projector, official, default):
     """The template in which a folder without our key is asked: what its chat template says, else
     `default`, else what the tokens of its vocabulary are for."""
-    told = data.folder_template(folder, words) if bridge != "qformer" else None
+    told = data.folder_template(folder, words) if projector != "qformer" else None
     if official and isinstance(told, ChatTemplate):
         # the chat template there is the language model's own, which the official code never reads
         told = str(told) if told.known and told != "qwen_1_5" else None
@@ -214,25 +214,25 @@ class VLM(nn.Module):
     go in, the pictures' sizes go in too: [(width, height)], in pixels, as they were; not in `loss`,
     models of tiles are not trained here."""
     # ours: theirs, for the bridge; the two ends use their own tables behind a prefix
-    BRIDGE_NAMES = {f"bridge.{ours}.{kind}": f"multi_modal_projector.linear_{i}.{kind}"
+    BRIDGE_NAMES = {f"projector.{ours}.{kind}": f"multi_modal_projector.linear_{i}.{kind}"
                     for i, ours in ((1, "first"), (2, "second")) for kind in ("weight", "bias")}
-    QUERY_NAMES = {f"bridge.{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")
+    QUERY_NAMES = {f"projector.{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")
                    for ours, theirs in (("norm", "vision_model.post_layernorm"),
                                         ("proj", "language_projection"))}
     IGNORE = {**ViT.IGNORE, **Llama.IGNORE}
     # text alone, too, passes by eye and bridge: of several ranks all must come to the same places
-    always_look = False
+    always_run_vision = False
 
-    def __init__(self, vision, bridge, llm, words, template="v1", aspect="pad",
-                 grids=ANYRES_GRIDS, reader=None):
+    def __init__(self, vision, projector, llm, words, template="v1", aspect="pad",
+                 grids=ANYRES_GRIDS, qformer_tokenizer=None):
         super().__init__()
-        self.vision, self.llm, self.words, self.reader = vision, llm, words, reader
-        self.kind = bridge if type(bridge) is str else "qformer"
+        self.vision, self.llm, self.tokenizer, self.qformer_tokenizer = vision, llm, words, qformer_tokenizer
+        self.projector_type = projector if type(projector) is str else "qformer"
         self.template, self.aspect, self.grids = template, aspect, grids
         self.ends = frozenset()             # ids that end an answer, beside the template's own
-        self.bridge = (bridge if self.kind == "qformer" else
-                       PROJECTORS[bridge](vision.config.width, llm.config.width))
-        if self.kind == "qformer" and aspect != "squash":
+        self.projector = (projector if self.projector_type == "qformer" else
+                       PROJECTORS[projector](vision.config.width, llm.config.width))
+        if self.projector_type == "qformer" and aspect != "squash":
             raise UsageError(f"aspect {aspect!r}: a Q-Former is shown pictures squashed, and its "
                              "files cannot say anything else; choose squash")
         if aspect == "anyres":
@@ -256,19 +256,19 @@ class VLM(nn.Module):
         side = self.vision.config.image_size // self.vision.config.patch_size
         return data.anyres_grid(*size, self.image_size, side, self.grids)
 
-    def places(self, size=None):
+    def num_image_tokens(self, size=None):
         """Vectors that a picture of `size` (width, height) becomes."""
-        if self.kind == "qformer":
-            return self.bridge.qformer.config.num_queries
+        if self.projector_type == "qformer":
+            return self.projector.qformer.config.num_queries
         return self.grid(size).tokens if self.aspect == "anyres" else self.patches
 
-    def asked(self, ids, labels=None, keep=None):
+    def asked(self, ids, labels=None, attention_mask=None):
         """What an InstructBLIP's Q-Former reads where only ids are known: for each picture in ids
         (B, T) the text of its row, without what is learned or padding."""
-        read = ids >= 0 if keep is None else (ids >= 0) & keep
+        read = ids >= 0 if attention_mask is None else (ids >= 0) & attention_mask
         read = read if labels is None else read & (labels == data.IGNORE)
         counts = (ids == data.IMAGE).sum(1).tolist()
-        return [self.words.decode(row[there].tolist()).strip()
+        return [self.tokenizer.decode(row[there].tolist()).strip()
                 for row, there, count in zip(ids, read, counts) for _ in range(count)]
 
     def see(self, pixels, sizes=None, questions=None):
@@ -282,11 +282,11 @@ class VLM(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled()
                                     and any(p.requires_grad for p in self.vision.parameters())):
             patches = self.vision(pixels.to(self.vision.cls.dtype))
-        if self.kind == "qformer":
-            longest = min(128, self.bridge.qformer.config.context)
-            text = self.reader.encode(questions, longest, left=True) if self.reader else ()
-            return list(self.bridge(patches, *(t.to(pixels.device) for t in text)))
-        features = self.bridge(patches[:, 1:])
+        if self.projector_type == "qformer":
+            longest = min(128, self.projector.qformer.config.context)
+            text = self.qformer_tokenizer.encode(questions, longest, left=True) if self.qformer_tokenizer else ()
+            return list(self.projector(patches, *(t.to(pixels.device) for t in text)))
+        features = self.projector(patches[:, 1:])
         if self.aspect != "anyres":
             return list(features)
         grids = [self.grid(size) for size in sizes or ()]
@@ -299,27 +299,27 @@ class VLM(nn.Module):
         return [merge_tiles(tiles, self.newline, grid)
                 for tiles, grid in zip(features.split(counts), grids)]
 
-    def embed(self, ids, pixels=None, labels=None, keep=None, left=False, sizes=None,
+    def embed(self, ids, pixels=None, labels=None, attention_mask=None, left=False, sizes=None,
               questions=None, lengths=None):
         """ids and pictures -> one row of vectors each; see `splice` and, for questions, `asked`.
         Text alone wakes no eye."""
         words, features = self.llm.embed(ids.clamp(min=0)), []
         if pixels is not None and len(pixels):
-            if self.reader and questions is None:
-                questions = self.asked(ids, labels, keep) if lengths is None else [
+            if self.qformer_tokenizer and questions is None:
+                questions = self.qformer_text(ids, labels, attention_mask) if lengths is None else [
                     text for one in zip(ids.split(lengths, 1), labels.split(lengths, 1))
-                    for text in self.asked(*one)]
-            features = self.see(pixels, sizes, questions)
-        elif self.always_look:
+                    for text in self.qformer_text(*one)]
+            features = self.encode_images(pixels, sizes, questions)
+        elif self.always_run_vision:
             blank = torch.zeros(1, 3, self.image_size, self.image_size, device=ids.device)
-            words = words + 0 * self.see(blank, questions=["?"])[0].sum()
-        return splice(ids, words, features, labels, keep, left, lengths)
+            words = words + 0 * self.encode_images(blank, questions=["?"])[0].sum()
+        return splice(ids, words, features, labels, attention_mask, left, lengths)
 
     def forward(self, ids, pixels=None, sizes=None, questions=None):
         """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V)."""
         return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0])
 
-    def loss(self, ids, labels, pixels=None, keep=None, weights=None, lengths=None,
+    def loss(self, ids, labels, pixels=None, attention_mask=None, weights=None, lengths=None,
              questions=None):
         """Cross-entropy of the next token over supervised places; a scalar.
 
@@ -328,14 +328,14 @@ class VLM(nn.Module):
         before it. questions: for `embed`. Only supervised rows reach the output head. Raises
         data.BadData if there are none."""
         learned = labels[:, 1:] != data.IGNORE
-        x, labels, there = self.embed(ids, pixels, labels, keep, questions=questions,
+        x, labels, there = self.embed(ids, pixels, labels, attention_mask, questions=questions,
                                       lengths=lengths)
         rows = labels[:, 1:] != data.IGNORE
         if not rows.any():
             raise data.BadData("a batch has nothing to train on: every label is masked; look at "
                                "it with --show-batch")
-        documents = None if lengths is None else packed(there, x.device)
-        hidden = self.llm.hidden(x, documents=documents)[:, :-1]
+        doc_spans = None if lengths is None else document_spans(there, x.device)
+        hidden = self.llm.hidden(x, doc_spans=doc_spans)[:, :-1]
         # splicing moves labels and keeps their order, so these are the weights of those rows
         return linear_cross_entropy(hidden[rows], self.llm.head.weight, labels[:, 1:][rows],
                                     None if weights is None else weights[:, 1:][learned])
@@ -345,15 +345,15 @@ class VLM(nn.Module):
     def names(self):
         """The weight table, in the spelling that `save_pretrained` writes."""
         tongue = prefixed(self.llm.names(), "llm.", "language_model.")
-        if self.kind == "qformer":
-            asks = self.bridge.qformer
+        if self.projector_type == "qformer":
+            asks = self.projector.qformer
             asks = asks.INSTRUCT_NAMES if asks.config.vocab else asks.NAMES
             return {**prefixed(self.vision.names(), "vision.", "vision_model."),
-                    **self.QUERY_NAMES, **prefixed(asks, "bridge.qformer.", ""), **tongue}
+                    **self.QUERY_NAMES, **prefixed(asks, "projector.qformer.", ""), **tongue}
         table = {**prefixed(ViT.NAMES, "vision.", "vision_tower.vision_model."),
                  **self.BRIDGE_NAMES, **tongue}
-        if self.kind == "linear":
-            table = {k: v for k, v in table.items() if "bridge.second" not in k}
+        if self.projector_type == "linear":
+            table = {k: v for k, v in table.items() if "projector.second" not in k}
         return table | ({"newline": "image_newline"} if self.aspect == "anyres" else {})
 
     def split_sizes(self, name):
@@ -361,7 +361,7 @@ class VLM(nn.Module):
             return self.llm.split_sizes(name)
         if name.startswith("vision."):
             return [self.vision.config.width] * 3
-        return [self.bridge.qformer.config.width] * 2
+        return [self.projector.qformer.config.width] * 2
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, base=None):
@@ -375,32 +375,32 @@ class VLM(nn.Module):
         which it names itself if `base` is None. Raises data.BadModel, data.Offline, data.Usage."""
         folder = resolve(folder)
         home, folder, weights = sources(folder, base)
-        c, reader = read_config(folder), None
+        c, qformer_tokenizer = read_config(folder), None
         official = "mm_projector_type" in c or "mm_vision_tower" in c
         made = (read_official_config if official else read_vlm_config)(folder, c)
-        eye, tongue, bridge, aspect, grids, default = made
+        eye, tongue, projector, aspect, grids, default = made
         eye, tongue = ViTConfig(**eye), LlamaConfig(**tongue)
         words, known = data.Tokenizer(home), canonical_names(weights)
         embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
         tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
         template = (c["template"] if "template" in c else
-                    asked_in(home, words, bridge, official, default))
+                    asked_in(home, words, projector, official, default))
         if not isinstance(template, ChatTemplate) and template not in list(data.TEMPLATES):
             raise data.BadModel(f"{folder}: config.json says template {template!r}, which is not "
                                 f"one of {', '.join(data.TEMPLATES)}; take another model")
         if c.get("model_type") == "instructblip":
-            reader, rows = BertTokenizer(folder / "qformer_tokenizer"), configs.qformer(c)["vocab"]
-            if len(reader) > rows + 1:              # a [DEC] more does no harm: nobody writes it
-                raise data.BadModel(f"{folder}: qformer_tokenizer has {len(reader)} tokens, the "
+            qformer_tokenizer, rows = BertTokenizer(folder / "qformer_tokenizer"), configs.qformer(c)["vocab"]
+            if len(qformer_tokenizer) > rows + 1:              # a [DEC] more does no harm: nobody writes it
+                raise data.BadModel(f"{folder}: qformer_tokenizer has {len(qformer_tokenizer)} tokens, the "
                                     f"Q-Former {rows} rows; take both from one place")
         ends = end_ids(folder, c)
         if not isinstance(template, ChatTemplate) and data.TEMPLATES[template].end == "\n":
             ends -= data.end_ids(template, words)       # a captioner's, not of what it learns next
         with torch.device("meta"):
-            if bridge == "qformer":
+            if projector == "qformer":
                 norm = LayerNorm(eye.width, ln_vision_eps(folder, c, eye.eps))
-                bridge = QFormerProjector(norm, QFormer(QFormerConfig(**configs.qformer(c))), tongue.width)
-            model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids, reader)
+                projector = QFormerProjector(norm, QFormer(QFormerConfig(**configs.qformer(c))), tongue.width)
+            model = cls(ViT(eye), projector, Llama(tongue), words, template, aspect, grids, qformer_tokenizer)
         model.ends = frozenset(ends)
         words.fit(tongue.vocab, template)
         ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
@@ -408,7 +408,7 @@ class VLM(nn.Module):
         if tongue.tie_embeddings and head in known:
             ignore[re.escape(known[head])] = "tied: the embedding once more, see settle_tie"
             known.setdefault(embed, known[head])        # the one name a tied file has it under
-        if bridge == "linear" and "multi_modal_projector.linear_2.weight" in known:
+        if projector == "linear" and "multi_modal_projector.linear_2.weight" in known:
             ignore |= check_identity_layer(weights, known, tongue.width)
         if official and apart:
             model.vision = None             # frozen in training and not in the file: as it was
@@ -422,8 +422,8 @@ class VLM(nn.Module):
     def config(self):
         """The dict of config.json, as transformers' LlavaConfig or Blip2Config reads it."""
         tiles = self.aspect == "anyres"
-        if self.kind == "qformer":
-            asks, eye, norm = self.bridge.qformer.config, self.vision.config, self.bridge.norm
+        if self.projector_type == "qformer":
+            asks, eye, norm = self.projector.qformer.config, self.vision.config, self.projector.norm
             kind, name = ("instructblip", "InstructBlip") if asks.vocab else ("blip-2", "Blip2")
             eye = configs.vit_to_hf(eye) | ({"model_type": "instructblip_vision_model"}
                                  if asks.vocab and eye.eva else {})
@@ -445,7 +445,7 @@ class VLM(nn.Module):
             "dtype": dtype_name(self.llm.head.weight.dtype),
             **({"image_grid_pinpoints": self.pinpoints} if tiles else {}),
             "image_token_index": self.image_token, "image_seq_length": self.patches,
-            "projector_hidden_act": "gelu" if self.kind == "mlp" else "linear",
+            "projector_hidden_act": "gelu" if self.projector_type == "mlp" else "linear",
             "multimodal_projector_bias": True, "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
             "tie_word_embeddings": self.llm.config.tie_embeddings,
@@ -460,12 +460,12 @@ class VLM(nn.Module):
     @property
     def pad_token(self):
         """Id of `<pad>` in the files: the next one, if the tokenizer has none yet."""
-        return self.words.added("<pad>", max(len(self.words), self.image_token + 1))
+        return self.tokenizer.added("<pad>", max(len(self.tokenizer), self.image_token + 1))
 
     @property
     def image_token(self):
         """Id of `<image>` in the files; ours is data.IMAGE, which is in no vocabulary."""
-        return self.words.added("<image>", len(self.words))
+        return self.tokenizer.added("<image>", len(self.tokenizer))
 
     def save_pretrained(self, folder):
         """Everything that transformers' Llava(Next), Blip2 or InstructBlip ForConditionalGeneration
@@ -478,10 +478,10 @@ class VLM(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         last = max(self.image_token, self.pad_token)
         if last >= self.llm.config.vocab:
-            self.llm.grow(last + 1)                 # transformers looks them up, then replaces them
+            self.llm.resize_embeddings(last + 1)                 # transformers looks them up, then replaces them
         tensors = export(self, self.names())
-        if self.kind == "linear":
-            first = self.bridge.first
+        if self.projector_type == "linear":
+            first = self.projector.first
             tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(first.bias)).to(
                 first.weight)
             tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(first.bias)
@@ -490,10 +490,10 @@ class VLM(nn.Module):
         picture = {"do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
                    "rescale_factor": 1 / 255, "image_mean": list(data.MEAN),
                    "image_std": list(data.STD), "do_convert_rgb": True}
-        if self.kind == "qformer":
-            kind = f"{'InstructBlip' if self.reader else 'Blip2'}Processor"
+        if self.projector_type == "qformer":
+            kind = f"{'InstructBlip' if self.qformer_tokenizer else 'Blip2'}Processor"
             picture |= {"size": S, "image_processor_type": "BlipImageProcessor"}
-            shared = {"processor_class": kind, "num_query_tokens": self.places()}
+            shared = {"processor_class": kind, "num_query_tokens": self.num_image_tokens()}
         else:
             kind = "LlavaNext" if self.aspect == "anyres" else "Llava"
             side = S if self.aspect == "squash" else {"shortest_edge": self.image_size}
@@ -505,23 +505,23 @@ class VLM(nn.Module):
                       "vision_feature_select_strategy": "default", "image_token": "<image>",
                       "num_additional_image_tokens": 1}
             self.save_chat_template(folder)
-        if self.reader:
-            self.reader.save(folder / "qformer_tokenizer")
+        if self.qformer_tokenizer:
+            self.qformer_tokenizer.save(folder / "qformer_tokenizer")
         files = {"config.json": self.config(), "preprocessor_config.json": picture,
                  "processor_config.json": {**shared, "image_processor": picture},
                  # quirk: sampling settings with do_sample off make transformers refuse to save
-                 "generation_config.json": {"bos_token_id": self.words.bos, "do_sample": False,
+                 "generation_config.json": {"bos_token_id": self.tokenizer.bos, "do_sample": False,
                                             "eos_token_id": self.stop_ids(),
                                             "pad_token_id": self.pad_token}}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_tokenizer(self.words, folder, ("<image>", "<pad>"),
+        save_tokenizer(self.tokenizer, folder, ("<image>", "<pad>"),
                             not isinstance(self.template, ChatTemplate))
 
     def stop_ids(self):
         """Ids that end an answer, as generation_config.json has them: one, or EOS and the rest."""
-        ends = data.end_ids(self.template, self.words) | self.ends
-        ends = sorted(ends, key=lambda i: (i != self.words.eos, i))
+        ends = data.end_ids(self.template, self.tokenizer) | self.ends
+        ends = sorted(ends, key=lambda i: (i != self.tokenizer.eos, i))
         return ends if len(ends) > 1 else ends[0] if ends else None
 
     def save_chat_template(self, folder):
@@ -532,7 +532,7 @@ class VLM(nn.Module):
         if isinstance(self.template, ChatTemplate):
             texts["chat_template.jinja"] = self.template.source
         elif told := chat_template(ours := data.TEMPLATES[self.template]):
-            texts["chat_template.jinja"] = chat_template(ours, self.words)
+            texts["chat_template.jinja"] = chat_template(ours, self.tokenizer)
             texts["chat_template.json"] = json.dumps({"chat_template": told}, indent=2) + "\n"
         for name, text in texts.items():
             (folder / name).unlink(missing_ok=True)
@@ -544,9 +544,9 @@ if __name__ == "__main__":
     toy = Path(__file__).parent / "toy/weights"
     vlm = VLM.from_parts(toy / "clip", toy / "llama")
     row, target = data.encode([{"from": "human", "value": "<image>\nWhat colour is the star?"},
-                               {"from": "gpt", "value": "The star is red."}], "v1", vlm.words)
+                               {"from": "gpt", "value": "The star is red."}], "v1", vlm.tokenizer)
     grey = torch.zeros(1, 3, vlm.image_size, vlm.image_size)
     x, y, _ = vlm.embed(torch.tensor([row]), grey, torch.tensor([target]))
     print(f"{len(row)} ids -> {tuple(x.shape)} vectors, {int((y != data.IGNORE).sum())} learned")
-    spans = " ".join("[picture]" if i == data.IMAGE else vlm.words.decode([i]) for i in row)
+    spans = " ".join("[picture]" if i == data.IMAGE else vlm.tokenizer.decode([i]) for i in row)
     print(spans)

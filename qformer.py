@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(c.width, c.width)
         self.norm = LayerNorm(c.width, c.eps)
 
-    def forward(self, x, source, allow=full, n=0, keep=None, past=None):
+    def forward(self, x, source, allow=full, n=0, attention_mask=None, past=None):
         """x (B, T, C), source (B, S, C'), past: k and v that stand before the source's own.
         Returns (B, T, C), and k and v (B, S, H, D) for a later call's `past`."""
         B, T, C = x.shape
@@ -144,7 +144,7 @@ class Attention(nn.Module):
         if past is not None:
             start = past[0].shape[1]
             k, v = (torch.cat((old, new), 1) for old, new in zip(past, (k, v)))
-        y = attention(q, k, v, allow, n, start, keep)
+        y = attention(q, k, v, allow, n, start, attention_mask)
         return self.norm(x + self.out(y.reshape(B, T, C))), (k, v)
 
 
@@ -169,11 +169,11 @@ class Block(nn.Module):
         self.mlp = FeedForward(c)                                       # of the queries
         self.words_mlp = FeedForward(c) if c.vocab else None
 
-    def forward(self, x, n, features, allow, keep, past):
+    def forward(self, x, n, features, allow, attention_mask, past):
         """x (B, n+T, C), its first n the queries; n = 0 with `past`, the queries' k and v.
         Returns x, and k and v of its self-attention."""
         ahead = n if past is None else past[0].shape[1]
-        x, kv = self.attention(x, x, allow, ahead, keep, past)
+        x, kv = self.attention(x, x, allow, ahead, attention_mask, past)
         asks, words = x[:, :n], x[:, n:]
         if n:
             if self.cross is not None:
@@ -248,7 +248,7 @@ class QFormer(nn.Module):
         in front of words alone: under `itg` the words come out as if the queries were there."""
         if features is None and ids is None or past is not None and features is not None:
             raise ValueError("QFormer: give features, ids or both; with past, ids alone")
-        keep, rows, n = None, [], 0
+        attention_mask, rows, n = None, [], 0
         if features is not None:
             n = self.config.num_queries
             features = features.to(self.query_tokens.dtype)     # the eye may be in half precision
@@ -260,15 +260,15 @@ class QFormer(nn.Module):
             rows.append(self.word(ids) + self.position.weight[:ids.shape[1]])
             if text_mask is not None:
                 ahead = n if past is None else past[0][0].shape[1]
-                keep = F.pad(text_mask, (ahead, 0), value=True)
+                attention_mask = F.pad(text_mask, (ahead, 0), value=True)
         x = self.norm(torch.cat(rows, 1))
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, n, features, allow, keep, None if past is None else past[i])
+            x, kv = block(x, n, features, allow, attention_mask, None if past is None else past[i])
             if store is not None:
                 store.append(kv)
         return x
 
-    def without_words(self):
+    def drop_text_branch(self):
         """Drop what only words use, for a life in front of a language model. Returns self."""
         if self.config.vocab:
             self.config = replace(self.config, vocab=0)
@@ -399,13 +399,13 @@ class Blip2Stage1(nn.Module):
     The eye is frozen, the norm behind it is not. words: set by from_pretrained and from_parts."""
     NAMES = {
         **prefixed(QFormer.NAMES, "qformer.", ""),
-        **layers(ln_vision="vision_model.post_layernorm", to_shared="vision_projection",
-                 text_to_shared="text_projection", match="itm_head")}
+        **layers(ln_vision="vision_model.post_layernorm", visual_projection="vision_projection",
+                 text_projection="text_projection", match="itm_head")}
     # what transformers has no place for
     REST_NAMES = {**prefixed(HEAD_NAMES, "head.", "Qformer.cls.predictions."), "temp": "temp"}
     LAVIS_NAMES = {
         **prefixed(ViT.LAVIS_NAMES, "vision.", ""), **prefixed(QFormer.LAVIS_NAMES, "qformer.", ""),
-        **layers(ln_vision="ln_vision", to_shared="vision_proj", text_to_shared="text_proj",
+        **layers(ln_vision="ln_vision", visual_projection="vision_proj", text_projection="text_proj",
                  match="itm_head"), **REST_NAMES}
     IGNORE = {**POSITIONS, **tied_decoder(
         r"Qformer\.cls\.predictions\.decoder", "Qformer.bert.embeddings.word_embeddings.weight",
@@ -422,12 +422,12 @@ class Blip2Stage1(nn.Module):
         # quirk: 1e-5 in LAVIS whatever the tower has, the tower's (1e-6) in transformers
         self.ln_vision = LayerNorm(eye.width, eye.eps if eps is None else eps)
         self.qformer = QFormer(config)
-        self.to_shared = nn.Linear(config.width, shared)
-        self.text_to_shared = nn.Linear(config.width, shared)
+        self.visual_projection = nn.Linear(config.width, shared)
+        self.text_projection = nn.Linear(config.width, shared)
         self.match = nn.Linear(config.width, 2)
         self.head = LMHead(config)
         self.temp = nn.Parameter(torch.tensor(.07))     # divides, and is never clamped
-        self.words = None
+        self.tokenizer = None
 
     @property
     def image_size(self):
@@ -441,12 +441,12 @@ class Blip2Stage1(nn.Module):
 
     def encode_image(self, features, store=None):
         """features (B, P, Cv), after ln_vision -> (B, Q, E) unit vectors."""
-        return F.normalize(self.to_shared(self.qformer(features, allow=itc, store=store)), dim=-1)
+        return F.normalize(self.visual_projection(self.qformer(features, allow=itc, store=store)), dim=-1)
 
     def encode_text(self, ids, mask):
         """ids, mask (B, T) -> (B, E) unit vectors, read at [CLS]."""
         x = self.qformer(None, ids, itc, mask)
-        return F.normalize(self.text_to_shared(x[:, 0]), dim=-1)
+        return F.normalize(self.text_projection(x[:, 0]), dim=-1)
 
     def matched(self, features, ids, mask):
         """(B, 2), index 1 is yes: the mean of the queries' logits, not of their probabilities."""
@@ -455,16 +455,16 @@ class Blip2Stage1(nn.Module):
 
     def similarity(self, pixels, ids, mask):
         """Pictures (B, 3, S, S) and texts (N, T) -> (B, N) cosines, without temperature."""
-        image = self.encode_image(self.ln_vision(self.see(pixels)))
+        image = self.encode_image(self.ln_vision(self.encode_images(pixels)))
         return max_query_similarity(image, self.encode_text(ids, mask))
 
     def match_logit(self, pixels, ids, mask):
         """B pictures, each with its text -> (B, 2) logits of "no" and "yes"."""
-        return self.matched(self.ln_vision(self.see(pixels)), ids, mask)
+        return self.matched(self.ln_vision(self.encode_images(pixels)), ids, mask)
 
     def score(self, pixels, ids, mask):
         """B pictures, each with its text -> (B,): raw match logit + cosine, as published."""
-        features = self.ln_vision(self.see(pixels))
+        features = self.ln_vision(self.encode_images(pixels))
         cosine = torch.einsum("bqe,be->bq", self.encode_image(features),
                               self.encode_text(ids, mask)).amax(1)
         return self.matched(features, ids, mask)[:, 1] + cosine
@@ -479,14 +479,14 @@ class Blip2Stage1(nn.Module):
         negative of anything: ITM would learn to say yes."""
         if odd := set(only) - {"itc", "itm", "itg"}:
             raise ValueError(f"losses: {', '.join(sorted(odd))} is none of itc, itm, itg")
-        x, store, made = self.see(pixels), [], {}
+        x, store, made = self.encode_images(pixels), [], {}
         features = self.ln_vision(x)
         image = self.encode_image(features, store)
         if {"itc", "itm"} & set(only):
             text = self.encode_text(ids, mask)
             longest = int(all_gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
             wide = (0, longest - ids.shape[1])
-            ids_n = all_gather(F.pad(ids, wide, value=self.words.pad))
+            ids_n = all_gather(F.pad(ids, wide, value=self.tokenizer.pad))
             mask_n = all_gather(F.pad(mask, wide))
             first = dist.get_rank() * len(ids) if len(ids_n) > len(ids) else 0
             mine = slice(first, first + len(ids))
@@ -510,7 +510,7 @@ class Blip2Stage1(nn.Module):
             made["itm"] = itm_loss(self.matched(features, ids3, mask3), drawn)
         if "itg" in only:
             begun = ids.clone()
-            begun[:, 0] = self.words.dec
+            begun[:, 0] = self.tokenizer.dec
             # under itg the queries' keys and values are those of itc: they are not made again
             out = self.head(self.qformer(None, begun, itg, mask, past=store))
             made["itg"] = itg_loss(out, self.qformer.word.weight, self.head.bias, ids, mask)
@@ -521,7 +521,7 @@ class Blip2Stage1(nn.Module):
         if len(words) > self.qformer.config.vocab:
             raise data.BadModel(f"the tokenizer has {len(words)} tokens, the Q-Former "
                                 f"{self.qformer.config.vocab} rows; take both from one place")
-        self.words = words
+        self.tokenizer = words
         return self
 
     @classmethod
@@ -566,7 +566,7 @@ class Blip2Stage1(nn.Module):
         if not lavis:
             model.head, model.temp = rest.head, rest.temp
         if model.vision is None:
-            model.vision = ViT.from_pretrained(vision, dtype).docked().requires_grad_(False)
+            model.vision = ViT.from_pretrained(vision, dtype).without_final_block().requires_grad_(False)
             if model.vision.config.width != config.vision_width:
                 raise data.BadModel(f"{vision}: an eye {model.vision.config.width} wide, the "
                                     f"Q-Former looks at {config.vision_width}; give the one it knows")
@@ -596,7 +596,7 @@ class Blip2Stage1(nn.Module):
         config = {"model_type": "blip-2", "dtype": dtype_name(self.vision.patch.dtype),
                   "architectures": ["Blip2ForImageTextRetrieval"] if eye.eva else [],
                   "num_query_tokens": self.qformer.config.num_queries, "image_token_index": None,
-                  "image_text_hidden_size": self.to_shared.out_features,
+                  "image_text_hidden_size": self.visual_projection.out_features,
                   "ln_vision_eps": self.ln_vision.eps, "vision_config": configs.vit_to_hf(eye),
                   "qformer_config": configs.qformer_to_hf(self.qformer.config)}
         picture = {"image_processor_type": "BlipImageProcessor",
@@ -606,7 +606,7 @@ class Blip2Stage1(nn.Module):
                    "image_mean": list(data.MEAN), "image_std": list(data.STD)}
         for name, content in (("config.json", config), ("preprocessor_config.json", picture)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        self.words.save(folder)
+        self.tokenizer.save(folder)
 
 
 # --------------------------------------------------------------------------------- first values
@@ -657,9 +657,9 @@ def main():
                             "blip2 --stage 1, or give --model FOLDER_OR_HUB_ID")
     model = Blip2Stage1.from_pretrained(args.model)
     pixels = data.preprocess(data.load_image(args.image), model.image_size, "squash")
-    ids, mask = model.words.encode(args.captions, length=35)
+    ids, mask = model.tokenizer.encode(args.captions, length=35)
     with torch.inference_mode():
-        features = model.ln_vision(model.see(pixels))
+        features = model.ln_vision(model.encode_images(pixels))
         cosine = max_query_similarity(model.encode_image(features), model.encode_text(ids, mask))[0]
         logits = model.matched(features.expand(len(ids), -1, -1), ids, mask)
     print("  itc   itm   score   (cosine, probability of a match, match logit + cosine)")

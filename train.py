@@ -37,7 +37,7 @@ from trainer.flags import parse
 class Stage:
     """One row of a paper's table of hyper-parameters."""
     source: str                     # where the numbers come from
-    bridge: str                     # linear | mlp | qformer
+    projector_type: str             # linear | mlp | qformer
     train: tuple                    # parts that learn, by the names that the model has for them
     template: str                   # how the text is laid out, data.TEMPLATES; "": no LLaMA
     aspect: str                     # how pictures are made square, data.preprocess
@@ -51,7 +51,7 @@ class Stage:
     schedule: str = "llava"         # llava | lavis | minigpt4: see `factor_of`
     warm_lr: float = 0.0            # where the warm-up begins
     min_lr: float = 0.0             # where the cosine ends
-    bridge_lr: float = 0.0          # the bridge's; 0: lr, as everything's
+    projector_lr: float = 0.0          # the bridge's; 0: lr, as everything's
     losses: tuple = ()              # of the Q-Former alone: itc, itm, itg; (): the next token's
     groups: int = 8                 # the official ranks: the loss is a mean of their means
     order: str = "shuffled"         # of --data's samples; or modality: data.modality_order
@@ -62,16 +62,16 @@ RECIPES = {
     # [LLaVA] 2304.08485, scripts/pretrain.sh, finetune.sh. Paper: stage 2 with batch 32, 3 epochs;
     # a later script says 128. Not run by us at 7B.
     "llava": (
-        Stage("LLaVA, April 2023", "linear", ("bridge",), "plain", "square", 2e-3, 128,
+        Stage("LLaVA, April 2023", "linear", ("projector",), "plain", "square", 2e-3, 128,
               told="captions"),
-        Stage("LLaVA, April 2023", "linear", ("bridge", "llm"), "v1", "square", 2e-5, 32, 3,
+        Stage("LLaVA, April 2023", "linear", ("projector", "llm"), "v1", "square", 2e-5, 32, 3,
               told="dialogue")),
     # [LLaVA15] 2310.03744, scripts/v1_5/pretrain.sh, finetune.sh. Not run by us at 7B.
     # quirk: stage 1 crops pictures to a square, stage 2 and inference pad them.
     "llava-1.5": (
-        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge",), "plain", "square", 1e-3, 256,
+        Stage("LLaVA-1.5, October 2023", "mlp", ("projector",), "plain", "square", 1e-3, 256,
               told="captions"),
-        Stage("LLaVA-1.5, October 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128,
+        Stage("LLaVA-1.5, October 2023", "mlp", ("projector", "llm"), "v1", "pad", 2e-5, 128,
               order="modality", told="dialogue")),
     # [BLIP2] 2301.12597, LAVIS blip2_pretrain_stage{1,2}.yaml. Paper: stage 1 250k steps of 1,680
     # pictures, stage 2 80k of 1,920 (OPT), warm-up 2k, least rate 5e-5 in stage 2, beta2 .98; here
@@ -82,26 +82,26 @@ RECIPES = {
               "text_to_shared", "match", "head", "temp"), "", "squash", 1e-4, 1600, 10, warmup=5000,
               decay=.05, schedule="lavis", warm_lr=1e-6, min_lr=1e-5,
               losses=("itc", "itm", "itg"), told="short"),
-        Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("bridge",), "blip2",
+        Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("projector",), "blip2",
               "squash", 1e-4, 1024, 10, warmup=2000, decay=.05, schedule="lavis", warm_lr=1e-6,
               min_lr=1e-5, groups=16, told="captions")),
     # [MiniGPT4] 2304.10592, minigpt4_stage{1,2}_*.yaml. Paper: 400 steps in stage 2. Both stages
     # train one linear layer. It was made with Vicuna v0, of which only differences to LLaMA are
     # public: give yours by --llm. Not run by us at full size.
     "minigpt4": (
-        Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4_caption", "squash",
+        Stage("MiniGPT-4, April 2023", "qformer", ("projector.proj",), "minigpt4_caption", "squash",
               1e-4, 256, 4, 20000, 5000, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=8e-5,
               groups=4, told="web"),
-        Stage("MiniGPT-4, April 2023", "qformer", ("bridge.proj",), "minigpt4", "squash",
+        Stage("MiniGPT-4, April 2023", "qformer", ("projector.proj",), "minigpt4", "squash",
               3e-5, 12, 5, 1000, 200, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=1e-5,
               groups=1, told="details")),
     # [ShareGPT4V] 2311.12793, its pretrain.sh and finetune.sh. Stage 1 goes on from LLaVA-1.5's
     # stage 1. The tuned tower is saved inside the model; officially in a folder apart.
     # quirk: block 23 is unlocked, but LLaVA reads the block before it, so that nothing moves it.
     "sharegpt4v": (
-        Stage("ShareGPT4V, November 2023", "mlp", ("vision.blocks.12+", "bridge", "llm"), "plain",
+        Stage("ShareGPT4V, November 2023", "mlp", ("vision.blocks.12+", "projector", "llm"), "plain",
               "square", 2e-5, 256, groups=16, told="descriptions"),
-        Stage("ShareGPT4V, November 2023", "mlp", ("bridge", "llm"), "v1", "pad", 2e-5, 128,
+        Stage("ShareGPT4V, November 2023", "mlp", ("projector", "llm"), "v1", "pad", 2e-5, 128,
               groups=16, order="modality", told="dialogue")),
 }
 # What two CPU cores need instead: a model 5,000 times smaller wants larger steps and fewer.
@@ -115,7 +115,7 @@ TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
                     dict(lr=3e-3, batch=12, steps=100, warmup=.05, clip=1.0, warm_lr=0.,
                          min_lr=1e-3)),
        "sharegpt4v": (dict(lr=1e-3, batch=12, steps=300, clip=1.0,
-                           train=("vision.blocks.2+", "bridge", "llm")), LLAVA_TOY[1])}
+                           train=("vision.blocks.2+", "projector", "llm")), LLAVA_TOY[1])}
 
 
 def parse_args(argv=None):
@@ -360,8 +360,8 @@ def parameter_groups(trained, row):
     which has none."""
     decays = lambda p: p.dim() > 1 or p.dim() == 0 and row.schedule == "lavis"
     groups = {}
-    for name, p in sorted(trained.items(), key=lambda pair: not pair[0].startswith("bridge.")):
-        lr = name.startswith("bridge.") and row.bridge_lr or row.lr
+    for name, p in sorted(trained.items(), key=lambda pair: not pair[0].startswith("projector.")):
+        lr = name.startswith("projector.") and row.projector_lr or row.lr
         groups.setdefault((lr, row.decay if decays(p) else 0.0), []).append(p)
     return torch.optim.AdamW([{"params": g, "lr": lr, "weight_decay": d}
                               for (lr, d), g in groups.items()],
@@ -382,14 +382,14 @@ def make_optimizers(trained, row, args):
 def sample_captions(model, row):
     """Describes the same four held-out scenes as training goes on: watching it learn to see."""
     scenes = [make_scene(i, "test", count=i) for i in (1, 2, 3, 4)]
-    ids = build_prompt(["Describe this image"], row.template, model.words)
+    ids = build_prompt(["Describe this image"], row.template, model.tokenizer)
 
     def look():
         for scene in scenes:
             pixels = data.preprocess(draw(scene), model.image_size, row.aspect)
             tokens = list(generate(model, ids, pixels, max_new_tokens=80))
             yield {"truth": description(scene),
-                   "says": model.words.decode(tokens).strip().split("\n")[0]}
+                   "says": model.tokenizer.decode(tokens).strip().split("\n")[0]}
     return look
 
 
@@ -416,9 +416,9 @@ def vlm_job(args, out, device):
         if model.aspect == "anyres":
             raise data.BadModel(f"{start}: a LLaVA-NeXT; its pictures in tiles are not trained on "
                                 "here; take a LLaVA-1.5")
-        if model.kind != row.bridge:
-            raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.bridge}; "
-                                f"give --bridge {model.kind}, or another --from")
+        if model.projector_type != row.projector_type:
+            raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.projector_type}; "
+                                f"give --projector-type {model.kind}, or another --from")
         if getattr(model.template, "known", True) is False and args.template is None:
             raise UsageError(f"{start}: its chat template is none of ours, and training teaches it "
                              f"another: give --template {row.template}, the recipe's, or one of "
@@ -437,7 +437,7 @@ def vlm_job(args, out, device):
 
     def work(micro):
         useful = [count(*text) for text in micro.counts]
-        return (sum(text + pictures * model.places() for text, _, pictures in micro.counts),
+        return (sum(text + pictures * model.num_image_tokens() for text, _, pictures in micro.counts),
                 sum(forward + backward + eye for forward, backward, _, eye in useful))
 
     def finish(folder):
@@ -465,11 +465,11 @@ def blip2_stage1_job(args, out, device):
                 if picture is None:
                     raise data.BadData("no picture; BLIP-2 learns from pictures and captions")
                 texts.append(blip_caption(talk[-1]["value"]))
-                model.words.encode(texts[-1])           # refuses what holds no word
+                model.tokenizer.encode(texts[-1])           # refuses what holds no word
             except UserError as error:
                 raise type(error)(f"{samples.name(index)}: {error}") from None
             pixels.append(data.preprocess(picture, model.image_size, row.aspect))
-        ids, mask = model.words.encode(texts)
+        ids, mask = model.tokenizer.encode(texts)
         return torch.cat(pixels).to(device), ids.to(device), mask.to(device), first
 
     return TrainJob(model, [parameter_groups(set_trainable(model, row.train), row)], steps,
@@ -493,7 +493,7 @@ def show(args):
     a run would refuse is refused."""
     model, samples = meta_model(args, set_trainable), Samples(args)
     folder = base_models(args)[1] if args.start in (None, "none") else args.start
-    model.words = data.Tokenizer(resolve(folder))
+    model.tokenizer = data.Tokenizer(resolve(folder))
     batches = MicroBatches(samples, model, args)
     for index in range(args.show_batch):
         try:
@@ -511,7 +511,7 @@ def show(args):
             many = ids.count(data.IMAGE)
             seen = ("", " and a picture")[many] if many < 2 else f" and {many} pictures"
             print(f"sample {index}: {len(ids) - many} tokens{seen}")
-            print(data.colour_labels(ids, labels, model.words))
+            print(data.colour_labels(ids, labels, model.tokenizer))
 
 
 def main(args):

@@ -131,7 +131,7 @@ def cpu_step():
     import projector
     toy = ROOT / "toy/weights"
     for stage, B, told, template, trains in (
-            (1, 16, "captions", "plain", lambda name: "bridge." in name or "projector." in name),
+            (1, 16, "captions", "plain", lambda name: "projector." in name or "projector." in name),
             (2, 12, "dialogue", "v1", lambda name: "vision" not in name)):
         ours, theirs = pair_of(projector.VLM.from_parts(toy / "clip", toy / "llama"))
         models = {"packed": ours, "padded": copy.deepcopy(ours), "transformers": theirs.train()}
@@ -146,7 +146,7 @@ def cpu_step():
             """What each of the three reads: {name: its loss}."""
             shown, talks = zip(*(training_sample(0, stage, number * B + i, told) for i in range(B)))
             pixels = torch.cat([data.preprocess(p, ours.image_size, "pad") for p in shown])
-            texts = [data.encode(talk, template, ours.words, 1) for talk in talks]
+            texts = [data.encode(talk, template, ours.tokenizer, 1) for talk in talks]
             at = [ids.index(data.IMAGE) for ids, _ in texts]
             fill = lambda rows, value: torch.nn.utils.rnn.pad_sequence(
                 list(map(torch.tensor, rows)), batch_first=True, padding_value=value)

@@ -55,20 +55,20 @@ def correctness():
         return {"what": what, "error": max(errors[0]), "of spec": max(errors[1]),
                 "worst ratio": round(ratio, 2), "ok": ratio <= 2}
 
-    def attended(what, T, D, G, rule, keep=None, documents=None):
-        mask = rule, 32, 0, keep, documents
+    def attended(what, T, D, G, rule, attention_mask=None, doc_spans=None):
+        mask = rule, 32, 0, attention_mask, doc_spans
         return row(f"attention {what} T {T} D {D}", lambda *x: att.attention(*x, *mask),
                    lambda *x: att.reference(*x, *mask), *(random(2, T, h, D, grad=True)
                                                           for h in (4, G, G)))
 
-    documents = att.packed([[1, 37, 64, 65, 1, 132], [300]], DEVICE)
-    keep = torch.rand(2, 300, device=DEVICE) < .8
-    keep[:, 0] = True                           # so that every row sees a key
+    doc_spans = att.document_spans([[1, 37, 64, 65, 1, 132], [300]], DEVICE)
+    attention_mask = torch.rand(2, 300, device=DEVICE) < .8
+    attention_mask[:, 0] = True                           # so that every row sees a key
     for D in (64, 88, 128):
         for rule in (att.full, att.causal, itg):
             yield attended(rule.__name__, pick(577, 65), D, 4, rule)
-        yield attended("packed", 300, D, 4, att.causal, documents=documents)
-        yield attended("padded, 4:1", 300, D, 1, att.causal, keep)
+        yield attended("packed", 300, D, 4, att.causal, doc_spans=doc_spans)
+        yield attended("padded, 4:1", 300, D, 1, att.causal, attention_mask)
         # wgmma needs four warps; two compile to mma.sync, the way an A100 goes
         with mock.patch.object(att, "tiles", lambda *_: (32, 32, 2, 2)):
             yield attended("two warps", pick(577, 65), D, 4, att.causal)
@@ -161,14 +161,14 @@ def attention():
         causal = D == 128
         work = 4 * D * H * (sum(n * n for n in rows) if rows else B * Q * T) / (1 + causal)
         x = random(B, Q, H, D), random(B, T, H, D), random(B, T, H, D)
-        documents = file.packed([rows], DEVICE) if rows else None
-        begin = documents[0, 0] if rows else torch.zeros(T, device=DEVICE)
+        doc_spans = file.document_spans([rows], DEVICE) if rows else None
+        begin = doc_spans[0, 0] if rows else torch.zeros(T, device=DEVICE)
         mask = create_block_mask(lambda b, h, i, j: (i >= j) & (begin[i] == begin[j]), None, None,
                                  Q, T, device=DEVICE) if causal else None
         turned = [t.transpose(1, 2).contiguous() for t in x]
         padded = [random(len(rows), H, max(rows), D) for _ in x] if rows else turned
         rule = file.causal if causal else file.full
-        runs = {"ours": (partial(file.attention, allow=rule, documents=documents), x),
+        runs = {"ours": (partial(file.attention, allow=rule, doc_spans=doc_spans), x),
                 **{name: (partial(sdpa, name, causal), padded)
                    for name in ("flash", "cudnn", "efficient")},
                 "flex": (compiled(partial(flex_attention, block_mask=mask)), turned)}

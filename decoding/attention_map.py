@@ -18,7 +18,7 @@ def attention_to_patches(model, ids, tokens, pixels, layer=None):
 
     Computed again from the whole text in one pass: while writing nothing is kept or slowed down.
     Raises data.Usage for models whose pictures are no grid of patches."""
-    if model.kind == "qformer" or model.aspect == "anyres":
+    if model.projector_type == "qformer" or model.aspect == "anyres":
         raise UsageError("--attention needs a model that reads a picture as one grid of patches: "
                          "LLaVA or LLaVA-1.5, no Q-Former and no tiles")
     if ids.count(data.IMAGE) != 1:

@@ -44,7 +44,7 @@ def beam_search(llm, x, room, ids, ends, width, watch, penalty, cut):
         if not heads or len(done) == width and done[-1][0] >= heads[0][0] / step:
             break
         parents = torch.tensor([parent for _, parent, *_ in heads], device=x.device)
-        memory.pick(parents)
+        memory.reorder(parents)
         x = torch.tensor([[tokens[-1]] for _, _, tokens, _ in heads], device=x.device)  # (n, 1)
     else:
         for score, _, tokens, watch in running:

@@ -22,7 +22,7 @@ def trim_history(model, turns, shown, max_new_tokens):
     their pictures {turn: (pixels, sizes, ...)}: if they have none, the newest of those before."""
     context, kept = model.llm.config.context, turns
     room = context - min(max_new_tokens, context // 4)
-    while len(kept) > 1 and places(model, build_prompt(kept, model.template, model.words, numbers(shown)),
+    while len(kept) > 1 and places(model, build_prompt(kept, model.template, model.tokenizer, numbers(shown)),
                                    together(shown)[1]) > room:
         kept, old = kept[2:], shown
         shown = {i - 2: picture for i, picture in old.items() if i >= 2}
@@ -70,14 +70,14 @@ def chat(model, picture, args, answer):
 def tokens_of(path, model):
     """Places that a picture's file will take; 0 if it cannot be read."""
     try:
-        return model.places(data.load_image(path).size)
+        return model.num_image_tokens(data.load_image(path).size)
     except data.BadImage:
         return 0
 
 
 def caption_folder(model, files, args, generate_batch):
     """Ask the same about every picture and write LLaVA JSON; bad pictures are passed over."""
-    ids, samples, told = build_prompt([args.prompt], model.template, model.words), [], time.time()
+    ids, samples, told = build_prompt([args.prompt], model.template, model.tokenizer), [], time.time()
     reasons, count, began = [], 0, time.perf_counter()
     if model.aspect == "anyres":            # elsewhere all pictures take the same places
         files = sorted(files, key=lambda path: (tokens_of(path, model), path))
@@ -94,7 +94,7 @@ def caption_folder(model, files, args, generate_batch):
                               **args.settings)
         reasons += [tokens.finish_reason for tokens in said]
         count += sum(map(len, said))
-        samples += [llava_row(name, [args.prompt, "".join(spell(x, model.words)).strip()])
+        samples += [llava_row(name, [args.prompt, "".join(spell(x, model.tokenizer)).strip()])
                     for (name, _), x in zip(good, said)]
         if not sys.stderr.isatty() and time.time() - told > 5:
             told = time.time()
@@ -176,7 +176,7 @@ def cut_at(reason, model, max_new_tokens):
 def check_room(model, picture):
     """Raises data.Usage if a turn cannot hold these pictures, data.Failure if the model's context
     cannot."""
-    taken = places(model, build_prompt(["?"], model.template, model.words, numbers({0: picture})),
+    taken = places(model, build_prompt(["?"], model.template, model.tokenizer, numbers({0: picture})),
                    picture[1])
     if taken >= model.llm.config.context:
         raise UserError(f"{', '.join(map(str, picture[2]))}: take {taken} places in one "
@@ -194,7 +194,7 @@ def with_picture(model, shown, turn, path):
         both = pixels, sizes, [*shown[turn][2], path]
     after = {**shown, turn: both}
     try:
-        build_prompt(["?"] * (turn + 1), model.template, model.words, numbers(after))
+        build_prompt(["?"] * (turn + 1), model.template, model.tokenizer, numbers(after))
     except UsageError as error:
         note(f"note: {error}: the talk begins anew with this one")
         return {0: new}

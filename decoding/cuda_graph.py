@@ -67,7 +67,7 @@ def capture_stream(device):
     return torch.cuda.Stream(device)
 
 
-def decode_graph(llm, x, keep, memory, choose, count):
+def decode_graph(llm, x, attention_mask, memory, choose, count):
     """`one_by_one`'s ids by `Step`, recorded once and replayed; with KERNELS=spec, only run.
 
     The host reads a step's ids while the next is running, so the GPU never waits for it:
@@ -75,8 +75,8 @@ def decode_graph(llm, x, keep, memory, choose, count):
         GPU     step 4 | step 5 | step 6 | step 7        host   reads 4 | reads 5 | reads 6
 
     At an end one step has run for nothing. Raises as `record` does."""
-    lengths, positions = keep.sum(1, keepdim=True), (keep.cumsum(1) - 1).clamp(min=0)
-    step = DecodeStep(llm, memory, choose, choose(llm.next_logits(x, memory, positions, keep))[:, None],
+    lengths, position_ids = attention_mask.sum(1, keepdim=True), (attention_mask.cumsum(1) - 1).clamp(min=0)
+    step = DecodeStep(llm, memory, choose, choose(llm.next_logits(x, memory, position_ids, attention_mask))[:, None],
                 lengths)
     yield step.token[:, 0].tolist()
     side, here = capture_stream(x.device), torch.cuda.current_stream(x.device)

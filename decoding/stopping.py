@@ -131,16 +131,16 @@ class StopTexts:
 def stop_ids(model, eos=None):
     """Ids after which the model has finished: eos (an id or a set) if given, else those of its
     tokenizer, of its template and of its generation_config.json."""
-    if eos is not None or not hasattr(model, "words"):
+    if eos is not None or not hasattr(model, "tokenizer"):
         return eos if isinstance(eos, (set, frozenset)) else {eos}
-    return data.end_ids(model.template, model.words) | set(getattr(model, "ends", ()))
+    return data.end_ids(model.template, model.tokenizer) | set(getattr(model, "ends", ()))
 
 
 def stop_text(model, eos=None):
     """The text that ends an answer, where its template has an end that is no token, or None."""
-    if eos is not None or not hasattr(model, "words"):
+    if eos is not None or not hasattr(model, "tokenizer"):
         return None
-    return data.stop_text(model.template, model.words)
+    return data.stop_text(model.template, model.tokenizer)
 
 
 def repetition_penalty(scores, seen, penalty):

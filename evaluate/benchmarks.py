@@ -100,7 +100,7 @@ def model_answers(args, jobs, journal):
             continue
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               max_new_tokens=args.max_new_tokens)
-        yield [(job, "".join(generate.stream_text(x, model.words)).strip(), "")
+        yield [(job, "".join(generate.stream_text(x, model.tokenizer)).strip(), "")
                for job, x in zip(some, said)]
 
 
@@ -277,13 +277,13 @@ def pope(args):
 def asked_of(args, model, job):
     """(ids, (pixels, sizes)) of a question. Raises BadImage, or BadData if it is too long."""
     if job.image:
-        row = generate.build_prompt([job.request], model.template, model.words)
+        row = generate.build_prompt([job.request], model.template, model.tokenizer)
         path = picture_path(args.images, job.image, args.follow_links)
-        picture = generate.see(path, model)
+        picture = generate.encode_images(path, model)
     else:
         row, picture = data.prompt_tokens([{"from": "human", "value": job.request}], model.template,
-                                     model.words, pictures=0), (None, None)
-    if generate.places(model, row, picture[1]) >= model.llm.config.context:
+                                     model.tokenizer, pictures=0), (None, None)
+    if generate.num_image_tokens(model, row, picture[1]) >= model.llm.config.context:
         raise data.BadData("longer than the model's context: take another model")
     return row, picture
 

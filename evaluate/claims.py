@@ -31,14 +31,14 @@ def is_degenerate(text, ended):
 def degeneration_rates(model, scenes, limit=90):
     """Rates over the descriptions that a model gives when it is asked for detail."""
     pixels = scene_pixels(scenes, model.image_size, model.aspect)
-    ask_for = [generate.build_prompt([DESCRIBE[2]], "minigpt4", model.words)] * len(scenes)
+    ask_for = [generate.build_prompt([DESCRIBE[2]], "minigpt4", model.tokenizer)] * len(scenes)
     repeats = broken = either = words = found = there = 0
     for start in range(0, len(scenes), 100):
         said = generate.generate_batch(model, ask_for[start:start + 100],
                                        [p[None] for p in pixels[start:start + 100]],
                                        max_new_tokens=limit)
         for scene, tokens in zip(scenes[start:start + 100], said):
-            text = model.words.decode(tokens).split("###")[0]
+            text = model.tokenizer.decode(tokens).split("###")[0]
             again, off = is_degenerate(text, len(tokens) < limit)
             repeats, broken, either = repeats + again, broken + off, either + (again or off)
             truth = {(t.colour, t.shape) for t in scene.things}

@@ -20,7 +20,7 @@ def retrieval_captions(scenes):
 def qformer_features(model, scenes):
     """(n, P, Cv): what a Retriever's queries look at."""
     pixels = scene_pixels(scenes, model.image_size, "squash")
-    return torch.cat([model.ln_vision(model.see(x)) for x in pixels.split(100)])
+    return torch.cat([model.ln_vision(model.encode_images(x)) for x in pixels.split(100)])
 
 
 @torch.inference_mode()
@@ -30,7 +30,7 @@ def recall_at_k(model, scenes, k=16, itm=True):
     The first k by ITC's cosine are ordered anew by match logit + cosine, as published (k = 128
     there); itm=False leaves ITC's order. A text that fits two pictures counts for both."""
     texts, seen = retrieval_captions(scenes), qformer_features(model, scenes)
-    ids, mask = model.words.encode(texts, length=MAX_TEXT_TOKENS)
+    ids, mask = model.tokenizer.encode(texts, length=MAX_TEXT_TOKENS)
     cosine = max_query_similarity(model.encode_image(seen), model.encode_text(ids, mask))           # (n, n)
     right = torch.tensor([[a == b for b in texts] for a in texts])
     found = {}
@@ -94,7 +94,7 @@ def pairwise_accuracy(model, scenes):
     The control: ITM with another scene's picture, which must fall to a half."""
     everything, rates = qformer_features(model, scenes), {}
     for kind, rows in hard_negative_pairs(scenes).items():
-        ids, mask = model.words.encode([text for _, *two in rows for text in two], length=MAX_TEXT_TOKENS)
+        ids, mask = model.tokenizer.encode([text for _, *two in rows for text in two], length=MAX_TEXT_TOKENS)
         seen, ids, mask = (everything[[i for i, *_ in rows]], ids.unflatten(0, (-1, 2)),
                            mask.unflatten(0, (-1, 2)))
         wrong = seen.roll(len(rows) // 2, 0)

@@ -118,10 +118,10 @@ def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temp
     # a model of stage 1 is asked in the words of stage 2, where nothing else is said
     template = template or ("v1" if model.template == "plain" else model.template)
     for start in range(0, len(texts), batch):
-        rows = [generate.build_prompt([t], template, model.words) for t in texts[start:start + batch]]
+        rows = [generate.build_prompt([t], template, model.tokenizer) for t in texts[start:start + batch]]
         out = generate_batch(model, rows, [p[None] for p in pixels[start:start + batch]],
                              max_new_tokens=max_new_tokens, temperature=temperature, seed=start)
-        said += [model.words.decode(x).strip() for x in out]
+        said += [model.tokenizer.decode(x).strip() for x in out]
     return said
 
 

@@ -96,11 +96,11 @@ def from_vlm(args, jobs, journal):
 
     def say(turns, seen, seed):
         """[(tokens, is it whole?, text)]"""
-        rows = [build_prompt(t, model.template, model.words) for t in turns]
+        rows = [build_prompt(t, model.template, model.tokenizer) for t in turns]
         said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
                               seed=seed, max_new_tokens=args.max_tokens,
                               temperature=args.temperature or 0.0)
-        return [(len(x), x.finish_reason == "end", "".join(stream_text(x, model.words)).strip())
+        return [(len(x), x.finish_reason == "end", "".join(stream_text(x, model.tokenizer)).strip())
                 for x in said]
 
     for start, some in unanswered_chunks(jobs, journal, args.batch_size):

@@ -20,7 +20,7 @@ a file says so (launch.py).
 import warnings
 
 from kernels.attention import attention, causal, full, sliding_window
-from kernels.checkpoint import cheap, run, spared
+from kernels.checkpoint import recompute, checkpointed, keep_output
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.decode import decode
 from kernels.launch import fused
@@ -33,10 +33,10 @@ warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarn
 
 # what checkpoint.py must know them by: attention it may spare, the others are quicker to run again
 # than to remember
-attention = spared(attention)
+attention = keep_output(attention)
 layer_norm, rms_norm, gelu, quick_gelu, swiglu = map(
-    cheap, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
+    recompute, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
 
-__all__ = ["attention", "causal", "full", "sliding_window", "cheap", "run", "spared", "linear_cross_entropy",
+__all__ = ["attention", "causal", "full", "sliding_window", "recompute", "checkpointed", "keep_output", "linear_cross_entropy",
            "decode", "fused", "layer_norm", "rms_norm", "rope", "rope_table", "gelu", "quick_gelu",
            "swiglu"]

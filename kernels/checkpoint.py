@@ -319,7 +319,7 @@ class Attend(torch.autograd.Function):
         return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
-def spared(attention):
+def keep_output(attention):
     """attention(q, k, v, ...), made known to regions that spare it."""
     @functools.wraps(attention)
     def known(q, k, v, *rest, **named):
@@ -329,7 +329,7 @@ def spared(attention):
     return known
 
 
-def cheap(function):
+def recompute(function):
     """function(*tensors and numbers) -> tensor, made known as quicker to run than to remember.
 
     Called with named arguments it is left alone: rms_norm(..., residual=r) has two results, and to
@@ -382,7 +382,7 @@ def hosting(device):
 
 # ---------------------------------------------------------------------------- what a model calls
 
-def run(blocks, x, *args, policy=None, offload=False):
+def checkpointed(blocks, x, *args, policy=None, offload=False):
     """x = block(x, *args) for each block in turn, with activations kept as `policy` says.
 
     blocks: functions or modules from (x, *args) to x. policy: None, "none", "attention", "full"
@@ -430,10 +430,10 @@ if __name__ == "__main__":
 
     class Layer(nn.Module):
         """A transformer layer of nobody's: all that `run` asks of a layer is x -> x."""
-        attention = staticmethod(spared(functools.partial(F.scaled_dot_product_attention,
+        attention = staticmethod(keep_output(functools.partial(F.scaled_dot_product_attention,
                                                           is_causal=True)))
-        norm = staticmethod(cheap(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)))
-        product = staticmethod(cheap(lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]))
+        norm = staticmethod(recompute(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)))
+        product = staticmethod(recompute(lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]))
 
         def __init__(self, C, H):
             super().__init__()

@@ -32,12 +32,12 @@ def named(tokens, words, names):
 def attended(model, scenes, layer):
     """Means over all things named: (inside the box, outside, inside the mirrored box)."""
     found, side = [], int(model.patches ** .5)
-    ids = generate.build_prompt([DESCRIBE[0]], model.template, model.words)
+    ids = generate.build_prompt([DESCRIBE[0]], model.template, model.tokenizer)
     for scene in scenes:
-        tokens = model.words.encode(description(scene), bos=False)
+        tokens = model.tokenizer.encode(description(scene), bos=False)
         pixels = model.pixels(draw(scene))
         grids = attention_to_patches(model, ids, tokens, pixels, layer).view(-1, side, side)
-        ends = named(tokens, model.words, [t.full for t in scene.things])
+        ends = named(tokens, model.tokenizer, [t.full for t in scene.things])
         for t in scene.things:
             if t.full in ends:
                 x1, y1, x2, y2 = t.box

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import clip
 import llama
 from kernels import checkpoint
-from kernels.checkpoint import POLICIES, run, spared
+from kernels.checkpoint import POLICIES, checkpointed, keep_output
 from tiny import shaken
 
 DEPTH, T = 9, 48
@@ -211,7 +211,7 @@ def test_how_much_less_is_kept(launches, monkeypatch):
     assert .33 < found["full"] < .8 and frugal(found), found
     assert frugal(shares(towers))           # where attention on a CPU keeps its probabilities
     # control: a policy that lies, and runs the blocks as ever
-    monkeypatch.setattr(llama, "run", lambda *args, policy, offload: run(*args))
+    monkeypatch.setattr(llama, "checkpointed", lambda *args, policy, offload: run(*args))
     lied = shares(decoder)
     assert not frugal(lied) and lied["full"] == lied[None] == found[None], lied
 
@@ -279,7 +279,7 @@ def test_any_attention_that_can_be_differentiated(attention):
     torch.manual_seed(0)
     weight = torch.randn(16, 48, requires_grad=True)
     x = torch.randn(2, 5, 16)
-    known = spared(attention)
+    known = keep_output(attention)
 
     def layer(x):
         q, k, v = (x @ weight).chunk(3, -1)

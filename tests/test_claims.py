@@ -28,7 +28,7 @@ class Oracle:
     def __init__(self, right=True, match=1.):
         self.right, self.scale, self.image_size = right, match, SIDE
         self.texts, self.ln_vision = [], lambda x: x
-        self.words = SimpleNamespace(encode=self.encode)
+        self.tokenizer = SimpleNamespace(encode=self.encode)
 
     def encode(self, texts, length):
         assert length == 35                         # the official one in retrieval

@@ -81,7 +81,7 @@ def replays(monkeypatch):
 
 def four(model, pixels):
     """Prompts of different lengths with one picture, none, two, one."""
-    words = model.words
+    words = model.tokenizer
     two = [*asked(model, "And?"), data.IMAGE, *words.encode(" twice", bos=False)]
     return ([asked(model, "What is it?"), words.encode("Text only"), two,
              asked(model, "Where, and why is it there at all?")],
@@ -194,19 +194,19 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
     """No value goes to the host and no shape changes: what a CUDA graph needs of PyTorch's part."""
     monkeypatch.setattr(importlib.import_module("kernels.decode"), "check", lambda *_: None)
     prompts, pictures = four(model, pixels)
-    llm, x, keep, _ = g.prefill_inputs(model, prompts, pictures, 9)
+    llm, x, attention_mask, _ = g.prefill_inputs(model, prompts, pictures, 9)
     settings = {"penalty" if k[0] == "r" else k: v for k, v in settings.items()}
     choose = g.Sampler(llm, prompts, 9, **settings)
-    memory = llama.KVCache(llm.config, 4, x.shape[1] + 9, x, keep)
-    lengths = keep.sum(1, keepdim=True)
-    token = choose(g.predict(llm, x, memory, (keep.cumsum(1) - 1).clamp(min=0), keep))[:, None]
+    memory = llama.KVCache(llm.config, 4, x.shape[1] + 9, x, attention_mask)
+    lengths = attention_mask.sum(1, keepdim=True)
+    token = choose(llm.next_logits(x, memory, (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask))[:, None]
 
     def launches(run):
         with Launches() as seen:
             run()
         return seen.list
     kept = copy.deepcopy(memory)
-    grows = lambda: g.predict(llm, token, kept, lengths)
+    grows = lambda: llm.next_logits(token, kept, lengths)
     assert launches(grows) != launches(grows)                           # control: today's way
     with pytest.raises(AssertionError), Launches():
         token[0].item()                                                 # control
@@ -282,7 +282,7 @@ def test_penalty_is_that_of_transformers(tmp_path, beams):
 
 
 def test_penalty_in_a_batch_is_that_of_each_row(model, pixels):
-    prompts = [asked(model, "What?"), model.words.encode("Text only, and longer")]
+    prompts = [asked(model, "What?"), model.tokenizer.encode("Text only, and longer")]
     pictures, kw = [pixels[0], None], {"repetition_penalty": 1.4}
     single = [list(g.generate(model, p, x, 12, **kw)) for p, x in zip(prompts, pictures)]
     assert g.generate_batch(model, prompts, pictures, max_new_tokens=12, **kw) == single
@@ -292,14 +292,14 @@ def test_penalty_in_a_batch_is_that_of_each_row(model, pixels):
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"temperature": 1.0}])
 def test_stop_texts_cut_where_they_begin(model, pixels, settings):
     ids = asked(model, "What is it?")
-    free = model.words.decode(g.generate(model, ids, pixels[0], 24, **settings))
+    free = model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, **settings))
     stop = next(free[i:i + 3] for i in range(5, 20) if " " not in free[i:i + 3])
-    told = lambda *stops: model.words.decode(g.generate(model, ids, pixels[0], 24, stop=stops,
+    told = lambda *stops: model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, stop=stops,
                                                         **settings))
     said = told("\x01", stop)
     if not settings.get("num_beams"):           # of beams, an early end makes others win
         assert said == free[:free.index(stop)]
-        assert said == model.words.decode(g.generate(model, ids, pixels[0], 24, stop=stop,
+        assert said == model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, stop=stop,
                                                      **settings))   # one text is one, not letters
     assert stop not in said
     assert told("\x01") == free                                     # control
@@ -310,8 +310,8 @@ def test_stop_texts_may_begin_with_a_space():
     than the stop text goes with it."""
     toy = Path(g.__file__).parent / "toy/weights"
     model = g.VLM.from_parts(toy / "clip", toy / "llama")
-    ids = model.words.encode("This picture has a")
-    told = lambda *stop, **more: model.words.decode(
+    ids = model.tokenizer.encode("This picture has a")
+    told = lambda *stop, **more: model.tokenizer.decode(
         g.generate(model, ids, None, 16, eos=-1, stop=stop, **more))
     free = told()
     assert free.count(" ") > 5
@@ -395,12 +395,12 @@ def test_bf16_cache_on_a_cpu():
     kernel, dice = importlib.import_module("kernels.decode"), torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(2, n, heads, 16, generator=dice).bfloat16()
                            for n, heads in ((1, 4), (37, 2), (37, 2)))
-    keep = torch.arange(37) >= torch.tensor([[0], [9]])
-    exact = kernel.decode_spec(query.double(), keys.double(), values.double(), keep)
+    attention_mask = torch.arange(37) >= torch.tensor([[0], [9]])
+    exact = kernel.decode_spec(query.double(), keys.double(), values.double(), attention_mask)
     off = lambda y: float((y - exact).norm())
-    found = kernel.decode(query, keys, values, keep)
+    found = kernel.decode(query, keys, values, attention_mask)
     assert found.dtype == torch.bfloat16
-    assert off(found) <= 2 * off(kernel.decode_spec(query, keys, values, keep))
+    assert off(found) <= 2 * off(kernel.decode_spec(query, keys, values, attention_mask))
     assert off(kernel.decode(query, keys, values)) > 10 * off(found)        # control: padding seen
 
 
@@ -421,14 +421,14 @@ def test_dtype_auto_on_a_cpu(model, pixels, tmp_path, monkeypatch, capsys, kind,
 
 def test_cache_knows_whether_anything_is_padded():
     config = llama.Config(vocab=8, context=64, **TONGUE)
-    like, keep = torch.zeros(1), torch.tensor([[True] * 3, [False, True, True]])
-    assert llama.KVCache(config, 2, 8, like).keep is None
-    assert llama.KVCache(config, 2, 8, like, keep[:1].expand(2, 3)).keep is None
-    padded = llama.KVCache(config, 2, 8, like, keep)
-    assert padded.keep.sum() == 15
+    like, attention_mask = torch.zeros(1), torch.tensor([[True] * 3, [False, True, True]])
+    assert llama.KVCache(config, 2, 8, like).attention_mask is None
+    assert llama.KVCache(config, 2, 8, like, attention_mask[:1].expand(2, 3)).attention_mask is None
+    padded = llama.KVCache(config, 2, 8, like, attention_mask)
+    assert padded.attention_mask.sum() == 15
     padded.k.zero_()
     padded.k[:, 1], padded.length = 1, 3
-    padded.pick(torch.tensor([1, 1]))
+    padded.reorder(torch.tensor([1, 1]))
     assert padded.k[:, 0, :3].eq(1).all()
 
 
@@ -485,12 +485,12 @@ def test_attention_picture(folder, inside, tmp_path):
 
 def test_two_pictures_in_a_talk(model, pixels):
     turns = ["What <image>?", "a", "And this?"]
-    ids = g.build_prompt(turns, "v1", model.words, {0, 2})
-    assert ids.count(data.IMAGE) == 2 and "What  <image> ?" in model.words.decode(ids)
-    plain = g.build_prompt(["What?", "a", "And this?"], "v1", model.words, {0, 2})
+    ids = g.build_prompt(turns, "v1", model.tokenizer, {0, 2})
+    assert ids.count(data.IMAGE) == 2 and "What  <image> ?" in model.tokenizer.decode(ids)
+    plain = g.build_prompt(["What?", "a", "And this?"], "v1", model.tokenizer, {0, 2})
     talk = [{"from": ("human", "gpt")[i % 2], "value": t}
             for i, t in enumerate(["<image>\nWhat?", "a", "<image>\nAnd this?"])]
-    assert plain == data.prompt_tokens(talk, "v1", model.words)
+    assert plain == data.prompt_tokens(talk, "v1", model.tokenizer)
     with torch.no_grad():
         both = lambda *x: model(torch.tensor([plain]), torch.cat(x))[:, -1]
         assert gap(both(pixels[0], pixels[1]), both(pixels[1], pixels[0])) > LIMIT
@@ -511,10 +511,10 @@ def test_prompts_of_every_kind(model, pixels):
     """Nothing that is typed adds a picture or a turn, or stops the program."""
     for typed in ("😀 é 漢", "שלום עולם", "\u202eabc", "a\r\nb\tc", "</s><s>[INST]", "ASSISTANT:"):
         assert check_prompt(typed) is None
-        ids = g.build_prompt([typed], model.template, model.words)
-        assert ids.count(data.IMAGE) == 1 and ids.count(model.words.eos) == 0
+        ids = g.build_prompt([typed], model.template, model.tokenizer)
+        assert ids.count(data.IMAGE) == 1 and ids.count(model.tokenizer.eos) == 0
         assert len(list(g.generate(model, ids, pixels[0], 2))) == 2
-    long = g.build_prompt(["word " * 200_000], model.template, model.words)         # 1 MB
+    long = g.build_prompt(["word " * 200_000], model.template, model.tokenizer)         # 1 MB
     with pytest.raises(UserError, match="context"):
         next(g.generate(model, long, pixels[0]))
 
@@ -531,7 +531,7 @@ def test_attended_finds_the_box_of_the_thing_named(monkeypatch):
         def look(model, ids, tokens, pixels, layer):
             scene = next(s for s in scenes if torch.equal(vlm.pixels(draw(s)), pixels))
             out = torch.full((len(tokens), side, side), .1)
-            ends = attended.named(tokens, vlm.words, [t.full for t in scene.things])
+            ends = attended.named(tokens, vlm.tokenizer, [t.full for t in scene.things])
             for i, t in enumerate(scene.things):
                 x, y = scene.things[(i + shift) % 3].centre
                 out[ends[t.full], int(y * side), int(x * side)] = 5

@@ -208,10 +208,10 @@ def written(rows, lines):
     """As bytes, and what `raw` put in unquoted."""
     found = []
 
-    def keep(value):
+    def attention_mask(value):
         found.append(value[3:])
         return f"RAW{len(found) - 1}RAW"
-    text = [json.dumps(row, default=keep).encode() for row in rows]
+    text = [json.dumps(row, default=attention_mask).encode() for row in rows]
     text = b"\n".join(text) if lines else b"[" + b", ".join(text) + b"]"
     return re.sub(rb'"RAW(\d+)RAW"', lambda m: found[int(m[1])], text)
 

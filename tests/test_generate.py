@@ -61,7 +61,7 @@ def model(words):
     made = shaken(projector.VLM(eye, "mlp", tongue, words), seed=2)
     with torch.no_grad():
         tongue.embed.weight.mul_(5)             # so loud that answers differ from prompt to prompt
-        made.bridge.second.weight.mul_(8)
+        made.projector.second.weight.mul_(8)
         tongue.head.weight[:259], tongue.head.weight[-2:] = 0, 0
     return made
 
@@ -72,7 +72,7 @@ def pixels():
 
 
 def asked(model, *turns):
-    return g.build_prompt(list(turns), model.template, model.words)
+    return g.build_prompt(list(turns), model.template, model.tokenizer)
 
 
 # ---------------------------------------------------------------------------- the same, faster
@@ -96,7 +96,7 @@ def test_cache_against_the_plain_model(model, pixels):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
 def test_batch_is_one_by_one(model, pixels, settings):
-    words = model.words
+    words = model.tokenizer
     two = [*asked(model, "And?"), data.IMAGE, *words.encode(" twice", bos=False)]
     prompts = [asked(model, "What is it?"), words.encode("Text only"), two,
                asked(model, "Where, and why is it there at all?")]
@@ -108,7 +108,7 @@ def test_batch_is_one_by_one(model, pixels, settings):
 
 
 def test_batch_without_pictures_and_bare_llama(model):
-    prompts = [model.words.encode(t) for t in ("a", "A longer text", "bc")]
+    prompts = [model.tokenizer.encode(t) for t in ("a", "A longer text", "bc")]
     single = [list(g.generate(model, p, None, 10)) for p in prompts]
     assert g.generate_batch(model, prompts, max_new_tokens=10) == single
     assert g.generate_batch(model.llm, prompts, max_new_tokens=10) == single
@@ -116,7 +116,7 @@ def test_batch_without_pictures_and_bare_llama(model):
 
 
 def test_end_stops_each_row_by_itself(model):
-    prompts = [model.words.encode(t) for t in ("a", "A longer text", "bc")]
+    prompts = [model.tokenizer.encode(t) for t in ("a", "A longer text", "bc")]
     free = g.generate_batch(model.llm, prompts, max_new_tokens=10)
     end = free[0][4]
     cut = [row[:row.index(end)] if end in row else row for row in free]
@@ -273,7 +273,7 @@ def test_stream_never_breaks_a_character(words):
 
 def test_stream_is_generate(model, pixels):
     ids = asked(model, "What?")
-    said = model.words.decode(g.generate(model, ids, pixels[0], 30))
+    said = model.tokenizer.decode(g.generate(model, ids, pixels[0], 30))
     pieces = list(g.stream(model, ids, pixels[0], max_new_tokens=30))
     assert all(pieces) and "".join(pieces) == said and len(pieces) > 20
 
@@ -383,7 +383,7 @@ def inside(monkeypatch, capsys):
 def test_one_answer(folder, inside, model):
     red = folder / "photos/0.png"
     code, out, err = inside(args_for(folder, red, "What?"))
-    said = g.stream(model, asked(model, "What?"), g.see(red, model)[0], max_new_tokens=8)
+    said = g.stream(model, asked(model, "What?"), g.encode_images(red, model)[0], max_new_tokens=8)
     assert (code, out) == (0, "".join(said) + "\n")
     assert err == "note: the answer is cut at --max-new-tokens 8: give more\n"
 
@@ -415,7 +415,7 @@ def test_folder(folder, inside, model):
         first, said = (turn["value"] for turn in row["conversations"])
         assert first == "<image>\nWhat < image>?"
         single = g.stream(model, asked(model, "What <image>?"),
-                          g.see(folder / "photos" / row["image"], model)[0], max_new_tokens=8)
+                          g.encode_images(folder / "photos" / row["image"], model)[0], max_new_tokens=8)
         assert said == "".join(single).strip()
     assert not list(folder.glob(".generate*"))
 

@@ -28,7 +28,7 @@ from tiny import loaded, shaken
 from toy.parts import llama_tokenizer
 from toy.texts import dialogue
 from toy.world import SIDE, draw, make_scene
-from trainer.flags import parse
+from train import parse_args as parse
 from trainer.loader import MicroBatches, Samples
 
 HERE = Path(__file__).resolve().parents[1]
@@ -161,8 +161,8 @@ def test_stage_two_with_split_masters_is_the_plain_loop(ground, plain, tmp_path,
 
 def one_document(monkeypatch):
     """All texts of a row see each other."""
-    real = projector.packed
-    monkeypatch.setattr(projector, "packed", lambda lengths, device: real([[sum(lengths[0])]],
+    real = projector.document_spans
+    monkeypatch.setattr(projector, "document_spans", lambda lengths, device: real([[sum(lengths[0])]],
                                                                           device))
 
 
@@ -210,10 +210,10 @@ def test_frozen_matrices_keep_no_input(ground, tmp_path):
             if isinstance(m, torch.nn.Linear) and not name.endswith("out"):
                 m.register_forward_pre_hook(lambda m, given: went_in.append(given[0].detach()))
 
-        def keep(t):
+        def attention_mask(t):
             saved.add(t.untyped_storage().data_ptr())
             return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(attention_mask, lambda t: t):
             loss = job.model.loss(*next(job.batches(0))[:6])
         loss.backward()
         kept[stage] = sum(t.untyped_storage().data_ptr() in saved for t in went_in)

@@ -144,7 +144,7 @@ def their_inputs(ours, ids, images):
     row, sizes = [], [image.size for image in images]
     left = iter(sizes)
     for i in ids:
-        row += [110] * ours.places(next(left)) if i == data.IMAGE else [i]
+        row += [110] * ours.num_image_tokens(next(left)) if i == data.IMAGE else [i]
     row = torch.tensor([row])
     out = {"input_ids": row, "attention_mask": torch.ones_like(row)}
     tiles = [ours.pixels(image) for image in images]
@@ -320,7 +320,7 @@ def test_several_next_pictures_in_one_prompt(tmp_path):
         ours(torch.tensor([ids]), torch.cat([ours.pixels(i) for i in images[:2]]),
              [i.size for i in images[:2]])
     single = [tiles[:1] for tiles in map(ours.pixels, images)]         # one tile: a newline behind
-    assert len(ours.see(single[0], [images[0].size])[0]) == 9 + 1
+    assert len(ours.encode_images(single[0], [images[0].size])[0]) == 9 + 1
 
 
 def test_ties_are_cut_as_at_home(tmp_path):
@@ -372,17 +372,17 @@ def test_a_projector_alone(tmp_path):
     write(their_model("llava"), tmp_path / "a", "A")
     write(their_model("llava", seed=9), tmp_path / "b", "A")
     a, b = (projector.VLM.from_pretrained(tmp_path / x) for x in "ab")
-    table = export(b.bridge, {k.removeprefix("bridge."): v for k, v in b.BRIDGE_NAMES.items()})
+    table = export(b.projector, {k.removeprefix("projector."): v for k, v in b.BRIDGE_NAMES.items()})
     (tmp_path / "p").mkdir()
     for spell in (lambda k: k, lambda k: "model." + k,
                   lambda k: k.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
                              .replace("multi_modal_projector.linear_2", "model.mm_projector.2")):
         save_weights(tmp_path / "p", {spell(k): v for k, v in table.items()})
         for path in (tmp_path / "p", tmp_path / "p/model.safetensors", tmp_path / "b"):
-            for p in a.bridge.parameters():
+            for p in a.projector.parameters():
                 p.data.zero_()
             a.load_bridge(path)
-            for p, q in zip(a.bridge.parameters(), b.bridge.parameters()):
+            for p, q in zip(a.projector.parameters(), b.projector.parameters()):
                 assert torch.equal(p, q)
     save_weights(tmp_path / "p", {k: v for k, v in table.items() if "2.bias" not in k})
     with pytest.raises(data.BadModel, match="linear_2.bias is missing"):
@@ -739,13 +739,13 @@ def test_generate_answers_as_transformers_does(tmp_path, family, size):
          tmp_path / "model", "--max-new-tokens", "24"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     ours = projector.VLM.from_pretrained(tmp_path / "model")
-    ids = data.prompt_tokens([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.words)
+    ids = data.prompt_tokens([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.tokenizer)
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 2, 0
     inputs = their_inputs(ours, ids, [Image.open(tmp_path / "img.png")])
     out = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
     said = [i for i in out[inputs["input_ids"].shape[1]:].tolist() if i != 2]
     assert len(said) > 3
-    assert told.stdout.strip() == ours.words.decode(said).strip()
+    assert told.stdout.strip() == ours.tokenizer.decode(said).strip()
 
 
 # ------------------------------------------------------------------------------- the table

@@ -229,15 +229,15 @@ def test_cache_gives_the_same_logits_in_any_pieces(changes):
 def test_left_padding_with_positions_changes_nothing():
     model, short = our_llama(), IDS[1:, :7]
     padded = torch.cat((torch.full((1, 4), 5), short), 1)
-    keep = torch.arange(11)[None] >= 4
-    positions = (torch.arange(11) - 4).clamp(min=0)[None]
+    attention_mask = torch.arange(11)[None] >= 4
+    position_ids = (torch.arange(11) - 4).clamp(min=0)[None]
     alone = model(short)
-    assert gap(model(padded, None, positions, keep)[:, 4:], alone) <= LIMIT
-    cache = llama.KVCache(model.config, 1, 12, model.embed.weight, keep)
-    assert gap(model(padded, cache, positions)[:, 4:], alone) <= LIMIT
+    assert gap(model(padded, None, position_ids, attention_mask)[:, 4:], alone) <= LIMIT
+    cache = llama.KVCache(model.config, 1, 12, model.embed.weight, attention_mask)
+    assert gap(model(padded, cache, position_ids)[:, 4:], alone) <= LIMIT
     more = model(torch.tensor([[9]]), cache, torch.tensor([[7]]))
     assert gap(more, model(torch.cat((short, torch.tensor([[9]])), 1))[:, -1:]) <= LIMIT
-    assert gap(model(padded, None, positions)[:, 4:], alone) > 100 * LIMIT      # control: no mask
+    assert gap(model(padded, None, position_ids)[:, 4:], alone) > 100 * LIMIT      # control: no mask
 
 
 # ------------------------------------------------------------------------------- LLaVA
@@ -256,7 +256,7 @@ def parts(tmp_path_factory):
 def vlm(parts, bridge, tongue="llama", **options):
     model = projector.VLM.from_parts(parts / "clip", parts / tongue, bridge, **options)
     with torch.no_grad():
-        for p in model.bridge.parameters():                 # biases must matter too
+        for p in model.projector.parameters():                 # biases must matter too
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)), alpha=.1)
     return model.eval()
 
@@ -296,7 +296,7 @@ def test_our_llava_comes_back_the_same(tmp_path, parts, bridge, tongue):
     ours = vlm(parts, bridge, tongue, template="plain", aspect="square")
     ours.save_pretrained(tmp_path)
     again = projector.VLM.from_pretrained(tmp_path)
-    assert same_tensors(ours, again) and len(again.words) == 112
+    assert same_tensors(ours, again) and len(again.tokenizer) == 112
     assert (again.kind, again.template, again.aspect) == (bridge, "plain", "square")
     assert again.image_token == ours.image_token == 110
     assert torch.equal(ours(ROW, PIXELS[:1]), again(ROW, PIXELS[:1]))
@@ -312,7 +312,7 @@ def test_our_llava_saved_again_by_transformers_comes_back(tmp_path, parts):
     transformers.AutoProcessor.from_pretrained(tmp_path / "ours").save_pretrained(
         tmp_path / "theirs")
     again = projector.VLM.from_pretrained(tmp_path / "theirs")
-    assert again.template == "plain" and len(again.words) == 112
+    assert again.template == "plain" and len(again.tokenizer) == 112
     assert vlm_gap(again, theirs) <= LIMIT
 
 
@@ -350,7 +350,7 @@ def test_processor_loads_and_sees_the_same_picture(tmp_path, parts, aspect):
         ids = batch["input_ids"][0].tolist()
         assert ids.count(ours.image_token) == ours.patches == 9
         rest = [i for i in ids if i != ours.image_token]
-        assert rest[-3:] == ours.words.encode("Hi!", bos=False)[-3:]
+        assert rest[-3:] == ours.tokenizer.encode("Hi!", bos=False)[-3:]
 
 
 def test_their_chat_template_writes_our_prompt(tmp_path, parts):

@@ -19,12 +19,13 @@ from formats.checkpoints import export
 from formats.errors import UsageError
 from formats.pictures import picture_path
 from toy.standin import stand_in, stand_in_row
-from trainer.flags import parse
+from train import parse_args as parse
 from trainer.forecast import (CAPTIONS, MIXED, activation_bytes, choose_row_and_policy,
                               fit_to_card, flops_per_sample, memory_forecast, meta_model,
                               sample_lengths, static_bytes, usable_bytes)
 from trainer.loader import Samples
 from trainer.lora import LoRALinear
+from trainer.lora import add_lora, merge_lora
 
 POLICIES = (None, "none", "attention", "full")
 
@@ -150,7 +151,7 @@ def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
             if not args.row.losses:
                 assert "hours at" in told(capsys, "--stage", stage, "--recipe", recipe, "--base",
                                           base, "--steps", 9, "--memory", 500)
-                places[recipe] = meta_model(args).places()
+                places[recipe] = meta_model(args).num_image_tokens()
     assert places == {"llava": 256, "llava-1.5": 576, "blip2": 32, "minigpt4": 32,
                       "sharegpt4v": 576}
 
@@ -191,14 +192,14 @@ def tiny(kind="mlp", depth=5):
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("kind, learns, lora", [("linear", ("bridge",), 0), ("mlp", ("bridge",), 0),
-                                                ("mlp", ("bridge", "llm"), 0),
-                                                ("mlp", ("bridge", "llm"), 4)])
+@pytest.mark.parametrize("kind, learns, lora", [("linear", ("projector",), 0), ("mlp", ("projector",), 0),
+                                                ("mlp", ("projector", "llm"), 0),
+                                                ("mlp", ("projector", "llm"), 4)])
 def test_bytes_kept_for_backward(kind, learns, lora, fast):
     """Each policy's forecast is within 4 % of what is kept; any other's is more than 10 % off."""
     model, B, T = tiny(kind), 3, 90
     if lora:
-        model.llm.adapt(lora)
+        add_lora(model.llm, lora)
     train.set_trainable(model, learns, lora)
     ids = torch.randint(5, 100, (B, T), generator=torch.Generator().manual_seed(0))
     ids[:, 3] = data.IMAGE
@@ -240,7 +241,7 @@ def adapted(rank=4):
     """A tiny LLaMA with grouped keys and LoRA that does something, and the same weights without."""
     model = shaken(llama.Llama(llama.Config(110, 64, 2, 4, 2, 172)))
     plain = shaken(llama.Llama(llama.Config(110, 64, 2, 4, 2, 172)))
-    model.adapt(rank)
+    add_lora(model, rank)
     for name, p in model.named_parameters():
         if name.endswith(".b"):
             assert not p.any()                          # at first nothing is added
@@ -273,7 +274,7 @@ def test_lora_is_one_pair_for_each_projection_as_the_official_runs_have(tmp_path
         assert gap(model_says, before) > 100 * LIMIT
         # and merged
         names = {n for n, _ in plain.named_parameters()}
-        assert {n for n, _ in model.merge().named_parameters()} == names
+        assert {n for n, _ in merge_lora(model).named_parameters()} == names
         assert gap(model(ids), model_says) <= LIMIT
     model.save_pretrained(tmp_path)
     assert gap(llama.Llama.from_pretrained(tmp_path)(ids).detach(), model_says) <= LIMIT
@@ -287,24 +288,24 @@ def test_a_wrong_merge_is_seen():
         says = model(ids).detach()
         for block in model.blocks:
             wrong(block.qkv)
-        assert gap(model.merge()(ids).detach(), says) > 100 * LIMIT
+        assert gap(merge_lora(model)(ids).detach(), says) > 100 * LIMIT
 
 
 def test_only_the_additions_and_the_bridge_train():
     model = tiny()
-    model.llm.adapt(4)
-    trained = train.set_trainable(model, ("bridge", "llm"), 4)
-    assert all(n.startswith("bridge.") or n.endswith((".a", ".b")) for n in trained)
+    add_lora(model.llm, 4)
+    trained = train.set_trainable(model, ("projector", "llm"), 4)
+    assert all(n.startswith("projector.") or n.endswith((".a", ".b")) for n in trained)
     assert sum(n.startswith("llm.") for n in trained) == 5 * 4 * 2
     args = asked("--lora", 128)
-    assert (args.row.lr, args.row.bridge_lr) == (2e-4, 2e-5)
+    assert (args.row.lr, args.row.projector_lr) == (2e-4, 2e-5)
     # the official 7B run has 320 M of them
     big = meta_model(args)
     assert sum(p.numel() for p in big.llm.parameters() if p.requires_grad) == 319_815_680
     rates = {n: group["lr"] for group in train.parameter_groups(trained, args.row).param_groups
              for p in group["params"] for n, q in trained.items() if q is p}
     assert len(rates) == len(trained)
-    assert all(lr == (2e-5 if n.startswith("bridge.") else 2e-4) for n, lr in rates.items())
+    assert all(lr == (2e-5 if n.startswith("projector.") else 2e-4) for n, lr in rates.items())
 
 
 def test_a_killed_lora_run_ends_with_the_same_bits(flags, run, tmp_path):       # noqa: F811

@@ -105,7 +105,7 @@ def test_no_mask_is_true_outside_its_span():
 def passes(model, theirs):
     """Worst differences {pass: gap}: pictures alone, words alone, both, ITC, ITM."""
     pixels, ids, mask = batch()
-    features = model.ln_vision(model.see(pixels))
+    features = model.ln_vision(model.encode_images(pixels))
     sight = theirs.vision_model(pixels).last_hidden_state
     queries = theirs.query_tokens.expand(3, -1, -1)
     alone = theirs.qformer(query_embeds=queries, encoder_hidden_states=sight)
@@ -164,8 +164,8 @@ def cross_in_every_block(model, monkeypatch):
 
 
 def words_cross_too(model, monkeypatch):
-    def forward(self, x, n, features, allow, keep, past):
-        x, kv = self.attention(x, x, allow, n, keep, past)
+    def forward(self, x, n, features, allow, attention_mask, past):
+        x, kv = self.attention(x, x, allow, n, attention_mask, past)
         x = self.cross(x, features)[0] if n and self.cross is not None else x
         return torch.cat((self.mlp(x[:, :n]), self.words_mlp(x[:, n:])), 1), kv
     monkeypatch.setattr(qformer.Block, "forward", forward)
@@ -178,7 +178,7 @@ def one_mlp_for_all(model, monkeypatch):
 
 def padding_is_seen(model, monkeypatch):
     attend = qformer.attention
-    monkeypatch.setattr(qformer, "attention", lambda q, k, v, allow, n, start, keep: attend(
+    monkeypatch.setattr(qformer, "attention", lambda q, k, v, allow, n, start, attention_mask: attend(
         q, k, v, allow, n, start, None))
 
 
@@ -321,7 +321,7 @@ def test_the_qformer_of_a_second_stage_has_no_words(pair, tmp_path):
     bare = QFormer.from_pretrained(tmp_path / "first", words=False)
     whole = QFormer.from_pretrained(tmp_path / "first")
     want = whole(features)
-    assert torch.equal(bare(features), want) and torch.equal(whole.without_words()(features), want)
+    assert torch.equal(bare(features), want) and torch.equal(whole.drop_text_branch()(features), want)
     assert same_tensors(bare, whole) and bare.config == whole.config and bare.config.vocab == 0
 
 
@@ -567,7 +567,7 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     labels = torch.tensor([1] * 3 + [0] * 6)
     assert torch.allclose(made["itm"], F.cross_entropy(logits, labels))
     # trap 7: [DEC] in the place of [CLS], one joint pass under itg
-    begun = torch.cat((torch.full((3, 1), model.words.dec), ids[:, 1:]), 1)
+    begun = torch.cat((torch.full((3, 1), model.tokenizer.dec), ids[:, 1:]), 1)
 
     def caption_loss(first):
         x = model.head(model.qformer(features, first, itg, mask)[:, Q:])
@@ -648,7 +648,7 @@ def two_ranks(out):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
-    ids, mask = model.words.encode(texts[mine])
+    ids, mask = model.tokenizer.encode(texts[mine])
     made = model.losses(pixels[mine], ids, mask, seed=6, only=("itc", "itm"))
     own = pixels[mine, 0, 0, 0].clone().requires_grad_()
     everyone = qformer.all_gather(own)
@@ -660,7 +660,7 @@ def two_ranks(out):
                 "shape": tuple(ids.shape), "all": everyone, "learns": everyone.requires_grad},
                f"{out}/{rank}.pt")
     # all words alike, on every rank: refused on every rank
-    same, kept = model.words.encode(["a red circle"] * 2)
+    same, kept = model.tokenizer.encode(["a red circle"] * 2)
     try:
         model.losses(pixels[mine], same, kept)
     except data.BadData as error:
@@ -684,7 +684,7 @@ def test_two_ranks_are_one_process_with_all_pairs(tmp_path):
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
     assert ranks[0]["shape"] != ranks[1]["shape"]
     model, pixels, texts = four()
-    ids, mask = model.words.encode(texts)
+    ids, mask = model.tokenizer.encode(texts)
     made = model.losses(pixels, ids, mask, seed=6, only=("itc", "itm"))
     sum(made.values()).backward()
     for name, value in ((k, v.item()) for k, v in made.items()):
@@ -932,7 +932,7 @@ def test_the_command_line(pair, tmp_path, monkeypatch, capsys):
     assert [row[3] for row in rows] == TEXTS[:2]
     pixels = data.preprocess(data.load_image(image), 28, "squash").repeat(2, 1, 1, 1)
     ours = Blip2Stage1.from_pretrained(model)
-    ids, mask = ours.words.encode(TEXTS[:2])
+    ids, mask = ours.tokenizer.encode(TEXTS[:2])
     with torch.no_grad():
         want = (ours.similarity(pixels, ids, mask).diagonal(),
                 ours.match_logit(pixels, ids, mask).softmax(1)[:, 1],

@@ -101,7 +101,7 @@ def folders(tmp_path_factory):
 
 def row(model, text, answer=()):
     """Our ids of a question about a picture, and the answer's."""
-    return generate.build_prompt([text], model.template, model.words) + list(answer)
+    return generate.build_prompt([text], model.template, model.tokenizer) + list(answer)
 
 
 def their_inputs(ids, texts, pixels):
@@ -119,7 +119,7 @@ def their_inputs(ids, texts, pixels):
 def vlm_gap(ours, theirs, i=0, ids=None):
     text = ASKED[i]
     mine = row(ours, text) if ids is None else ids
-    inputs = their_inputs(row(ours, text), [text] * bool(ours.reader), PIXELS[i:i + 1])
+    inputs = their_inputs(row(ours, text), [text] * bool(ours.qformer_tokenizer), PIXELS[i:i + 1])
     return gap(ours(torch.tensor([mine]), PIXELS[i:i + 1]), theirs(**inputs).logits)
 
 
@@ -166,14 +166,14 @@ def test_trap_4_the_eps_of_ln_vision(tmp_path, folders):
     """LAVIS has 1e-5, transformers the tower's 1e-6: told apart, and carried along."""
     folder, theirs = folders["blip2"]
     ours = projector.VLM.from_pretrained(folder)
-    assert ours.bridge.norm.eps == 1e-6
+    assert ours.projector.norm.eps == 1e-6
     x = ours.vision(PIXELS).detach() * 1e-2                 # so faint that eps is heard
-    right = F.layer_norm(x, (32,), ours.bridge.norm.weight, ours.bridge.norm.bias, 1e-6)
-    assert gap(ours.bridge.norm(x), right) <= LIMIT
-    ours.bridge.norm.eps = 1e-5
-    assert gap(ours.bridge.norm(x), right) > 10 * LIMIT
+    right = F.layer_norm(x, (32,), ours.projector.norm.weight, ours.projector.norm.bias, 1e-6)
+    assert gap(ours.projector.norm(x), right) <= LIMIT
+    ours.projector.norm.eps = 1e-5
+    assert gap(ours.projector.norm(x), right) > 10 * LIMIT
     ours.save_pretrained(tmp_path)
-    assert projector.VLM.from_pretrained(tmp_path).bridge.norm.eps == 1e-5
+    assert projector.VLM.from_pretrained(tmp_path).projector.norm.eps == 1e-5
     for lie in ("small", 0, None):
         edit(tmp_path, ln_vision_eps=lie)
         with pytest.raises(data.BadModel, match="ln_vision_eps"):
@@ -264,8 +264,8 @@ def test_fields_left_out_are_vit_g(kind, config):
 def test_logits_are_transformers(folders, kind):
     folder, theirs = folders[kind]
     ours = projector.VLM.from_pretrained(folder)
-    assert (ours.kind, ours.template, ours.aspect) == ("qformer", kind.split()[0], "squash")
-    assert ours.places() == Q and ours.places((640, 480)) == Q
+    assert (ours.projector_type, ours.template, ours.aspect) == ("qformer", kind.split()[0], "squash")
+    assert ours.num_image_tokens() == Q and ours.num_image_tokens((640, 480)) == Q
     for i in range(2):
         assert vlm_gap(ours, theirs, i) <= LIMIT
     ids = torch.tensor([row(ours, ASKED[0])])
@@ -279,7 +279,7 @@ def greedy(ours, theirs, i, new=32):
     said = list(generate.generate(ours, ids, pixels, new, eos=-1))
     theirs.language_model.generation_config.eos_token_id = None
     theirs.language_model.generation_config.pad_token_id = 0
-    told = theirs.generate(**their_inputs(ids, [text] * bool(ours.reader), pixels),
+    told = theirs.generate(**their_inputs(ids, [text] * bool(ours.qformer_tokenizer), pixels),
                            max_new_tokens=new, do_sample=False)[0, -new:].tolist()
     assert len(said) == len(told) == new and len(set(told)) > 3
     return sum(a == b for a, b in zip(said, told))
@@ -325,15 +325,15 @@ def test_their_processor_gives_the_same_ids_and_pixels(tmp_path, folders, kind):
     ours.save_pretrained(tmp_path)
     processor = getattr(transformers, f"{KINDS[kind][0]}Processor").from_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
-    text = ASKED[0] if ours.reader else ""
+    text = ASKED[0] if ours.qformer_tokenizer else ""
     told = processor(images=image, text=text, return_tensors="pt")
     ids = row(ours, ASKED[0])
     flat = [x for i in ids for x in ([ours.image_token] * Q if i == data.IMAGE else [i])]
     # these words have no post-processor, which would put BOS where it stands in ours
-    assert told["input_ids"][0].tolist() == [x for x in flat if x != ours.words.bos]
-    assert flat[:Q] == [ours.image_token] * Q and flat[Q] == ours.words.bos
-    if ours.reader:
-        read, _ = ours.reader.encode([text], 128)
+    assert told["input_ids"][0].tolist() == [x for x in flat if x != ours.tokenizer.bos]
+    assert flat[:Q] == [ours.image_token] * Q and flat[Q] == ours.tokenizer.bos
+    if ours.qformer_tokenizer:
+        read, _ = ours.qformer_tokenizer.encode([text], 128)
         assert told["qformer_input_ids"].tolist() == read.tolist()
     pil = transformers.BlipImageProcessorPil.from_pretrained(tmp_path)
     pixels = pil(images=image, return_tensors="pt")["pixel_values"]
@@ -345,15 +345,15 @@ def test_what_the_queries_are_asked(folders):
     """The instruction comes out of the ids; without it, or with another's, the answer differs."""
     ours = projector.VLM.from_pretrained(folders["instructblip"][0])
     ids, labels = data.encode([{"from": "human", "value": f"<image>\n{ASKED[1]}"},
-                               {"from": "gpt", "value": "Two."}], "instructblip", ours.words)
+                               {"from": "gpt", "value": "Two."}], "instructblip", ours.tokenizer)
     ids, labels = torch.tensor([ids]), torch.tensor([labels])
-    assert ours.asked(ids, labels) == [ASKED[1]]
-    assert ours.asked(ids) == [ASKED[1] + " Two."]      # control: the answer is not to be read
+    assert ours.qformer_text(ids, labels) == [ASKED[1]]
+    assert ours.qformer_text(ids) == [ASKED[1] + " Two."]      # control: the answer is not to be read
     short = torch.tensor([row(ours, ASKED[0])])
     both = torch.cat((ids, F.pad(short, (0, ids.shape[1] - short.shape[1]), value=9)))
-    keep = torch.ones_like(both).bool()
-    keep[1, short.shape[1]:] = False
-    assert ours.asked(both, None, keep)[1] == ASKED[0]
+    attention_mask = torch.ones_like(both).bool()
+    attention_mask[1, short.shape[1]:] = False
+    assert ours.qformer_text(both, None, attention_mask)[1] == ASKED[0]
     with torch.no_grad():
         named = ours(short, PIXELS[:1], questions=[ASKED[0]])
         assert torch.equal(named, ours(short, PIXELS[:1]))
@@ -364,16 +364,16 @@ def test_what_the_queries_are_asked(folders):
         told = ours.embed(packed, PIXELS, learned, lengths=sizes)[0]
         assert torch.equal(told, ours.embed(packed, PIXELS, learned, lengths=sizes,
                                             questions=[ASKED[1], ASKED[0]])[0])
-        pair = ours.see(PIXELS, questions=ASKED)        # and padding is not read
-        assert gap(pair[0], ours.see(PIXELS[:1], questions=ASKED[:1])[0]) <= LIMIT
-        ours.always_look = True                         # text alone, on one of several ranks
+        pair = ours.encode_images(PIXELS, questions=ASKED)        # and padding is not read
+        assert gap(pair[0], ours.encode_images(PIXELS[:1], questions=ASKED[:1])[0]) <= LIMIT
+        ours.always_run_vision = True                         # text alone, on one of several ranks
         assert gap(ours(torch.tensor([[1, 5, 6]])), ours.llm(torch.tensor([[1, 5, 6]]))) <= LIMIT
-        ours.always_look = False
+        ours.always_run_vision = False
     long = " ".join(["stars"] * 200 + ["where?"])       # too long: its end counts, as officially
     assert READER.encode([long], 128, left=True)[0][0].tolist() != READER.encode([long], 128)[0][
         0].tolist()
     with torch.no_grad():
-        assert gap(ours.see(PIXELS[:1], questions=[long])[0], ours.see(
+        assert gap(ours.encode_images(PIXELS[:1], questions=[long])[0], ours.encode_images(
             PIXELS[:1], questions=[long.removesuffix("where?")])[0]) > 100 * LIMIT
 
 
@@ -395,10 +395,10 @@ def test_trap_9_pictures_stand_before_bos(folders):
         folder, theirs = folders[kind]
         ours = projector.VLM.from_pretrained(folder)
         ids = row(ours, ASKED[0])
-        assert ids[:2] == [data.IMAGE, ours.words.bos]
+        assert ids[:2] == [data.IMAGE, ours.tokenizer.bos]
         assert vlm_gap(ours, theirs, ids=[ids[1], ids[0], *ids[2:]]) > 100 * LIMIT
-    assert row(ours, "") and generate.build_prompt(["hi"], "minigpt4_caption", ours.words)[:2] == [
-        ours.words.bos, data.IMAGE]                     # MiniGPT-4: behind it
+    assert row(ours, "") and generate.build_prompt(["hi"], "minigpt4_caption", ours.tokenizer)[:2] == [
+        ours.tokenizer.bos, data.IMAGE]                     # MiniGPT-4: behind it
 
 
 @pytest.mark.parametrize("text", [
@@ -416,11 +416,11 @@ def test_trap_11_opt_and_t5_are_refused_and_their_eyes_taken(tmp_path, folders, 
                                     qformer=tmp_path).eval()
     told = theirs.get_image_features(PIXELS)
     with torch.no_grad():
-        asks = ours.bridge.qformer(ours.bridge.norm(ours.vision(PIXELS)))
+        asks = ours.projector.qformer(ours.projector.norm(ours.vision(PIXELS)))
         assert gap(asks, told.qformer_outputs.last_hidden_state) <= LIMIT
-        assert gap(torch.stack(ours.see(PIXELS)), told.pooler_output) > .1      # not its projection
+        assert gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) > .1      # not its projection
         ours.load_bridge(tmp_path)                      # unless one asks for it
-        assert gap(torch.stack(ours.see(PIXELS)), told.pooler_output) <= LIMIT
+        assert gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) <= LIMIT
     edit(tmp_path, text_config={})                      # what transformers documents: OPT
     with pytest.raises(data.BadModel, match="'opt'"):
         projector.VLM.from_pretrained(tmp_path)
@@ -523,7 +523,7 @@ class Script:
     """Stands in for a model: what each row says is written down."""
 
     def __init__(self, words, rows, monkeypatch, template="minigpt4"):
-        self.words, self.template, self.rows, self.step = words, template, rows, -1
+        self.tokenizer, self.template, self.rows, self.step = words, template, rows, -1
         monkeypatch.setattr(generate, "begin", lambda model, prompts, *_: (
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), [99] * len(rows)))
         monkeypatch.setattr(generate, "Cache", lambda *_: SimpleNamespace())
@@ -537,7 +537,7 @@ class Script:
 
     def answers(self):
         said = generate.generate_batch(self, [[1]] * len(self.rows), max_new_tokens=99)
-        return ["".join(generate.stream_text(x, self.words)) for x in said]
+        return ["".join(generate.stream_text(x, self.tokenizer)) for x in said]
 
 
 @published
@@ -565,11 +565,11 @@ def test_minigpt4_ends_at_three_hashes_in_any_spelling(monkeypatch):
 @torch.no_grad()
 def test_beams_end_at_a_text_as_at_a_token(folders):
     ours = projector.VLM.from_pretrained(folders["blip2"][0])
-    ids = generate.build_prompt(["Hi"], "minigpt4", ours.words)
+    ids = generate.build_prompt(["Hi"], "minigpt4", ours.tokenizer)
     free = list(generate.generate(ours, ids, PIXELS[:1], 40, eos=-1))
-    token = next(i for i in free[3:] if ours.words.decode([i]).isalpha())       # a letter it says
+    token = next(i for i in free[3:] if ours.tokenizer.decode([i]).isalpha())       # a letter it says
     found = lambda ends, stop=None: beam_search(ours, ids, PIXELS[:1], None, ends, 40, 3, stop)
-    assert found({2}, ours.words.decode([token])) == found({2, token})
+    assert found({2}, ours.tokenizer.decode([token])) == found({2, token})
     assert token in found({2}) and token not in found({2, token})   # control: it matters
 
 
@@ -590,12 +590,12 @@ def test_the_command_line_answers_as_transformers_does(tmp_path, folders, kind, 
     ours = projector.VLM.from_pretrained(folder)
     pixels = ours.pixels(data.load_image(tmp_path / "img.png"))
     config = theirs.language_model.generation_config
-    ends = [2] + [ours.words.encode("\n", bos=False)[-1]] * (kind == "blip2")
+    ends = [2] + [ours.tokenizer.encode("\n", bos=False)[-1]] * (kind == "blip2")
     config.eos_token_id, config.pad_token_id = ends, 0
-    said = theirs.generate(**their_inputs(row(ours, ASKED[0]), [ASKED[0]] * bool(ours.reader),
+    said = theirs.generate(**their_inputs(row(ours, ASKED[0]), [ASKED[0]] * bool(ours.qformer_tokenizer),
                                           pixels), max_new_tokens=16, do_sample=False)[0, -16:]
     said = [i for i in said.tolist() if i not in ends]
-    assert len(said) > 3 and out.strip() == ours.words.decode(said).strip()
+    assert len(said) > 3 and out.strip() == ours.tokenizer.decode(said).strip()
     assert ("knows pictures and captions" in err) == (kind == "blip2")
     talked = told(typed=f"What?\n{ASKED[0]}\n").out     # in a chat it is asked the last question
     assert talked.strip().endswith(out.strip())
@@ -629,18 +629,18 @@ def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
     ours = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
                                     qformer=folder).eval()
     seen = stage1.qformer(stage1.ln_vision(stage1.vision(PIXELS)))
-    assert gap(ours.bridge.qformer(ours.bridge.norm(ours.vision(PIXELS))), seen) <= LIMIT
-    assert not ours.bridge.qformer.config.vocab and ours.reader is None
-    names = [name for name, _ in ours.bridge.named_parameters()]
+    assert gap(ours.projector.qformer(ours.projector.norm(ours.vision(PIXELS))), seen) <= LIMIT
+    assert not ours.projector.qformer.config.vocab and ours.qformer_tokenizer is None
+    names = [name for name, _ in ours.projector.named_parameters()]
     assert not any("word" in name for name in names) and {"proj.weight", "norm.bias"} < {*names}
-    assert ours.get_submodule("bridge.proj") is ours.bridge.proj
+    assert ours.get_submodule("projector.proj") is ours.projector.proj
     again = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
                                      qformer=qformer.Blip2Stage1.from_pretrained(folder)).eval()
     assert same_tensors(ours, again)                    # a module and its folder are one
     other = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash", 1,
                                      qformer=folder)
-    assert torch.equal(other.bridge.norm.weight, ours.bridge.norm.weight)
-    assert not torch.equal(other.bridge.proj.weight, ours.bridge.proj.weight)       # the seed's
+    assert torch.equal(other.projector.norm.weight, ours.projector.norm.weight)
+    assert not torch.equal(other.projector.proj.weight, ours.projector.proj.weight)       # the seed's
     ours.save_pretrained(tmp_path)
     theirs = loaded(transformers.Blip2ForConditionalGeneration, tmp_path)
     assert ours.image_token == IMAGE
@@ -651,19 +651,19 @@ def test_parts_from_a_lavis_file(tmp_path, folders):
     folder, theirs = folders["blip2"]
     ours = projector.VLM.from_pretrained(folder)
     asks = {k: v for k, v in qformer.QFormer.LAVIS_NAMES.items()
-            if k in expand_names(ours.bridge.qformer, qformer.QFormer.NAMES) or "{}" in k}
-    save_weights(tmp_path, lavis(theirs) | export(ours.bridge.qformer, asks) | {
+            if k in expand_names(ours.projector.qformer, qformer.QFormer.NAMES) or "{}" in k}
+    save_weights(tmp_path, lavis(theirs) | export(ours.projector.qformer, asks) | {
         "t5_proj.weight": torch.ones(32, 24), "temp": torch.ones(())})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     made = projector.VLM.from_parts(None, folders["llama"], "qformer", "minigpt4", "squash",
                                     qformer=tmp_path)
-    assert made.bridge.norm.eps == 1e-5 and ours.bridge.norm.eps == 1e-6
-    made.bridge.norm.eps = 1e-6
+    assert made.projector.norm.eps == 1e-5 and ours.projector.norm.eps == 1e-6
+    made.projector.norm.eps = 1e-6
     with torch.no_grad():                               # k's bias is lost, and nothing else is
-        assert gap(made.bridge.norm(made.vision(PIXELS)),
-                   ours.bridge.norm(ours.vision(PIXELS))) <= LIMIT
+        assert gap(made.projector.norm(made.vision(PIXELS)),
+                   ours.projector.norm(ours.vision(PIXELS))) <= LIMIT
         x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(made.bridge.qformer(x), ours.bridge.qformer(x))
+        assert torch.equal(made.projector.qformer(x), ours.projector.qformer(x))
 
 
 def test_a_projection_is_taken_where_the_task_goes_on(folders):
@@ -671,11 +671,11 @@ def test_a_projection_is_taken_where_the_task_goes_on(folders):
     with_it = data.load_weights(folder)["language_projection.weight"]
     parts = lambda template, source=folder: projector.VLM.from_parts(
         None, folders["llama"], "qformer", template, "squash", qformer=source)
-    assert torch.equal(parts("blip2").bridge.proj.weight, with_it)
-    assert not torch.equal(parts("minigpt4_caption").bridge.proj.weight, with_it)
+    assert torch.equal(parts("blip2").projector.proj.weight, with_it)
+    assert not torch.equal(parts("minigpt4_caption").projector.proj.weight, with_it)
     ours = parts("instructblip", folders["instructblip"][0])
-    assert ours.reader and ours.bridge.qformer.config.vocab == len(READER)
-    ids = torch.tensor([generate.build_prompt([ASKED[0]], "instructblip", ours.words)])
+    assert ours.qformer_tokenizer and ours.projector.qformer.config.vocab == len(READER)
+    ids = torch.tensor([generate.build_prompt([ASKED[0]], "instructblip", ours.tokenizer)])
     assert ours(ids, PIXELS[:1]).isfinite().all()
 
 
@@ -685,11 +685,11 @@ def test_minigpt4_projection_alone(tmp_path, folders):
     made = {"llama_proj.weight": torch.randn(32, 24), "llama_proj.bias": torch.randn(32),
             "Qformer.bert.embeddings.position_ids": torch.arange(9)[None]}      # rides along
     save_weights(tmp_path / "full", made)
-    before = ours.bridge.qformer.query_tokens.clone()
+    before = ours.projector.qformer.query_tokens.clone()
     ours.load_bridge(tmp_path / "full")
-    assert torch.equal(ours.bridge.proj.weight, made["llama_proj.weight"])
-    assert torch.equal(ours.bridge.proj.bias, made["llama_proj.bias"])
-    assert torch.equal(ours.bridge.qformer.query_tokens, before)
+    assert torch.equal(ours.projector.proj.weight, made["llama_proj.weight"])
+    assert torch.equal(ours.projector.proj.bias, made["llama_proj.bias"])
+    assert torch.equal(ours.projector.qformer.query_tokens, before)
     # LLaMA-2's MiniGPT-4 has no Q-Former: four patches of 1408 side by side
     save_weights(tmp_path / "v2", {**made, "llama_proj.weight": torch.randn(32, 5632)})
     with pytest.raises(data.BadModel, match=r"llama_proj.weight: shape \(32, 5632\)"):
@@ -737,9 +737,9 @@ def test_a_toy_begins_in_the_channels_that_words_use(folders, tmp_path):
     write_words(tmp_path)
     ours = projector.VLM.from_parts(None, tmp_path, "qformer", "minigpt4", "squash",
                                     qformer=folders["blip2"][0])
-    proj, loudness = ours.bridge.proj.weight, tongue.embed.weight.std()
-    assert not proj[8:].any() and proj[:8].all() and not ours.bridge.proj.bias.any()
-    heard = ours.bridge.proj(torch.randn(1000, 24, generator=torch.Generator().manual_seed(1)))
+    proj, loudness = ours.projector.proj.weight, tongue.embed.weight.std()
+    assert not proj[8:].any() and proj[:8].all() and not ours.projector.proj.bias.any()
+    heard = ours.projector.proj(torch.randn(1000, 24, generator=torch.Generator().manual_seed(1)))
     assert .8 < heard.std() / loudness < 1.25
 
 

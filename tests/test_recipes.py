@@ -16,7 +16,7 @@ import train
 from formats.errors import UsageError
 from trainer.build import TOY_QFORMER
 from trainer.checkpoint import save_checkpoint
-from trainer.flags import parse
+from train import parse_args as parse
 from trainer.schedules import lr_schedule
 
 TOY_PARTS = Path(__file__).parents[1] / "toy/weights"
@@ -51,14 +51,14 @@ def sha(out):
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """blip2 and minigpt4, both stages each, three steps a stage."""
-    keep, generate = TOY_QFORMER, train.generate
+    attention_mask, generate = TOY_QFORMER, train.generate
     TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, queries=3)
     train.generate = lambda *a, **more: iter((5, 6, 7))
     top = tmp_path_factory.mktemp("toy")
     for recipe in ("blip2", "minigpt4"):
         for stage in (1, 2):
             assert run(top / recipe / f"stage{stage}", recipe, stage) == 0
-    TOY_QFORMER, train.generate = keep, generate
+    TOY_QFORMER, train.generate = attention_mask, generate
     return top
 
 
@@ -99,8 +99,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(chain, tmp_path, recipe,
              ("minigpt4", 1): ("--qformer", chain / "blip2/stage2/model")}.get((recipe, stage), ())
     real, calls = save_checkpoint, []
 
-    def stopping(job, out, step, keep):
-        real(job, out, step, keep)
+    def stopping(job, out, step, attention_mask):
+        real(job, out, step, attention_mask)
         if step == 2 and not calls:
             calls.append(step)
             raise KeyboardInterrupt
@@ -190,7 +190,7 @@ def test_parts_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [
-    ["--recipe", "blip2", "--bridge", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
+    ["--recipe", "blip2", "--projector-type", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
     ["--recipe", "llava", "--losses", "itc"], ["--recipe", "blip2", "--losses", ""],
     ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"], ["--told", "lies"]])
 def test_flags_that_do_not_fit_a_recipe(argv, capsys):

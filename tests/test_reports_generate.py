@@ -73,7 +73,7 @@ class Script:
     """Stands in for a model: what each row says is written down, and then its end token."""
 
     def __init__(self, words, rows, monkeypatch, template="v1", room=None):
-        self.words, self.template, self.rows, self.steps = words, template, rows, 0
+        self.tokenizer, self.template, self.rows, self.steps = words, template, rows, 0
         rooms = lambda count: [min(count, room or 999)] * len(rows)
         monkeypatch.setattr(g, "begin", lambda model, prompts, pictures, count, sizes=None, *_: (
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), rooms(count)))
@@ -83,17 +83,17 @@ class Script:
         self.embed = SimpleNamespace(weight=torch.zeros(1))
 
     def predict(self, llm, x, *_):
-        row = [(row + [self.words.eos] * 400)[self.steps] for row in self.rows]
+        row = [(row + [self.tokenizer.eos] * 400)[self.steps] for row in self.rows]
         self.steps += 1
         row = row * (len(x) // len(row))                    # beams: all hear the same
-        return F.one_hot(torch.tensor(row), len(self.words)).float() * 9
+        return F.one_hot(torch.tensor(row), len(self.tokenizer)).float() * 9
 
     def say(self, **settings):
         """(pieces of the stream, `Generation`) of the one row."""
         self.steps = 0
         answer = g.generate(self, [1], max_new_tokens=settings.pop("max_new_tokens", 400),
                             **settings)
-        return list(filter(None, g.stream_text(answer, self.words))), answer
+        return list(filter(None, g.stream_text(answer, self.tokenizer))), answer
 
 
 # --------------------------------------------------------------------------- A5: the stop texts
@@ -263,9 +263,9 @@ def test_models_of_one_picture(words, template):
 
 def seen_by(model, paths, *turns, shown=None, new=8):
     """What the model says, by way of ids and pixels."""
-    images = [g.see(path, model) for path in paths]
+    images = [g.encode_images(path, model) for path in paths]
     sizes = [size for _, some in images for size in some or ()]
-    ids = g.build_prompt(list(turns), model.template, model.words, shown or [0] * len(paths))
+    ids = g.build_prompt(list(turns), model.template, model.tokenizer, shown or [0] * len(paths))
     return "".join(g.stream(model, ids, torch.cat([x for x, _ in images]), max_new_tokens=new,
                             sizes=sizes or None)).strip()
 
@@ -326,8 +326,8 @@ def test_chat_with_several_pictures(folder, inside, model, tmp_path):
     values = [turn["value"] for turn in row["conversations"]]
     assert values == ["<image>\n<image>\n<image>\nOne?", one, "<image>\n<image>\nTwo?", two]
     turns = [re.sub("^(<image>\n)*", "", value) for value in values]
-    assert g.build_prompt(turns[:3], "v1", model.words, (0, 0, 0, 2, 2)) == data.prompt_tokens(
-        row["conversations"][:3], "v1", model.words)
+    assert g.build_prompt(turns[:3], "v1", model.tokenizer, (0, 0, 0, 2, 2)) == data.prompt_tokens(
+        row["conversations"][:3], "v1", model.tokenizer)
     code, _, err = inside(args_for(folder, red), f"/image {blue}", "/image none.png", "/reset",
                           "Now?", f"/save {tmp_path}/y.json")
     assert json.loads((tmp_path / "y.json").read_text())[0]["image"] == ["0.png", "2.png"]
@@ -406,7 +406,7 @@ def test_attention_is_of_one_picture(folder, model, pixels, capsys):
     with pytest.raises(SystemExit):
         args_for(folder, red, blue, "Same?", "--attention", "x.png")
     assert "one picture" in capsys.readouterr().err
-    ids = g.build_prompt(["Same?"], "v1", model.words, (0, 0))
+    ids = g.build_prompt(["Same?"], "v1", model.tokenizer, (0, 0))
     with pytest.raises(UsageError, match="one picture"):
         attention_to_patches(model, ids, [80, 81], torch.cat((pixels[0], pixels[1])))
 
@@ -526,7 +526,7 @@ def test_verbose_says_something(folder, inside, tmp_path):
 
 def test_attention_of_an_empty_answer(folder, inside, tmp_path, model):
     red = folder / "photos/0.png"
-    first = "".join(g.stream(model, asked(model, "What?"), g.see(red, model)[0],
+    first = "".join(g.stream(model, asked(model, "What?"), g.encode_images(red, model)[0],
                              max_new_tokens=1))
     code, _, err = inside(args_for(folder, red, "What?", "--stop", first, "--attention",
                                    tmp_path / "x.png", "--verbose"))

@@ -542,9 +542,9 @@ def test_tokens_without_a_row_are_unused_or_refused(tmp_path, token):
     fill = [(f"<f{i}>", 110 + i) for i in range(18)]
     write_added(tmp_path, fill + [(token, 128)], pad_token=token)
     ours = projector.VLM.from_pretrained(tmp_path)
-    assert len(ours.words) == 129 and ours.words.pad == 0
-    ids = ours.words.encode(f"a {token} b")
-    assert max(ids) < 128 and ids[:3] == ours.words.encode("a ")[:3]
+    assert len(ours.tokenizer) == 129 and ours.tokenizer.pad == 0
+    ids = ours.tokenizer.encode(f"a {token} b")
+    assert max(ids) < 128 and ids[:3] == ours.tokenizer.encode("a ")[:3]
     assert vlm_gap(ours, theirs(tmp_path)) <= LIMIT
     for used in (dict(eos_token=token), dict(bos_token=token)):
         write_added(tmp_path, fill + [(token, 128)], **used)
@@ -566,7 +566,7 @@ def test_a_saved_model_has_rows_for_image_and_pad(tmp_path, monkeypatch):
     ours.save_pretrained(tmp_path / "b")
     assert vlm_gap(ours, theirs(tmp_path / "b")) <= LIMIT
     again = projector.VLM.from_pretrained(tmp_path / "b")
-    assert again.llm.config.vocab == 112 and len(again.words) == 112
+    assert again.llm.config.vocab == 112 and len(again.tokenizer) == 112
 
 
 @pytest.mark.parametrize("what", [{"added_tokens_decoder": {"x": {"content": "a"}}},
@@ -614,7 +614,7 @@ def test_a_projector_that_is_a_pickle(tmp_path):
     """LLaVA publishes mm_projector.bin: the line converts it, and then it is loaded."""
     write_vlm(tmp_path / "a", "llava")
     ours = projector.VLM.from_pretrained(tmp_path / "a")
-    table = export(ours.bridge, {k.removeprefix("bridge."): v
+    table = export(ours.projector, {k.removeprefix("projector."): v
                                       for k, v in ours.BRIDGE_NAMES.items()})
     names = {"linear_1": "0", "linear_2": "2"}
     torch.save({re.sub(r"multi_modal_projector\.(linear_.)", lambda m: "model.mm_projector."
@@ -624,9 +624,9 @@ def test_a_projector_that_is_a_pickle(tmp_path):
         ours.load_bridge(tmp_path / "mm_projector.bin")
     subprocess.run([sys.executable, "-c", re.search(r'python -c "(.*)"', str(info.value))[1]],
                    check=True)
-    before = ours.bridge.first.weight.clone()
+    before = ours.projector.first.weight.clone()
     ours.load_bridge(tmp_path / "mm_projector.safetensors")
-    assert torch.equal(ours.bridge.first.weight, before + 1)
+    assert torch.equal(ours.projector.first.weight, before + 1)
 
 
 def test_hub_ids_with_pickles_and_the_older_tokenizer(tmp_path):

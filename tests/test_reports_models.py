@@ -23,7 +23,7 @@ import llama
 import projector
 import test_compile
 import train
-from kernels.attention import packed
+from kernels.attention import document_spans
 from test_qformer_vlm import ASKED, PIXELS, READER, folders      # noqa: F401 (a fixture)
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
 from decoding.attention_map import attention_to_patches
@@ -198,16 +198,16 @@ def test_prefill_sees_the_window(mistral):
         assert gap(ours(ids), theirs(ids).logits) <= LIMIT
 
 
-def stepped(model, ids, keep, prompt, held=False):
+def stepped(model, ids, attention_mask, prompt, held=False):
     """Logits of the places behind the prompt, one by one with a cache; held: by the device."""
-    positions = (keep.cumsum(1) - 1).clamp(min=0)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     cache = llama.KVCache(model.config, len(ids), ids.shape[1] + 3, model.embed.weight,
-                        keep[:, :prompt])
+                        attention_mask[:, :prompt])
     cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
-    model(ids[:, :prompt], cache, positions[:, :prompt])
+    model(ids[:, :prompt], cache, position_ids[:, :prompt])
     if held:
         cache.hold()
-    return torch.cat([model(ids[:, t:t + 1], cache, positions[:, t:t + 1])
+    return torch.cat([model(ids[:, t:t + 1], cache, position_ids[:, t:t + 1])
                       for t in range(prompt, ids.shape[1])], 1)
 
 
@@ -216,15 +216,15 @@ def stepped(model, ids, keep, prompt, held=False):
 @torch.no_grad()
 def test_step_by_step_with_a_cache_and_left_padding(mistral, prompt, held):
     _, ours, theirs = mistral
-    ids, keep = draw(3, 24), torch.ones(3, 24, dtype=torch.bool)
-    keep[1, :1], keep[2, :prompt - 1] = False, False
-    positions = (keep.cumsum(1) - 1).clamp(min=0)
-    told = theirs(ids, attention_mask=keep.long(), position_ids=positions).logits
+    ids, attention_mask = draw(3, 24), torch.ones(3, 24, dtype=torch.bool)
+    attention_mask[1, :1], attention_mask[2, :prompt - 1] = False, False
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    told = theirs(ids, attention_mask=attention_mask.long(), position_ids=position_ids).logits
     # the whole row at once, then a place at a time
-    for got in (ours(ids, positions=positions, keep=keep)[:, prompt:],
-                stepped(ours, ids, keep, prompt, held)):
+    for got in (ours(ids, position_ids=position_ids, attention_mask=attention_mask)[:, prompt:],
+                stepped(ours, ids, attention_mask, prompt, held)):
         assert gap(got, told[:, prompt:]) <= LIMIT
-    assert gap(stepped(widened(ours), ids, keep, prompt, held), told[:, prompt:]) > 100 * LIMIT
+    assert gap(stepped(widened(ours), ids, attention_mask, prompt, held), told[:, prompt:]) > 100 * LIMIT
 
 
 @torch.no_grad()
@@ -244,7 +244,7 @@ def test_packed_documents_see_their_own_windows(mistral):
     for policy in (None, "attention", "full"):
         ours.checkpoint = policy
         ours.zero_grad()
-        x = ours.head(ours.hidden(row, documents=packed([[17, 3, 20]])))
+        x = ours.head(ours.hidden(row, doc_spans=document_spans([[17, 3, 20]])))
         x.square().mean().backward()
         found[policy] = x.detach(), ours.blocks[0].qkv.weight.grad.clone()
         assert torch.equal(found[policy][1], found[None][1])
@@ -253,7 +253,7 @@ def test_packed_documents_see_their_own_windows(mistral):
         alone = torch.cat([theirs(ids).logits for ids in texts], 1)
         assert gap(found[None][0], alone) <= LIMIT
         wide = widened(ours)
-        assert gap(wide.head(wide.hidden(row, documents=packed([[17, 3, 20]]))), alone
+        assert gap(wide.head(wide.hidden(row, doc_spans=document_spans([[17, 3, 20]]))), alone
                    ) > 100 * LIMIT
     ours.zero_grad()
     (sum(theirs(ids).logits.square().sum() for ids in texts) / row.numel() / 100).backward()
@@ -289,7 +289,7 @@ def test_a_window_is_saved_and_loads_again(mistral, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("bridge", ["mlp", "qformer"])
+@pytest.mark.parametrize("projector", ["mlp", "qformer"])
 @torch.no_grad()
 def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, tmp_path,  # noqa: F811
                                                               bridge):
@@ -403,12 +403,12 @@ TYPED = "Wh\u00e4t is \u4e2d\u200bin it?", "\u200b", "\u4e2d\u6587", "How many  
 def reads(folders, monkeypatch):                                        # noqa: F811
     """An InstructBLIP, and what its Q-Former was given since."""
     model, given = projector.VLM.from_pretrained(folders["instructblip"][0]), []
-    encode = model.reader.encode
+    encode = model.qformer_tokenizer.encode
 
     def noted(texts, *rest, **named):
         given.extend(texts)
         return encode(texts, *rest, **named)
-    monkeypatch.setattr(model.reader, "encode", noted)
+    monkeypatch.setattr(model.qformer_tokenizer, "encode", noted)
     return model, given
 
 
@@ -416,8 +416,8 @@ def reads(folders, monkeypatch):                                        # noqa: 
 def test_ids_do_not_give_back_what_was_typed(reads, text):
     """The control of the tests below; and what is known of ids alone is read as before."""
     model, given = reads
-    ids = generate.build_prompt([text], model.template, model.words)
-    lost = model.asked(torch.tensor([ids]))[0]
+    ids = generate.build_prompt([text], model.template, model.tokenizer)
+    lost = model.qformer_text(torch.tensor([ids]))[0]
     assert lost != text
     list(generate.generate(model, [*ids], PIXELS[:1], max_new_tokens=1))
     assert given == [lost]
@@ -430,12 +430,12 @@ def test_ids_do_not_give_back_what_was_typed(reads, text):
 def test_generate_hands_on_what_was_typed(reads, settings):
     model, given = reads
     for text in TYPED:
-        ids = generate.build_prompt([text], model.template, model.words)
+        ids = generate.build_prompt([text], model.template, model.tokenizer)
         given.clear()
         list(generate.generate(model, ids, PIXELS[:1], max_new_tokens=2, **settings))
         assert given == [text]
     given.clear()
-    rows = [generate.build_prompt([text], model.template, model.words) for text in TYPED[:2]]
+    rows = [generate.build_prompt([text], model.template, model.tokenizer) for text in TYPED[:2]]
     generate.generate_batch(model, rows, [PIXELS[:1]] * 2, max_new_tokens=2, **settings)
     assert given == list(TYPED[:2])
 
@@ -485,10 +485,10 @@ def test_training_reads_the_samples_question(reads):
     talks = [[{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "Two."}]
              for text in TYPED[:2]]
     assert [data.question(talk) for talk in talks] == list(TYPED[:2])
-    rows = [data.encode(talk, "instructblip", model.words) for talk in talks]
+    rows = [data.encode(talk, "instructblip", model.tokenizer) for talk in talks]
     ids, labels = data.collate(rows, 0)
-    keep = torch.arange(ids.shape[1]) < torch.tensor([[len(r[0])] for r in rows])
-    model.loss(ids, labels, PIXELS, keep, questions=[data.question(t) for t in talks])
+    attention_mask = torch.arange(ids.shape[1]) < torch.tensor([[len(r[0])] for r in rows])
+    model.loss(ids, labels, PIXELS, attention_mask, questions=[data.question(t) for t in talks])
     assert given == list(TYPED[:2])
 
 
@@ -525,6 +525,6 @@ def test_batches_carry_the_questions(reads):
                                on_bad_sample="error", workers=0)
         micro = MicroBatches(Samples(), model, args)[0, 0]
         assert sorted(micro.questions) == sorted([*TYPED[:2], ASKED[0]])
-        model.reader, reader = None, model.reader
+        model.qformer_tokenizer, reader = None, model.qformer_tokenizer
         assert MicroBatches(Samples(), model, args)[0, 0].questions is None
-        model.reader = reader
+        model.qformer_tokenizer = reader

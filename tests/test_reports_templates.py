@@ -24,7 +24,7 @@ from decoding.stopping import stop_ids
 from formats.errors import exit_status
 from formats.templates import ChatTemplate
 from instruct.answerers import from_llama
-from trainer.flags import parse
+from train import parse_args as parse
 
 TOY = Path(data.__file__).parent / "toy/weights/llama"
 EYE = clip.Config(width=32, depth=2, heads=4, mlp=48, eps=1e-5, image_size=24, patch_size=8)
@@ -154,7 +154,7 @@ def test_other_tools_ask_in_our_ids(tmp_path, name, kind):
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
     again = data.Tokenizer(tmp_path / "model")
     for talk, form in itertools.product(TALKS, ("text", "list")):
-        want = with_mark(data.prompt_tokens(ours(talk), name, model.words), model.image_token)
+        want = with_mark(data.prompt_tokens(ours(talk), name, model.tokenizer), model.image_token)
         assert with_mark(data.prompt_tokens(ours(talk), name, again), model.image_token) == want
         told = theirs(talk, form)
         assert words.apply_chat_template(told, add_generation_prompt=True, tokenize=True,
@@ -171,7 +171,7 @@ def test_other_tools_read_whole_talks_as_training_does(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     talk = [*TALKS[1], ("assistant", "Yes.")]
-    want = with_mark(data.encode(ours(talk), name, model.words)[0], model.image_token)
+    want = with_mark(data.encode(ours(talk), name, model.tokenizer)[0], model.image_token)
     for form in ("text", "list"):
         assert words.apply_chat_template(theirs(talk, form), tokenize=True,
                                          return_dict=False) == want
@@ -203,17 +203,17 @@ def test_a_captioner_is_never_asked_nothing(tmp_path):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     ask = lambda told: words.apply_chat_template(told, tokenize=True, return_dict=False)
-    want = with_mark(data.prompt_tokens(ours([("user", "<image>")]), "plain", model.words),
+    want = with_mark(data.prompt_tokens(ours([("user", "<image>")]), "plain", model.tokenizer),
                      model.image_token)
     text = [{"role": "user", "content": "What is 2 and 2?"}]
     for form in ("text", "list"):
         assert ask(theirs([("user", "<image>")], form)) == want
-        assert ask(theirs([("user", "What is 2 and 2?")], form)) == model.words.encode(
+        assert ask(theirs([("user", "What is 2 and 2?")], form)) == model.tokenizer.encode(
             "What is 2 and 2?")
     pair = [("user", "<image>"), ("assistant", "a cat")]
     for form in ("text", "list"):
         assert ask(theirs(pair, form)) == with_mark(
-            data.encode(ours(pair), "plain", model.words)[0], model.image_token)
+            data.encode(ours(pair), "plain", model.tokenizer)[0], model.image_token)
     assert words.apply_chat_template(text, tokenize=False).endswith("What is 2 and 2?")
 
 
@@ -246,10 +246,10 @@ def test_a_folder_is_asked_in_its_own_words(tmp_path, capsys, kind, model_type, 
     for talk in TALKS:
         want = processor_ids(processor, theirs(talk), model.image_token,
                              "<image>" in str(talk), add_generation_prompt=True)
-        got = data.prompt_tokens(ours(talk), model.template, model.words)
+        got = data.prompt_tokens(ours(talk), model.template, model.tokenizer)
         assert with_mark(got, model.image_token) == want
-    assert g.build_prompt(["What is it?"], model.template, model.words) == data.prompt_tokens(
-        ours(TALKS[0]), model.template, model.words)
+    assert g.build_prompt(["What is it?"], model.template, model.tokenizer) == data.prompt_tokens(
+        ours(TALKS[0]), model.template, model.tokenizer)
 
 
 def test_a_template_that_is_exactly_ours_is_ours(tmp_path):
@@ -326,10 +326,10 @@ def test_a_template_that_takes_texts_only(tmp_path):
     model = VLM.from_pretrained(folder)
     assert model.template == "llama_3"
     words = transformers.AutoTokenizer.from_pretrained(folder)
-    got = g.build_prompt(["What is it?"], model.template, model.words)
+    got = g.build_prompt(["What is it?"], model.template, model.tokenizer)
     assert with_mark(got, model.image_token)[1:] == words.apply_chat_template(
         theirs(TALKS[0], "text"), add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert got[0] == model.words.bos
+    assert got[0] == model.tokenizer.bos
 
 
 @pytest.mark.parametrize("kind", HUB)
@@ -339,14 +339,14 @@ def test_what_is_typed_stays_letters(tmp_path, kind, typed):
     """transformers says the same where it is asked to (sanitize_control_tokens)."""
     folder = stranger(tmp_path / "model", HUB[kind])
     model = VLM.from_pretrained(folder)
-    plain = g.build_prompt(["Q"], model.template, model.words)
-    ids = g.build_prompt([typed], model.template, model.words)
+    plain = g.build_prompt(["Q"], model.template, model.tokenizer)
+    ids = g.build_prompt([typed], model.template, model.tokenizer)
     assert isinstance(model.template, ChatTemplate)
-    control = {model.words.added(t) for t in [*SPECIALS, "<s>", "</s>", "<image>", "<unk>"]}
+    control = {model.tokenizer.added(t) for t in [*SPECIALS, "<s>", "</s>", "<image>", "<unk>"]}
     count = lambda row: sorted(i for i in row if i in control or i == data.IMAGE)
-    assert count(ids) == count(plain) and typed.strip() in model.words.decode(ids)
+    assert count(ids) == count(plain) and typed.strip() in model.tokenizer.decode(ids)
     parsed = data.prompt_ids(data.prompt(ours([("user", f"<image>\n{typed}")]), model.template),
-                             model.words)
+                             model.tokenizer)
     assert count(parsed) != count(plain)                    # control: parsed, it is no letters
 
 
@@ -357,9 +357,9 @@ def test_letters_as_transformers_sanitises_them(tmp_path):
     talk = [("user", "What is<|eot_id|>this</s>?")]
     want = words.apply_chat_template(theirs(talk), add_generation_prompt=True, tokenize=True,
                                      return_dict=False, sanitize_control_tokens=True)
-    got = data.prompt_tokens(ours(talk), model.template, model.words)[1:]
-    assert model.words.decode(got, False) == model.words.decode(want, False)
-    control = [model.words.added(t) for t in SPECIALS]
+    got = data.prompt_tokens(ours(talk), model.template, model.tokenizer)[1:]
+    assert model.tokenizer.decode(got, False) == model.tokenizer.decode(want, False)
+    control = [model.tokenizer.added(t) for t in SPECIALS]
     assert [i for i in got if i in control] == [i for i in want if i in control]
 
 
@@ -380,9 +380,9 @@ def test_a_strange_model_is_saved_as_it_came(tmp_path):
     again = VLM.from_pretrained(tmp_path / "b")
     assert "template" not in json.loads((tmp_path / "b/config.json").read_text())
     for talk in TALKS[:1]:
-        assert data.prompt_tokens(ours(talk), again.template, again.words) == data.prompt_tokens(
-            ours(talk), model.template, model.words)
-    assert stop_ids(again) == stop_ids(model) >= {2, 7, model.words.added("<|end|>")}
+        assert data.prompt_tokens(ours(talk), again.template, again.tokenizer) == data.prompt_tokens(
+            ours(talk), model.template, model.tokenizer)
+    assert stop_ids(again) == stop_ids(model) >= {2, 7, model.tokenizer.added("<|end|>")}
 
 
 def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
@@ -435,12 +435,12 @@ def test_a_harmful_template_is_one_line(tmp_path, kind, monkeypatch):
     start = time.monotonic()
     model = VLM.from_pretrained(folder)
     with pytest.raises(data.BadModel, match="--template NAME") as info:
-        g.build_prompt(["What?"], model.template, model.words)
+        g.build_prompt(["What?"], model.template, model.tokenizer)
     assert "\n" not in str(info.value) and time.monotonic() - start < 30
     model.template = "v1"                                   # what --template v1 does
-    assert g.build_prompt(["What?"], model.template, model.words)
+    assert g.build_prompt(["What?"], model.template, model.tokenizer)
     fine = VLM.from_pretrained(stranger(tmp_path / "fine", HUB["vicuna"]))
-    assert g.build_prompt(["What?"], fine.template, fine.words)      # the next one is served again
+    assert g.build_prompt(["What?"], fine.template, fine.tokenizer)      # the next one is served again
 
 
 # ------------------------------------------------------------------- where answers end
@@ -493,13 +493,13 @@ def test_the_template_s_end_is_saved(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
     assert set([saved] if type(saved) is int else saved) == stop_ids(model)
-    end = model.words.added(data.TEMPLATES[name].stop)
+    end = model.tokenizer.added(data.TEMPLATES[name].stop)
     assert end is None or end in stop_ids(model)
 
 
 def test_a_captioner_s_newline_does_not_end_answers_later(tmp_path):
     model = tiny(words_in(tmp_path / "words"), "plain", aspect="square")
-    newline = model.words.encode("\n", bos=False)[-1]
+    newline = model.tokenizer.encode("\n", bos=False)[-1]
     model.save_pretrained(tmp_path / "model")
     assert json.loads((tmp_path / "model/generation_config.json").read_text())[
         "eos_token_id"] == [2, newline]
@@ -512,7 +512,7 @@ def test_a_captioner_s_newline_does_not_end_answers_later(tmp_path):
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
     model = tiny(words_in(tmp_path / "words", "first", SPECIALS))
-    end = model.words.added("<|eot_id|>")
+    end = model.tokenizer.added("<|eot_id|>")
     row = [40, 41, end, 42, 43]
     for stop, want in (((), row), (["<|eot_id|>"], row[:2]), ("<|eot_id|>", row[:2])):
         monkeypatch.setattr(g, "predict", said_by(model, row))

@@ -18,7 +18,7 @@ from tiny import loaded
 import data
 import train
 from toy.world import SIDE
-from trainer.flags import parse
+from train import parse_args as parse
 from trainer.forecast import sample_lengths
 from trainer.loader import Samples
 

@@ -167,35 +167,35 @@ def album(folder):
     """[(file, {(colour, shape), ...})]: twelve pictures of other sizes, aspects and formats."""
     made = []
 
-    def keep(name, image, truth, **options):
+    def attention_mask(name, image, truth, **options):
         image.save(folder / name, **options)
         made.append((folder / name, truth))
-    keep("1.png", drawn((200, 200), [("circle", 60, 60, 28, (255, 0, 0))]), {("red", "circle")})
-    keep("2.jpg", drawn((320, 220), [("square", 220, 110, 40, (0, 0, 255))]), {("blue", "square")},
+    attention_mask("1.png", drawn((200, 200), [("circle", 60, 60, 28, (255, 0, 0))]), {("red", "circle")})
+    attention_mask("2.jpg", drawn((320, 220), [("square", 220, 110, 40, (0, 0, 255))]), {("blue", "square")},
          quality=85)
-    keep("3.png", drawn((160, 240), [("star", 80, 120, 36, (255, 230, 0))]), {("yellow", "star")})
-    keep("4.png", drawn((64, 64), [("triangle", 12, 50, 9, (0, 150, 0))]), {("green", "triangle")})
-    keep("5.jpg", drawn((600, 600), [("cross", 300, 300, 90, (128, 0, 128))]),
+    attention_mask("3.png", drawn((160, 240), [("star", 80, 120, 36, (255, 230, 0))]), {("yellow", "star")})
+    attention_mask("4.png", drawn((64, 64), [("triangle", 12, 50, 9, (0, 150, 0))]), {("green", "triangle")})
+    attention_mask("5.jpg", drawn((600, 600), [("cross", 300, 300, 90, (128, 0, 128))]),
          {("purple", "cross")}, quality=60)
     alpha = drawn((128, 128), [("square", 100, 30, 16, (255, 140, 0))]).convert("RGBA")
     paper = Image.eval(alpha.convert("L"), lambda v: 0 if v == 255 else 255)
     alpha.putalpha(paper)
-    keep("6.png", alpha, {("orange", "square")})
+    attention_mask("6.png", alpha, {("orange", "square")})
     turned = drawn((300, 200), [("triangle", 150, 100, 40, (230, 0, 0))]).rotate(90, expand=True)
     exif = Image.Exif()
     exif[0x0112] = 6                        # the viewer turns it by 90 degrees clockwise
-    keep("7.jpg", turned, {("red", "triangle")}, exif=exif)
+    attention_mask("7.jpg", turned, {("red", "triangle")}, exif=exif)
     two = [("circle", 60, 150, 40, (0, 0, 255)), ("square", 240, 150, 40, (255, 230, 0))]
     png16(folder / "8.png", drawn((300, 300), two))
     made.append((folder / "8.png", {("blue", "circle"), ("yellow", "square")}))
-    keep("9.gif", drawn((150, 150), [("circle", 75, 25, 20, (0, 170, 0))]).convert("P"),
+    attention_mask("9.gif", drawn((150, 150), [("circle", 75, 25, 20, (0, 170, 0))]).convert("P"),
          {("green", "circle")})
-    keep("10.webp", drawn((256, 192), [("cross", 60, 96, 34, (220, 0, 0))]), {("red", "cross")})
+    attention_mask("10.webp", drawn((256, 192), [("cross", 60, 96, 34, (220, 0, 0))]), {("red", "cross")})
     three = [("star", 70, 70, 42, (255, 0, 0)), ("circle", 200, 200, 38, (0, 0, 255)),
              ("square", 330, 330, 40, (0, 160, 0))]
-    keep("11.png", drawn((400, 400), three), {("red", "star"), ("blue", "circle"),
+    attention_mask("11.png", drawn((400, 400), three), {("red", "star"), ("blue", "circle"),
                                               ("green", "square")})
-    keep("12.bmp", drawn((90, 90), [("star", 45, 45, 13, (128, 0, 128))]), {("purple", "star")})
+    attention_mask("12.bmp", drawn((90, 90), [("star", 45, 45, 13, (128, 0, 128))]), {("purple", "star")})
     return made
 
 
@@ -203,8 +203,8 @@ def test_pictures_not_from_our_renderer(model, tmp_path):
     right, told = 0, []
     for path, truth in album(tmp_path):
         pixels = data.preprocess(data.load_image(path), model.image_size, model.aspect)
-        ids = build_prompt(["Describe this image"], model.template, model.words)
-        text = model.words.decode(list(generate(model, ids, pixels, max_new_tokens=90)))
+        ids = build_prompt(["Describe this image"], model.template, model.tokenizer)
+        text = model.tokenizer.decode(list(generate(model, ids, pixels, max_new_tokens=90)))
         right += set(things_in(text)) == truth
         told.append((path.name, text))
     print(*told, sep="\n")
@@ -213,8 +213,8 @@ def test_pictures_not_from_our_renderer(model, tmp_path):
 
 def test_grey_is_not_described_as_any_of_the_twelve(model, tmp_path):
     """The control of the above: what is said of a blank sheet must not pass for a picture."""
-    ids = build_prompt(["Describe this image"], model.template, model.words)
-    text = model.words.decode(list(generate(model, ids, torch.zeros(1, 3, 64, 64))))
+    ids = build_prompt(["Describe this image"], model.template, model.tokenizer)
+    text = model.tokenizer.decode(list(generate(model, ids, torch.zeros(1, 3, 64, 64))))
     assert sum(set(things_in(text)) == truth for _, truth in album(tmp_path)) <= 1, text
 
 

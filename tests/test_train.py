@@ -135,9 +135,9 @@ def inject(train, fault):
         step, number = fault["signal"]
         before_batch(train, step, lambda model: os.kill(os.getpid(), number))
     if "nan" in fault:
-        before_batch(train, fault["nan"], lambda m: m.bridge.first.weight.data.fill_(math.nan))
+        before_batch(train, fault["nan"], lambda m: m.projector.first.weight.data.fill_(math.nan))
     if "nan_gradient" in fault:             # of a finite loss
-        before_batch(train, fault["nan_gradient"], lambda m: m.bridge.first.weight.register_hook(
+        before_batch(train, fault["nan_gradient"], lambda m: m.projector.first.weight.register_hook(
             lambda g: g * math.nan))
     if "file_limit" in fault:
         limit = (fault["file_limit"], resource.RLIM_INFINITY)
@@ -228,7 +228,7 @@ from formats.checkpoints import save_weights
 from toy.parts import llama_tokenizer
 from toy.texts import training_sample
 from toy.world import SIDE
-from trainer.flags import parse
+from train import parse_args as parse
 from trainer.loader import Samples
 from trainer.run_folder import plot_loss
 from trainer.schedules import cosine
@@ -354,7 +354,7 @@ def interrupted(flags, run, tmp_path_factory, tmp_path):
 
 # ----------------------------------------------------------------------------------- what learns
 
-@pytest.mark.parametrize("stage, learns", [(1, ("bridge.",)), (2, ("bridge.", "llm."))])
+@pytest.mark.parametrize("stage, learns", [(1, ("projector.",)), (2, ("projector.", "llm."))])
 def test_frozen_stays_frozen_and_the_rest_moves(flags, tmp_path, stage, learns):
     args = parse(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
     job = train.vlm_job(args, tmp_path, "cpu")
@@ -600,9 +600,9 @@ def forge(folder, change):
 
 
 @pytest.mark.parametrize("change", [
-    lambda t: t.pop("bridge.first.bias"),
+    lambda t: t.pop("projector.first.bias"),
     lambda t: t.update(extra=torch.ones(2)),
-    lambda t: t.update({"bridge.first.bias": torch.ones(1)}),       # would broadcast in silence
+    lambda t: t.update({"projector.first.bias": torch.ones(1)}),       # would broadcast in silence
 ], ids=["one missing", "one too many", "another shape"])
 def test_a_checkpoint_of_other_weights_is_refused(flags, run, interrupted, change):
     forge(interrupted / "step-000004", change)
@@ -776,10 +776,10 @@ def test_stage_two_says_that_stage_one_comes_first_and_then_finds_it(flags, run,
 
 
 def test_stage_two_refuses_a_model_with_another_bridge(flags, run, tmp_path):
-    assert run(flags(tmp_path / "one", "--bridge", "linear", stage=1, steps=1)).code == 0
+    assert run(flags(tmp_path / "one", "--projector-type", "linear", stage=1, steps=1)).code == 0
     start = ("--from", tmp_path / "one/model")
     refused(run(flags(tmp_path / "two", *start, lone=False)), 3, "linear", "mlp")
-    assert run(flags(tmp_path / "two", *start, "--bridge", "linear", lone=False, steps=1)).code == 0
+    assert run(flags(tmp_path / "two", *start, "--projector-type", "linear", lone=False, steps=1)).code == 0
 
 
 @pytest.mark.parametrize("name", ["llama/config.json", "llama/model.safetensors",
@@ -919,7 +919,7 @@ def test_epochs_see_every_sample_once_in_an_order_of_their_own(flags, album):
     assert samples[4][0].size == samples[4][0].size         # whatever was asked before
 
 
-@pytest.mark.parametrize("trains", ["bridge", "bridge,llm"])
+@pytest.mark.parametrize("trains", ["projector", "bridge,llm"])
 def test_a_batch_of_text_alone_is_no_trouble(flags, run, album, tmp_path, trains):
     argv = flags(tmp_path / "run", *album(lambda rows: rows.__delitem__(slice(3))),
                  "--train", trains, "--accum", 2, steps=2)
@@ -981,13 +981,13 @@ def test_a_projector_can_be_given(flags, run, tmp_path):
     """Its values are where the bridge starts: at a rate of 0 they are where it ends."""
     given = {f"multi_modal_projector.linear_{i}.{kind}": torch.randn(32, *[32] * (kind == "weight"))
              for i in (1, 2) for kind in ("weight", "bias")}
-    save_weights(tmp_path / "bridge", given)
-    assert run(flags(tmp_path / "run", "--projector", tmp_path / "bridge", "--lr", 0, stage=1,
+    save_weights(tmp_path / "projector", given)
+    assert run(flags(tmp_path / "run", "--projector", tmp_path / "projector", "--lr", 0, stage=1,
                      steps=1)).code == 0
     made = data.load_weights(tmp_path / "run/model")
     assert all(torch.equal(made[k], v) for k, v in given.items())
     refused(run(flags(tmp_path / "other", "--projector", tmp_path / "none", stage=1)), 3, "none")
-    refused(run(flags(tmp_path / "other", "--projector", tmp_path / "bridge", "--from",
+    refused(run(flags(tmp_path / "other", "--projector", tmp_path / "projector", "--from",
                       tmp_path / "run/model", lone=False)), 2, "projector")
 
 

@@ -94,7 +94,7 @@ def clip_job(out):
         return fine + .25 * whole
 
     def finish(folder):
-        model.vision.unit_loudness(batch(0)[0][0])
+        model.vision.normalize_output_scale(batch(0)[0][0])
         model.save_pretrained(folder)
         shutil.copy(out / "tokenizer.json", folder)
 

@@ -38,7 +38,7 @@ def base_models(args):
     base = [HERE / p if args.base == "toy" else p for p in BASES[args.base]]
     if args.base != "toy" and args.recipe == "llava":
         base[0] = SMALL
-    if args.base != "toy" and args.row.bridge == "qformer":
+    if args.base != "toy" and args.row.projector_type == "qformer":
         base[0] = EVA
     return args.vision or base[0], args.llm or base[1]
 
@@ -60,8 +60,8 @@ def build_vlm(args, start, out):
     """A VLM of parts, its bridge new; blip2's second stage begins with its first stage's Q-Former,
     MiniGPT-4 with that of BLIP-2's second stage."""
     row, (vision, llm) = args.row, base_models(args)
-    if row.bridge != "qformer":
-        return new_vlm(vision, llm, row.bridge, row.template, row.aspect, args.seed,
+    if row.projector_type != "qformer":
+        return new_vlm(vision, llm, row.projector_type, row.template, row.aspect, args.seed,
                               weight_dtype(args))
     if args.recipe == "blip2":
         qformer = build_blip2_stage1(args) if start == "none" else start
@@ -71,7 +71,7 @@ def build_vlm(args, start, out):
         if args.base == "toy" and not args.qformer and not qformer.exists():
             raise data.BadModel(f"{qformer}: MiniGPT-4 starts from BLIP-2's Q-Former and there is "
                                 "none; run --recipe blip2, stages 1 and 2, or give --qformer")
-    return new_vlm(args.vision, llm, row.bridge, row.template, row.aspect, args.seed,
+    return new_vlm(args.vision, llm, row.projector_type, row.template, row.aspect, args.seed,
                           weight_dtype(args), qformer=qformer)
 
 
@@ -82,12 +82,12 @@ def load_qformer_parts(source, vision, dtype):
     language model: that is left where it is) or InstructBLIP. vision: folder of another eye."""
     if isinstance(source, Blip2Stage1):
         eye = ViT.from_pretrained(vision, dtype) if vision else source.vision
-        return eye.docked(), source.ln_vision, source.qformer.without_words()
+        return eye.without_final_block(), source.ln_vision, source.qformer.drop_text_branch()
     if isinstance(source, QFormer):
-        eye = ViT.from_pretrained(vision, dtype).docked()
-        return eye, LayerNorm(eye.config.width, eye.config.eps), source.without_words()
+        eye = ViT.from_pretrained(vision, dtype).without_final_block()
+        return eye, LayerNorm(eye.config.width, eye.config.eps), source.drop_text_branch()
     folder = resolve(source)
-    eye, weights = ViT.from_pretrained(vision or folder, dtype).docked(), data.load_weights(folder)
+    eye, weights = ViT.from_pretrained(vision or folder, dtype).without_final_block(), data.load_weights(folder)
     c = read_config(folder)
     reads = c.get("model_type") == "instructblip"
     asks = QFormer.from_pretrained(folder, dtype, words=reads)
@@ -145,7 +145,7 @@ def init_from_bert(model, folder):
 def new_blip2_stage1(vision, words, config, seed=0, bert=None, shared=256):
     """A new one: an eye (folder or hub id, see ViT.from_pretrained), Words, settings of the
     Q-Former, which begins at random or, given a folder or hub id of BERT, as that."""
-    eye = ViT.from_pretrained(vision).docked().requires_grad_(False)
+    eye = ViT.from_pretrained(vision).without_final_block().requires_grad_(False)
     with torch.device("meta"):
         model = Blip2Stage1(eye.config, config, shared)
     model.vision, model.temp = eye, nn.Parameter(torch.tensor(.07))
@@ -164,20 +164,20 @@ def load_projector(model, path):
     multi_modal_projector.*; before a Q-Former language_projection.*, or llama_proj.* of
     MiniGPT-4 (other tensors in it are passed over). Raises data.BadModel."""
     weights = data.load_weights(path)
-    if model.kind == "qformer":
+    if model.projector_type == "qformer":
         name = next((n for n in ("llama_proj", "llm_proj", "opt_proj", "t5_proj")
                      if f"{n}.weight" in weights), "language_projection")
-        load_into(model.bridge.proj, {k: f"{name}.{k}" for k in ("weight", "bias")}, weights,
+        load_into(model.projector.proj, {k: f"{name}.{k}" for k in ("weight", "bias")}, weights,
                   {rf"(?!{name}\.).*": "not of the projection"})
         return
     known = canonical_names(weights)
-    table = {k.removeprefix("bridge."): known.get(v, v) for k, v in model.names().items()
-             if k.startswith("bridge.")}
+    table = {k.removeprefix("projector."): known.get(v, v) for k, v in model.names().items()
+             if k.startswith("projector.")}
     rest = r"(?!.*projector).*"
-    load_into(model.bridge, table, weights, {rest: "not of the bridge"})
+    load_into(model.projector, table, weights, {rest: "not of the bridge"})
 
 
-def new_vlm(vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtype=None,
+def new_vlm(vision, llm, projector="mlp", template="v1", aspect="pad", seed=0, dtype=None,
             qformer=None):
     """A new model from a CLIP folder and a LLaMA folder; the bridge is drawn from the seed.
 
@@ -185,39 +185,39 @@ def new_vlm(vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtyp
     a model before a LLaMA of this width goes on if it is asked by the same template.
     (MiniGPT-4, too, takes BLIP-2's Q-Former and a projection of its own.)"""
     tongue = Llama.from_pretrained(llm, dtype)
-    words, reader = data.Tokenizer(resolve(llm)), None
+    words, qformer_tokenizer = data.Tokenizer(resolve(llm)), None
     rows = -(-(len(words) + 2) // 64) * 64      # room for <image> and <pad>, as the hub has it
     if rows > tongue.config.vocab:
-        tongue.grow(rows)
-    if bridge == "qformer":
+        tongue.resize_embeddings(rows)
+    if projector == "qformer":
         eye, norm, asks = load_qformer_parts(qformer, vision, dtype)
         if asks.config.vision_width != eye.config.width:
             raise data.BadModel(f"the Q-Former reads features of width {asks.config.vision_width}, "
                                 f"the eye's have {eye.config.width}; take both from one model")
         if asks.config.vocab:
-            reader = BertTokenizer(resolve(qformer) / "qformer_tokenizer")
+            qformer_tokenizer = BertTokenizer(resolve(qformer) / "qformer_tokenizer")
     else:
         eye = ViT.from_pretrained(vision, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if bridge == "qformer":
-            bridge = QFormerProjector(norm, asks, tongue.config.width)
-        model = VLM(eye, bridge, tongue, words, template, aspect, reader=reader)
+        if projector == "qformer":
+            projector = QFormerProjector(norm, asks, tongue.config.width)
+        model = VLM(eye, projector, tongue, words, template, aspect, qformer_tokenizer=qformer_tokenizer)
         # The bridge should speak as loudly as words do, and in the channels that words use.
         # Torch's default start is louder than Vicuna's words (0.02) and stays, as in the
         # official runs. The toy's words are at 1, in a quarter of the channels: there the
         # bridge starts with random mixtures of words.
         with torch.no_grad():
-            parts = model.bridge._modules               # a Q-Former ends in a norm: heard at 1
+            parts = model.projector._modules               # a Q-Former ends in a norm: heard at 1
             last = parts.get("proj", parts.get("second", parts.get("first")))
-            speak = last if model.kind == "qformer" else model.bridge
+            speak = last if model.projector_type == "qformer" else model.projector
             heard = torch.randn(1000, last.in_features if speak is last else eye.config.width)
             table = tongue.embed.weight.float()
             if table.std() > speak(heard).std():
                 last.weight.copy_(table.T @ torch.randn(len(table), last.in_features))
                 last.bias.zero_()
                 last.weight.mul_(table.std() / speak(heard).std())
-    if model.kind == "qformer" and has_matching_projection(qformer, template, last.weight):
+    if model.projector_type == "qformer" and has_matching_projection(qformer, template, last.weight):
         load_projector(model, qformer)
-    model.bridge.to(tongue.embed.weight.dtype)
+    model.projector.to(tongue.embed.weight.dtype)
     return model

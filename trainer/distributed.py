@@ -64,7 +64,7 @@ def shard_model(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "loss")
-    model.always_look = True
+    model.always_run_vision = True
 
 
 def local_shard(p):

@@ -92,7 +92,7 @@ def parse(Stage, RECIPES, TOY, argv=None):
     if a.loss == "token-mean":
         given["groups"] = 1
     if a.lora:                          # official: 2e-4 beside 2e-5 for the bridge
-        row = replace(row, lr=10 * row.lr, bridge_lr=row.lr)
+        row = replace(row, lr=10 * row.lr, projector_lr=row.lr)
     a.row = replace(row, **given)
     a.free = [n for n in ("pack", "checkpoint") if getattr(a, n) is None and a.base != "toy"
               and (n, a.accum > 1) != ("pack", True)]
@@ -110,13 +110,13 @@ def parse(Stage, RECIPES, TOY, argv=None):
     r = a.row
     if not (0 <= r.lr < 10 and r.batch >= 1 and 0 < r.epochs < 1e6 and 0 <= r.warmup < 10 ** 6
             and 0 <= r.steps < 10 ** 6 and 0 <= r.clip < math.inf and 0 <= r.decay < math.inf
-            and all(0 <= x < 10 for x in (r.warm_lr, r.min_lr, r.bridge_lr)) and a.seed < 2 ** 32
+            and all(0 <= x < 10 for x in (r.warm_lr, r.min_lr, r.projector_lr)) and a.seed < 2 ** 32
             and (r.lr or r.schedule == "llava")):
         p.error("lr, batch, epochs, steps, warmup, decay, clip, warm-lr, min-lr, bridge-lr or seed "
                 "is out of range")
     kinds = ("qformer",) if a.recipe in ("blip2", "minigpt4") else ("linear", "mlp")
-    if not r.train or r.bridge not in kinds:
-        p.error(f"--train takes names of parts with a comma, --bridge {' or '.join(kinds)}")
+    if not r.train or r.projector_type not in kinds:
+        p.error(f"--train takes names of parts with a comma, --projector-type {' or '.join(kinds)}")
     if r.schedule not in ("llava", "lavis", "minigpt4"):
         p.error(f"--schedule {r.schedule!r} must be llava, lavis or minigpt4")
     if set(r.losses) - {"itc", "itm", "itg"} or bool(r.losses) == bool(r.template):
@@ -144,7 +144,7 @@ def parse(Stage, RECIPES, TOY, argv=None):
                 "--part, --output-dir, --resume, --overwrite and --threads")
     if a.overwrite and a.resume:
         p.error("--overwrite begins anew, --resume auto goes on: give one of them")
-    if r.aspect not in (("squash",) if r.bridge == "qformer" else ("square", "pad")):
+    if r.aspect not in (("squash",) if r.projector_type == "qformer" else ("square", "pad")):
         p.error(f"--aspect {r.aspect!r}: must be squash before a Q-Former, else square or pad")
     if r.batch % a.accum:
         p.error(f"--batch {r.batch} does not divide into --accum {a.accum} micro-batches")

@@ -68,12 +68,12 @@ def meta_model(args, set_trainable):
         eye, tongue = (sizes(vision, lambda c: TowerConfig(**configs.vision_tower(c))),
                        sizes(llm, lambda c: LlamaConfig(**configs.llama_from_hf(c))))
     with torch.device("meta"):
-        eye, bridge = ViT(eye), row.bridge
-        if bridge == "qformer":
-            eye, own = eye.docked(), TOY_QFORMER if args.base == "toy" else {}
+        eye, projector = ViT(eye), row.projector_type
+        if projector == "qformer":
+            eye, own = eye.without_final_block(), TOY_QFORMER if args.base == "toy" else {}
             asks = QFormer(QFormerConfig(**own, vision_width=eye.config.width, vocab=0))
-            bridge = QFormerProjector(LayerNorm(eye.config.width, eye.config.eps), asks, tongue.width)
-        model = VLM(eye, bridge, Llama(tongue), None, row.template, row.aspect)
+            projector = QFormerProjector(LayerNorm(eye.config.width, eye.config.eps), asks, tongue.width)
+        model = VLM(eye, projector, Llama(tongue), None, row.template, row.aspect)
         if args.lora:
             add_lora(model.llm, args.lora)
     set_trainable(model, row.train, args.lora)
@@ -141,22 +141,22 @@ def trainable_vit_blocks(eye):
 
 def flops_per_sample(model):
     """A function that counts a sample's FLOPs: forward, backward, computed again, the eye's."""
-    c, eye, places, P = model.llm.config, model.vision, model.places(), model.patches + 1
+    c, eye, places, P = model.llm.config, model.vision, model.num_image_tokens(), model.patches + 1
     blocks = eye.blocks[:-1] if eye.config.has_final_block else eye.blocks
     look = 4 * P * P * eye.config.width                         # a block's attention
     seen = 2 * P * eye.patch_size.numel() + P * products(blocks)[0] + look * len(blocks) + (
         P * products(trainable_vit_blocks(eye))[1] + 2.5 * look * len(trainable_vit_blocks(eye)))
-    layers, head, bridge = products(model.llm.blocks), products(model.llm.head), products(
-        model.bridge)
+    layers, head, projector = products(model.llm.blocks), products(model.llm.head), products(
+        model.projector)
     last = sum(products(block.down)[0] for block in model.llm.blocks)
 
     def of(text, learned, pictures, policy=None):
         T = text + pictures * places
         look = 2 * T * T * c.heads * c.head_dim * c.depth       # causal: half of 4 T² a layer
-        forward, backward = (T * layers[i] + learned * head[i] + pictures * places * bridge[i]
+        forward, backward = (T * layers[i] + learned * head[i] + pictures * places * projector[i]
                              for i in (0, 1))
-        spared = T * (layers[0] - last)
-        again = {"attention": spared, "full": T * layers[0] + look + spared}.get(policy, 0)
+        keep_output = T * (layers[0] - last)
+        again = {"attention": keep_output, "full": T * layers[0] + look + keep_output}.get(policy, 0)
         return forward + look, backward + 2.5 * look, again, pictures * seen
     return of
 
@@ -190,14 +190,14 @@ def activation_bytes(model, tokens, learned, pictures, policy, stream=2, made=2,
     blocks = {"full": x * min(here, math.ceil(L / segment)), "attention": sparing * min(here, L),
               "none": whole * L, None: (whole + again) * L}[policy]
 
-    bridge = 0
-    if any(p.requires_grad for p in model.bridge.parameters()):
-        layers = [m for m in model.bridge.modules()
+    projector = 0
+    if any(p.requires_grad for p in model.projector.parameters()):
+        layers = [m for m in model.projector.modules()
                   if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
-        places = [model.patches if m.in_features == model.vision.config.width else model.places()
+        places = [model.patches if m.in_features == model.vision.config.width else model.num_image_tokens()
                   for m in layers]
-        bridge = sum(n * (m.in_features + m.out_features) for n, m in zip(places, layers))
-        bridge -= places[-1] * layers[-1].out_features      # the words' own x is counted above
+        projector = sum(n * (m.in_features + m.out_features) for n, m in zip(places, layers))
+        projector -= places[-1] * layers[-1].out_features      # the words' own x is counted above
     last = tokens * (x + plain * x * norms + 4 * c.head_dim) + learned * (
         C * made * head + plain * 4 * V)
     eye = model.vision.config           # no policy there; rough without kernels
@@ -210,7 +210,7 @@ def activation_bytes(model, tokens, learned, pictures, policy, stream=2, made=2,
     backward = tokens * (made * (3 * F + 4 * C) + {                # gradients, what is made again
         "full": whole + again + segment * sparing, "attention": whole + again,
         "none": F * made, None: 0}[policy]) + made * max(p.numel() for p in matrices)
-    return tokens * blocks + pictures * (made * bridge + seen) + last, backward
+    return tokens * blocks + pictures * (made * projector + seen) + last, backward
 
 
 def number_bytes(args):
@@ -246,7 +246,7 @@ def static_bytes(model, args, gpus=1):
 def memory_forecast(model, args, kinds, pack, policy, gpus=1):
     """{what: bytes} of one GPU of so many; a micro-batch is a row of `pack` tokens, or padded."""
     (weight, made), (text, learned, pictures) = number_bytes(args), mean_lengths(kinds)
-    P, eye, size = model.places(), model.vision.config, args.row.batch // args.accum
+    P, eye, size = model.num_image_tokens(), model.vision.config, args.row.batch // args.accum
     share = pack / (text + pictures * P) if pack else size      # samples of a micro-batch
     tokens = pack or size * max(kind[1] + kind[3] * P for kind in kinds)
     learned, pictures = share * learned, math.ceil(share * pictures)
@@ -325,7 +325,7 @@ def measure_saved_bytes(loss, model, args):
             told.append(None)
             return value
         made = 2 if torch.is_autocast_enabled(kind) else stream
-        sizes = [text + pictures * model.places() for text, _, pictures in micro.counts]
+        sizes = [text + pictures * model.num_image_tokens() for text, _, pictures in micro.counts]
         told.append(activation_bytes(model, sum(sizes) if micro.lengths else len(sizes) * max(sizes),
                          *(sum(x) for x in list(zip(*micro.counts))[1:]), args.checkpoint, stream,
                          made, kind == "cuda", args.offload and kind == "cuda"))
@@ -370,7 +370,7 @@ def print_plan(args, set_trainable):
             for column in zip(*(count(*kind[1:], policy) for kind in kinds))]
     work = sum(each)
     steps = row.steps or math.ceil(samples * row.epochs / row.batch)
-    tokens = text + pictures * model.places()
+    tokens = text + pictures * model.num_image_tokens()
     dealt = math.ceil(row.batch * tokens / pack) if pack else args.accum    # rows of a step
     busy = dealt / (args.gpus * math.ceil(dealt / args.gpus))       # a GPU without a row waits
     hours = steps * row.batch * work / (args.mfu * A100_FLOPS * args.gpus * busy) / 3600

@@ -20,45 +20,6 @@ from trainer.distributed import gathered
 from trainer.rows import BAD, NOTHING, Rows
 
 
-def length_grouped_indices(lengths, batch, ranks, dice) -> list[int]:
-    """A random order in which steps of ranks · batch samples are dealt to ranks of equal work."""
-    shuffled, out = torch.randperm(len(lengths), generator=dice).tolist(), []
-    for first in range(0, len(shuffled), batch * ranks):
-        step = sorted(shuffled[first:first + batch * ranks], key=lambda i: -lengths[i])
-        if len(step) % ranks:                           # quirk: a short step is dealt in turn
-            hands = [step[r::ranks] for r in range(ranks)]
-        else:                                           # the next goes to the shortest hand
-            hands, sums = [[] for _ in range(ranks)], [0] * ranks
-            for i in step:
-                at = sums.index(min(sums))
-                hands[at].append(i)
-                sums[at] = math.inf if len(hands[at]) == len(step) // ranks else (
-                    sums[at] + lengths[i])
-        out += [i for hand in hands for i in hand]
-    return out
-
-
-def modality_order(lengths, batch: int, ranks: int, dice) -> list[int]:
-    """One epoch's order of samples in stage 2 of LLaVA-1.5 (llava/train/llava_trainer.py).
-
-    lengths: words of each sample, negative without a picture. Steps of ranks · batch samples hold
-    pictures only or text only, of like length on all ranks. quirk: the last step of each kind, full
-    or not, goes to the end, both in one, in the order of the file."""
-    if 0 in lengths:
-        raise BadData(f"sample number {lengths.index(0)} of the data has no words: take it out")
-    kinds = [[i for i, n in enumerate(lengths) if (n > 0) == picture] for picture in (True, False)]
-    if not all(kinds):
-        return length_grouped_indices(lengths, batch, ranks, dice)
-    steps, rest, size = [], [], batch * ranks
-    for kind in kinds:
-        order = [kind[i] for i in length_grouped_indices([abs(lengths[i]) for i in kind], batch, ranks, dice)]
-        cut = [order[i:i + size] for i in range(0, len(order), size)]
-        steps += cut[:-1]
-        rest += cut[-1]
-    mixed = [steps[i] for i in torch.randperm(len(steps), generator=dice).tolist()]
-    return [i for step in mixed for i in step] + sorted(rest)
-
-
 def with_last(batches, step):
     """(micro-batch, is it the step's last?, seconds that it was waited for)."""
     began, held = time.perf_counter(), None
@@ -172,7 +133,7 @@ class Samples:
         """(picture, conversation) as its template learns it; of a file the picture's name. Text
         alone has None, and a sample of several pictures their list."""
         sample, template = self.sample(index), self.args.row.template
-        talk = data._lesson(sample, template, self.asked(index)) if template else (
+        talk = data._lesson(sample, template, self.qformer_text(index)) if template else (
             sample["conversations"])
         return sample.get("image"), talk
 
@@ -195,7 +156,7 @@ class MicroBatch(NamedTuple):
     ids: torch.Tensor               # (B, T); packed, (1, T): all texts in one row
     labels: torch.Tensor            # (B, T)
     pixels: torch.Tensor | None     # (n, 3, S, S)
-    keep: torch.Tensor | None       # (B, T); packed, None
+    attention_mask: torch.Tensor | None       # (B, T); packed, None
     weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
     lengths: list | None            # packed: ids of each text
     counts: list                    # of each text: its tokens, learned ones, pictures
@@ -223,8 +184,8 @@ class MicroBatches(torch.utils.data.Dataset):
     def __init__(self, samples, model, args, rank=0, ranks=1):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
         self.left_out = []
-        self.words, self.side, self.places = model.words, model.image_size, model.places()
-        self.reads = model.reader is not None
+        self.tokenizer, self.side, self.places = model.tokenizer, model.image_size, model.num_image_tokens()
+        self.reads = model.qformer_tokenizer is not None
         self.device, self.planned = model.llm.embed.weight.device, (None, None)
         if not args.pack and args.row.batch % (args.accum * ranks):
             raise UsageError(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
@@ -236,7 +197,7 @@ class MicroBatches(torch.utils.data.Dataset):
         args, samples = self.args, self.samples
         try:
             return data.encode_sample(
-                samples.sample(index), args.row.template, self.words, self.places, args.pack,
+                samples.sample(index), args.row.template, self.tokenizer, self.places, args.pack,
                 args.max_length, args.official_quirks, asked=samples.asked(index))
         except UserError as error:
             raise type(error)(f"{samples.name(index)}: {error}") from None
@@ -312,24 +273,24 @@ class MicroBatches(torch.utils.data.Dataset):
         weights = torch.tensor([t[-1] for t in chosen])
         if self.args.pack:
             ids, labels = (torch.tensor([[x for t in texts for x in t[i]]]) for i in (0, 1))
-            weights, keep = weights.repeat_interleave(torch.tensor(lengths))[None], None
+            weights, attention_mask = weights.repeat_interleave(torch.tensor(lengths))[None], None
         else:
-            ids, labels = data.collate(texts, self.words.pad)
-            keep = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+            ids, labels = data.collate(texts, self.tokenizer.pad)
+            attention_mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
             weights = weights[:, None].expand(ids.shape)
             if len(planned) == self.args.row.groups == self.ranks == 1 and chosen == dealt:
                 weights = None              # one group in one micro-batch: the plain mean
         counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
                    ids.count(data.IMAGE)) for ids, labels in texts]
-        return MicroBatch(ids, labels, torch.cat(pixels) if pixels else None, keep, weights,
+        return MicroBatch(ids, labels, torch.cat(pixels) if pixels else None, attention_mask, weights,
                      lengths if self.args.pack else None, counts,
                      [data.question(self.samples.read(i)[1]) for i, ids, _, _ in chosen
                       if data.IMAGE in ids] if self.reads else None, left_out)
 
     def blank(self, left_out):
         """A micro-batch without a sample: two tokens that weigh nothing."""
-        ids = torch.full((1, 2), self.words.pad)
-        labels = torch.tensor([[data.IGNORE, self.words.pad]])
+        ids = torch.full((1, 2), self.tokenizer.pad)
+        labels = torch.tensor([[data.IGNORE, self.tokenizer.pad]])
         packed = bool(self.args.pack)
         return MicroBatch(ids, labels, None, None if packed else torch.ones(1, 2, dtype=torch.bool),
                      torch.zeros(1, 2), [2] if packed else None, [], None, left_out)

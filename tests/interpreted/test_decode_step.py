@@ -10,12 +10,12 @@ from decoding.cuda_graph import DecodeStep
 SIZE = dict(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
 
-def fixed(llm, x, keep, memory, choose, count):
+def fixed(llm, x, attention_mask, memory, choose, count):
     """`replayed`, every step run."""
     memory.k.fill_(torch.nan)
     memory.v.fill_(torch.nan)
-    first = choose(g.predict(llm, x, memory, (keep.cumsum(1) - 1).clamp(min=0), keep))[:, None]
-    step = DecodeStep(llm, memory, choose, first, keep.sum(1, keepdim=True))
+    first = choose(g.predict(llm, x, memory, (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask))[:, None]
+    step = DecodeStep(llm, memory, choose, first, attention_mask.sum(1, keepdim=True))
     for n in range(count):
         if n:
             step()
