@@ -50,7 +50,7 @@ from formats.errors import exit_status
 from formats.names import ZEROS
 from formats.processors import Processor
 from formats.strict_json import read_config
-from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, checkpointed
+from kernels import attention, causal, checkpointed, full, gelu, layer_norm, quick_gelu
 
 
 @dataclass(frozen=True)

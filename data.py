@@ -35,6 +35,7 @@ Weights are safetensors only: a pickle can run code when it is opened, so none i
 Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLaVA15] 2310.03744
 Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py
 """
+import math
 import re
 import runpy
 import sys
@@ -46,18 +47,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from formats.anyres import anyres_grid, ANYRES_GRIDS
+# What has a room of its own, and is used through data all the same.
+from formats.anyres import anyres_grid, ANYRES_GRIDS, TRANSPOSED  # noqa: F401
+from formats.checkpoints import load_weights  # noqa: F401
 from formats.conversations import (
     IMAGE_TOKEN,
+    read_conversations,  # noqa: F401
     ROLES,
 )
-from formats.errors import BadData, BadModel, printable, UsageError
+from formats.errors import BadData, BadImage, BadModel, Offline, printable, UsageError  # noqa: F401
 from formats.export import chat_template
-from formats.pictures import check_pixels
+from formats.pictures import (
+    check_pixels,
+    load_image,  # noqa: F401
+)
 from formats.processors import MEAN, STD
 from formats.templates import ChatTemplate, find, PROBES, recognise, special_tokens
 from formats.tokenizers import read_tokenizer
-import math
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the picture's place, and "learn nothing"
 
@@ -126,7 +132,7 @@ class Tokenizer:
         """The text of an id, as the vocabulary has it."""
         return None if i is None else self._lib.id_to_token(i)
 
-    def pairs(self, text: str, special=True, prefix=None) -> list[tuple[int, int]]:
+    def encode_with_offsets(self, text: str, special=True, prefix=None) -> list[tuple[int, int]]:
         """[(id, index of its first character)] without BOS. prefix: another rule than its own.
 
         special: True parses "</s>" in the text as the official code does, False never does, and

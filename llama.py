@@ -38,7 +38,16 @@ from formats.checkpoints import (
     save_weights,
 )
 from formats.strict_json import read_config
-from kernels import attention, decode, rms_norm, rope, rope_table, checkpointed, sliding_window, swiglu
+from kernels import (
+    attention,
+    checkpointed,
+    decode,
+    rms_norm,
+    rope,
+    rope_table,
+    sliding_window,
+    swiglu,
+)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ class VLM(nn.Module):
             return self.projector.qformer.config.num_queries
         return self.grid(size).tokens if self.aspect == "anyres" else self.patches
 
-    def asked(self, ids, labels=None, attention_mask=None):
+    def qformer_text(self, ids, labels=None, attention_mask=None):
         """What an InstructBLIP's Q-Former reads where only ids are known: for each picture in ids
         (B, T) the text of its row, without what is learned or padding."""
         read = ids >= 0 if attention_mask is None else (ids >= 0) & attention_mask
@@ -271,7 +271,7 @@ class VLM(nn.Module):
         return [self.tokenizer.decode(row[there].tolist()).strip()
                 for row, there, count in zip(ids, read, counts) for _ in range(count)]
 
-    def see(self, pixels, sizes=None, questions=None):
+    def encode_images(self, pixels, sizes=None, questions=None):
         """pixels (n, 3, S, S) -> a list of (P, C), one a picture: what the language model gets.
 
         With sizes the pictures are in tiles, n in all. The class token is dropped: LLaVA reads

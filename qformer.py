@@ -433,7 +433,7 @@ class Blip2Stage1(nn.Module):
     def image_size(self):
         return self.vision.config.image_size
 
-    def see(self, pixels):
+    def encode_vision(self, pixels):
         """pixels (B, 3, S, S) -> what the frozen eye says (B, P, Cv), ln_vision not yet applied."""
         with torch.no_grad():
             x = self.vision(pixels.to(self.vision.patch.dtype))
@@ -455,16 +455,16 @@ class Blip2Stage1(nn.Module):
 
     def similarity(self, pixels, ids, mask):
         """Pictures (B, 3, S, S) and texts (N, T) -> (B, N) cosines, without temperature."""
-        image = self.encode_image(self.ln_vision(self.encode_images(pixels)))
+        image = self.encode_image(self.ln_vision(self.encode_vision(pixels)))
         return max_query_similarity(image, self.encode_text(ids, mask))
 
     def match_logit(self, pixels, ids, mask):
         """B pictures, each with its text -> (B, 2) logits of "no" and "yes"."""
-        return self.matched(self.ln_vision(self.encode_images(pixels)), ids, mask)
+        return self.matched(self.ln_vision(self.encode_vision(pixels)), ids, mask)
 
     def score(self, pixels, ids, mask):
         """B pictures, each with its text -> (B,): raw match logit + cosine, as published."""
-        features = self.ln_vision(self.encode_images(pixels))
+        features = self.ln_vision(self.encode_vision(pixels))
         cosine = torch.einsum("bqe,be->bq", self.encode_image(features),
                               self.encode_text(ids, mask)).amax(1)
         return self.matched(features, ids, mask)[:, 1] + cosine
@@ -479,7 +479,7 @@ class Blip2Stage1(nn.Module):
         negative of anything: ITM would learn to say yes."""
         if odd := set(only) - {"itc", "itm", "itg"}:
             raise ValueError(f"losses: {', '.join(sorted(odd))} is none of itc, itm, itg")
-        x, store, made = self.encode_images(pixels), [], {}
+        x, store, made = self.encode_vision(pixels), [], {}
         features = self.ln_vision(x)
         image = self.encode_image(features, store)
         if {"itc", "itm"} & set(only):
@@ -659,7 +659,7 @@ def main():
     pixels = data.preprocess(data.load_image(args.image), model.image_size, "squash")
     ids, mask = model.tokenizer.encode(args.captions, length=35)
     with torch.inference_mode():
-        features = model.ln_vision(model.encode_images(pixels))
+        features = model.ln_vision(model.encode_vision(pixels))
         cosine = max_query_similarity(model.encode_image(features), model.encode_text(ids, mask))[0]
         logits = model.matched(features.expand(len(ids), -1, -1), ids, mask)
     print("  itc   itm   score   (cosine, probability of a match, match logit + cosine)")

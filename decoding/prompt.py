@@ -47,4 +47,4 @@ def places(model, ids, sizes=None):
     pictures = ids.count(data.IMAGE)
     if not pictures:
         return len(ids)
-    return len(ids) - pictures + sum(map(model.places, sizes or [None] * pictures))
+    return len(ids) - pictures + sum(map(model.num_image_tokens, sizes or [None] * pictures))

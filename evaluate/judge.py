@@ -7,9 +7,8 @@ from evaluate.benchmarks import answers_to_file, read_rows, require, write_lines
 from formats.errors import note, UsageError, UserError
 from formats.replies import without_thinking
 from instruct.endpoint import ask_endpoint
-from instruct.flags import ENDPOINT_FLAGS
+from instruct.flags import check_flags, ENDPOINT_FLAGS
 from instruct.journal import cache_key, Journal, Request
-from instruct.flags import check_flags
 
 JUDGE_SYSTEM = "You compare answers with care and grade them fairly."
 JUDGE_PROMPT = ("Two assistants have answered the question above, which a person asked while looking at a "

@@ -20,7 +20,7 @@ def retrieval_captions(scenes):
 def qformer_features(model, scenes):
     """(n, P, Cv): what a Retriever's queries look at."""
     pixels = scene_pixels(scenes, model.image_size, "squash")
-    return torch.cat([model.ln_vision(model.encode_images(x)) for x in pixels.split(100)])
+    return torch.cat([model.ln_vision(model.encode_vision(x)) for x in pixels.split(100)])
 
 
 @torch.inference_mode()

@@ -1,8 +1,9 @@
 """TODO"""
 
 import os
-import os
 from pathlib import Path
+
+from formats.errors import BadData
 
 # Write aside, fsync, rename, then prune: whatever moment the power fails at, either the old
 # checkpoint is whole or the new one is. A rename is the only step that others can see.
@@ -33,6 +34,33 @@ def atomic_write(path, text):
     os.replace(aside, path)
 
 
+def other_unicode(raw: bytes) -> str:
+    """UTF-16 or UTF-32, if the bytes of a JSON file are one of them; else "".
+
+    A BOM tells it. Without one, zero bytes tell it: JSON begins with ASCII and holds none. Half a
+    character more is neither."""
+    if len(raw) % 2:
+        return ""
+    if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "UTF-32"
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    zeros = [byte == 0 for byte in raw[:4]]
+    if zeros in ([True, True, True, False], [False, True, True, True]):
+        return "UTF-32"
+    if zeros[:2] in ([True, False], [False, True]):
+        return "UTF-16"
+    return ""
+
+
+def text_of(path, kind, errors: str = "strict") -> str:
+    """A file's text without its BOM. Raises `kind` where it is written in UTF-16 or UTF-32."""
+    raw = Path(path).read_bytes()
+    if other := other_unicode(raw):
+        raise kind(f"{path}: is {other}: save it as UTF-8")
+    return raw.decode("utf-8-sig", errors)
+
+
 def read_text(path, limit: int, errors: str = "strict") -> str:
     """A regular file of at most `limit` bytes, without its BOM. OSError or ValueError; BadData for
     one in UTF-16 or UTF-32."""
@@ -40,4 +68,4 @@ def read_text(path, limit: int, errors: str = "strict") -> str:
         raise OSError("not a file" if os.path.exists(path) else "no such file")
     if (size := os.path.getsize(path)) > limit:
         raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-    return _text_of(path, BadData, errors)
+    return text_of(path, BadData, errors)

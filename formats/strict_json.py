@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from formats.errors import BadData, BadModel
-from formats.files import read_text
+from formats.files import read_text, text_of
 
 
 def bounded_number(kind):
@@ -33,39 +33,12 @@ def loads(text: str, **options):
     return json.loads(text, **_STRICT, **options)
 
 
-def _other_unicode(raw: bytes) -> str:
-    """UTF-16 or UTF-32, if the bytes of a JSON file are one of them; else "".
-
-    A BOM tells it. Without one, zero bytes tell it: JSON begins with ASCII and holds none. Half a
-    character more is neither."""
-    if len(raw) % 2:
-        return ""
-    if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        return "UTF-32"
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "UTF-16"
-    zeros = [byte == 0 for byte in raw[:4]]
-    if zeros in ([True, True, True, False], [False, True, True, True]):
-        return "UTF-32"
-    if zeros[:2] in ([True, False], [False, True]):
-        return "UTF-16"
-    return ""
-
-
-def _text_of(path, kind, errors: str = "strict") -> str:
-    """A file's text without its BOM. Raises `kind` where it is written in UTF-16 or UTF-32."""
-    raw = Path(path).read_bytes()
-    if other := _other_unicode(raw):
-        raise kind(f"{path}: is {other}: save it as UTF-8")
-    return raw.decode("utf-8-sig", errors)
-
-
 def read_model_json(path, limit: int):
     """Parse one JSON file of a model folder, of at most `limit` bytes."""
     try:
         if (size := os.stat(path).st_size) > limit:
             raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-        return loads(_text_of(path, BadModel))
+        return loads(text_of(path, BadModel))
     except FileNotFoundError:
         raise BadModel(f"{path}: no such file: check the folder, or download it again") from None
     except (OSError, ValueError, RecursionError) as error:

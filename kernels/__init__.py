@@ -20,7 +20,7 @@ a file says so (launch.py).
 import warnings
 
 from kernels.attention import attention, causal, full, sliding_window
-from kernels.checkpoint import recompute, checkpointed, keep_output
+from kernels.checkpoint import checkpointed, keep_output, recompute
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.decode import decode
 from kernels.launch import fused

@@ -39,7 +39,7 @@ TEXTS = torch.tensor([[48, 3, 4, 49, 0, 0, 0], [48, 7, 49, 0, 0, 0, 0], [48, 9, 
 
 
 def our_clip(end=49):
-    reader = clip.Config(**{**vars(READER), "end": end})
+    reader = clip.Config(**{**vars(READER), "eos_id": end})
     return shaken(clip.CLIP(EYE, reader, 20))
 
 

@@ -37,7 +37,7 @@ Q = 5
 
 
 def small(**other):
-    c = dict(width=24, depth=3, heads=3, mlp=40, queries=Q, vision=32, vocab=60, context=40)
+    c = dict(width=24, depth=3, heads=3, mlp=40, num_queries=Q, vision_width=32, vocab=60, context=40)
     return qformer.Config(**c | other)
 
 
@@ -105,7 +105,7 @@ def test_no_mask_is_true_outside_its_span():
 def passes(model, theirs):
     """Worst differences {pass: gap}: pictures alone, words alone, both, ITC, ITM."""
     pixels, ids, mask = batch()
-    features = model.ln_vision(model.encode_images(pixels))
+    features = model.ln_vision(model.encode_vision(pixels))
     sight = theirs.vision_model(pixels).last_hidden_state
     queries = theirs.query_tokens.expand(3, -1, -1)
     alone = theirs.qformer(query_embeds=queries, encoder_hidden_states=sight)

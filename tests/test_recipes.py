@@ -26,7 +26,7 @@ TOY_PARTS = Path(__file__).parents[1] / "toy/weights"
 def unchanged_process(monkeypatch):
     """Runs inside this process set threads, signals and determinism: put them back."""
     monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
-    monkeypatch.setattr(train, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, queries=3))
+    monkeypatch.setattr(train, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, num_queries=3))
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in
                                                   (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def sha(out):
 def chain(tmp_path_factory):
     """blip2 and minigpt4, both stages each, three steps a stage."""
     attention_mask, generate = TOY_QFORMER, train.generate
-    TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, queries=3)
+    TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, num_queries=3)
     train.generate = lambda *a, **more: iter((5, 6, 7))
     top = tmp_path_factory.mktemp("toy")
     for recipe in ("blip2", "minigpt4"):

@@ -24,7 +24,7 @@ from toy.world import make_scene
 from trainer.flags import BASES, BERT, EVA, FLAN, SMALL
 
 HERE = Path(__file__).parents[1]
-TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, queries=16)
+TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, num_queries=16)
 
 
 def weight_dtype(args):

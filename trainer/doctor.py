@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections import Counter
@@ -29,7 +30,6 @@ from formats.conversations import IMAGE_TOKEN, images_of, read_rows
 from formats.errors import BadData, BadImage, exit_status, printable, progress, UsageError
 from formats.pictures import check_pixels, load_image, picture_path
 from trainer.samples import check_size, encode_sample, lesson, sample_pieces
-import sys
 
 
 class TokenCounter(dict):

@@ -13,7 +13,7 @@ import torch
 
 import data
 from formats.conversations import blip_caption, images_of, MINIGPT4_INSTRUCTIONS
-from formats.errors import BadData, NothingToLearn, UsageError, UserError
+from formats.errors import NothingToLearn, UsageError, UserError
 from formats.pictures import picture_path
 from toy.texts import DESCRIBE, training_sample
 from trainer.distributed import gathered
