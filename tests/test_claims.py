@@ -1,4 +1,4 @@
-"""evaluate.py's retrieval and claims: the measures themselves, on answers known exactly."""
+"""evaluate's retrieval and claims: the measures themselves, on answers known exactly."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import train
-from evaluate.__main__ import main, parse
+from evaluate import claims
+from evaluate.__main__ import main
 from evaluate.claims import (is_better, is_degenerate, llava, llava_scores, run_script,
                              share_captioner, sharegpt4v)
 from evaluate.figure import draw
+from evaluate.flags import parse
 from evaluate.retrieval import hard_negative_pairs, pairwise_accuracy, recall_at_k
 from evaluate.toy import answers, eval_toy, scene_pixels
+from formats.errors import UsageError
+from projector import VLM
 from toy.texts import DESCRIBE, KINDS, article, training_sample
 from toy.world import HELD_OUT_PAIRS, SIDE, make_scene
 
@@ -35,7 +38,7 @@ class Oracle:
         self.texts = list(texts)
         return torch.arange(len(texts))[:, None], torch.ones(len(texts), 1, dtype=torch.bool)
 
-    def see(self, pixels):
+    def encode_vision(self, pixels):
         """Numbers of the pictures, found again by their pixels."""
         known = scene_pixels(SCENES, SIDE, "squash")
         return torch.stack([(known == p).flatten(1).all(1).float().argmax() for p in pixels])
@@ -119,7 +122,7 @@ def test_the_table_says_in_how_many_seeds_a_claim_holds(monkeypatch, capsys, tmp
         return {"it helps": is_better({"with": {"recall": .5 + .1 * seed},
                                             "without": {"recall": .55}}, "with", "without",
                                            "recall")}
-    monkeypatch.setattr(evaluate, "blip2_claims", made)
+    monkeypatch.setattr(claims, "blip2", made)
     args = parse(["claims", "--only", "blip2", "--scenes", "20", "--out",
                                str(tmp_path / "claims.json")])
     main(args)
@@ -154,15 +157,15 @@ def arms(**recall):
 
 def test_sharegpt4v_verdicts_follow_the_figures(monkeypatch):
     """Each verdict turns with the one figure that it is about."""
-    monkeypatch.setattr(evaluate, "trained", lambda args, name, *_: name.split("/")[0])
-    monkeypatch.setattr(evaluate, "recaptioned", lambda *_: ("again", "writer"))
-    monkeypatch.setattr(evaluate.VLM, "from_pretrained", lambda folder: Named(folder))
-    monkeypatch.setattr(evaluate, "probe", lambda *_: {"colour": .5})
+    monkeypatch.setattr(claims, "train_if_missing", lambda args, name, *_: name.split("/")[0])
+    monkeypatch.setattr(claims, "share_captioner", lambda *_: ("again", "writer"))
+    monkeypatch.setattr(VLM, "from_pretrained", lambda folder: Named(folder))
+    monkeypatch.setattr(claims, "linear_probe", lambda *_: {"colour": .5})
     good = {"descriptions": .9, "web": .3, "imagined": .7, "descriptions-frozen": .8,
             "web-frozen": .29, "again": .87, "writer": .6}
 
     def verdicts(**changed):
-        monkeypatch.setattr(evaluate, "describe", arms(**{**good, **changed}))
+        monkeypatch.setattr(claims, "description_scores", arms(**{**good, **changed}))
         made = sharegpt4v(SimpleNamespace(), 0, SCENES[:4])
         return [claim["holds"] for claim in made.values()]
     assert verdicts() == [True] * 6
@@ -177,13 +180,13 @@ class Named(str):
 
 
 def test_llava_verdicts_follow_the_figures(monkeypatch):
-    monkeypatch.setattr(evaluate, "trained", lambda args, name, *_: name)
+    monkeypatch.setattr(claims, "train_if_missing", lambda args, name, *_: name)
     right = {"llava/stage1": .1, "conversation/stage2": .5, "llava/stage2": .9,
              "no-stage1/stage2": .6}
 
     def verdicts(**changed):
         figures = {**right, **{k.replace("_", "/"): v for k, v in changed.items()}}
-        monkeypatch.setattr(evaluate, "three_kinds", lambda folder, *_: {"overall":
+        monkeypatch.setattr(claims, "llava_scores", lambda folder, *_: {"overall":
                                                                          figures[folder]})
         return [c["holds"] for c in llava(None, 0, SCENES[:4]).values()]
     assert verdicts() == [True, True]
@@ -194,16 +197,16 @@ def test_llava_verdicts_follow_the_figures(monkeypatch):
 
 def test_the_three_kinds_are_averaged(monkeypatch):
     kinds = dict.fromkeys(KINDS, .5) | {"reasoning": .2, "recall": .8}
-    monkeypatch.setattr(evaluate.VLM, "from_pretrained", lambda folder: folder)
-    monkeypatch.setattr(evaluate, "score", lambda *_: kinds)
+    monkeypatch.setattr(VLM, "from_pretrained", lambda folder: folder)
+    monkeypatch.setattr(claims, "score", lambda *_: kinds)
     assert llava_scores("m", SimpleNamespace(scenes=9)) == {
         "overall": .5, "conversation": .5, "detail": .8, "reasoning": .2}
 
 
 def test_a_captioner_sees_a_tenth_and_writes_the_rest(tmp_path, monkeypatch):
     """Every picture once: true words for the tenth, the captioner's for the others."""
-    monkeypatch.setitem(evaluate.TOY, "sharegpt4v", (
-        {**evaluate.TOY["sharegpt4v"][0], "steps": 5, "batch": 8}, None))
+    monkeypatch.setitem(claims.TOY, "sharegpt4v", (
+        {**claims.TOY["sharegpt4v"][0], "steps": 5, "batch": 8}, None))
     asked, run = {}, []
 
     def trained(args, name, seed, *flags):
@@ -216,8 +219,8 @@ def test_a_captioner_sees_a_tenth_and_writes_the_rest(tmp_path, monkeypatch):
         out.write_text(json.dumps([{"id": p.name, "image": p.name, "conversations": [
             {"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "written"}]}
             for p in sorted(folder.iterdir())]))
-    monkeypatch.setattr(evaluate, "trained", trained)
-    monkeypatch.setattr(evaluate, "run", captioned)
+    monkeypatch.setattr(claims, "train_if_missing", trained)
+    monkeypatch.setattr(claims, "run_script", captioned)
     share_captioner(SimpleNamespace(runs=str(tmp_path)), 3, "start")
     place = tmp_path / "seed3"
     tenth, rows = (json.loads((place / f"{name}.json").read_text()) for name in ("tenth", "all"))
@@ -229,7 +232,7 @@ def test_a_captioner_sees_a_tenth_and_writes_the_rest(tmp_path, monkeypatch):
     assert Image.open(place / "pictures/00007.png").tobytes() == training_sample(
         3, 1, 7, "descriptions")[0].tobytes()
     assert {k: asked["captioner/stage1"][k] for k in ("--steps", "--train", "--from")} == {
-        "--steps": "5", "--train": "vision.blocks.2+,bridge,llm", "--from": "start"}
+        "--steps": "5", "--train": "vision.blocks.2+,projector,llm", "--from": "start"}
     assert [asked[n]["--data"].rsplit("/")[-1] for n in asked] == ["tenth.json", "all.json"]
     share_captioner(SimpleNamespace(runs=str(tmp_path)), 3, "start")
     assert len(run) == 1                                    # what is written stays
@@ -262,12 +265,12 @@ def test_a_child_that_fails_ends_the_claims_with_its_code():
 def test_captioners_are_not_asked_questions(monkeypatch):
     """Their template throws questions away: accuracies would be of nothing."""
     made = SimpleNamespace(template="blip2", aspect="squash")
-    monkeypatch.setattr(evaluate.VLM, "from_pretrained", lambda folder: made)
+    monkeypatch.setattr(VLM, "from_pretrained", lambda folder: made)
     args = SimpleNamespace(model=["m"], scenes=20, controls=False)
-    with pytest.raises(evaluate.data.Usage, match="would not read the questions"):
+    with pytest.raises(UsageError, match="would not read the questions"):
         eval_toy(args)
     made.template, made.aspect, made.image_size = "v1", "anyres", 64
-    with pytest.raises(evaluate.data.Usage, match="not cut in tiles"):
+    with pytest.raises(UsageError, match="not cut in tiles"):
         answers(made, ["x"], torch.zeros(1), 5)
 
 

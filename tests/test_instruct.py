@@ -1,4 +1,4 @@
-"""instruct.py: a stand-in endpoint that misbehaves, runs that are killed, rules with controls."""
+"""instruct/: a stand-in endpoint that misbehaves, runs that are killed, rules with controls."""
 import dataclasses
 import json
 import os
@@ -15,19 +15,20 @@ from types import SimpleNamespace
 import pytest
 
 import data
-import generate
-import instruct
 import standin
-from projector import VLM
+from decoding import chat
 from formats.errors import exit_status
 from formats.pictures import picture_path
-from instruct.__main__ import main, parse
+from instruct import answerers
 from instruct.endpoint import ChatEndpoint, retry_after
+from instruct.flags import KINDS, parse
 from instruct.journal import Journal
 from instruct.parsing import parse_reply, repair_by_rules, repaired_or_reject, to_turns
-from instruct.prompts import CONTINUE_PROMPT, FEW_SHOT, KINDS, format_qa, image_context
+from instruct.prompts import CONTINUE_PROMPT, FEW_SHOT, format_qa, image_context
+from instruct.write import main
 from toy.texts import description
 from toy.world import draw, make_scene
+from trainer.build import new_vlm
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "toy/weights"
@@ -262,11 +263,11 @@ def test_kill_9_and_restart(folder):
     """Killed twice while it writes; then complete, valid, in order, each asked once or twice."""
     server, out = Server(lambda p: {0: "500", 1: "drop"}.get(len(p) * int(p[6:8]) % 7, ""), .03), \
         folder / "o.json"
-    words = [sys.executable, ROOT / "instruct.py", "conversation", *coco(folder, 60),
+    words = [sys.executable, "-m", "instruct", "conversation", *coco(folder, 60),
              *asked(server), "--out", out]
     for enough in (5, 25):
         child = subprocess.Popen([str(w) for w in words], stderr=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL)
+                                 stdout=subprocess.DEVNULL, cwd=ROOT)
         while child.poll() is None and len(server.seen) < enough * 1.3 + 4:
             time.sleep(.01)
         child.send_signal(signal.SIGKILL)
@@ -275,14 +276,14 @@ def test_kill_9_and_restart(folder):
     journal = Path(f"{out}.answers.jsonl")
     with open(journal, "ab") as file:
         file.write(b'{"key": "torn')                    # a kill in the middle of a write
-    assert run(*words[2:]) == 0
+    assert run(*words[3:]) == 0
     made = data.read_conversations(out)
     assert [r["image"] for r in made] == [f"{i:03}.jpg" for i in range(60)]
     keys = [row["key"] for row in lines(out)]
     assert len(keys) == len({*keys}) == 60
     # control: a line that is whole and damaged is named, not passed over
     journal.write_bytes(b"{}\n" + journal.read_bytes())
-    assert run(*words[2:]) == 3
+    assert run(*words[3:]) == 3
 
 
 def test_two_at_once(folder, capsys):
@@ -486,8 +487,8 @@ def test_usage(folder, capsys, monkeypatch, words, word):
 
 
 def test_help_without_torch():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "instruct.py", "curate",
-                           "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "instruct", "curate",
+                           "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "--min-words" in done.stdout and " torch" not in done.stderr
     assert " argparse" in done.stderr                   # the control: imports are listed
 
@@ -565,7 +566,7 @@ def test_curate_through_an_endpoint(folder, capsys):
 def seer(tmp_path_factory):
     """A model whose bridge was never trained: it says something about each picture, untrue."""
     folder = tmp_path_factory.mktemp("seer")
-    VLM.from_parts(TOY / "clip", TOY / "llama").save_pretrained(folder)
+    new_vlm(TOY / "clip", TOY / "llama").save_pretrained(folder)
     return folder
 
 
@@ -582,8 +583,9 @@ def test_caption_goes_on_after_kill_9(folder, seer, capsys):
     (source / "link.png").symlink_to(ROOT / "tests/scene.png")
     (source / os.fsdecode(b"\xff.png")).write_bytes((source / "0.png").read_bytes())
     words = ["caption", source, "--model", seer, "--max-tokens", 150, "--batch-size", 2]
-    child = subprocess.Popen([str(w) for w in (sys.executable, ROOT / "instruct.py", *words,
-                                               "--out", out)], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([str(w) for w in (sys.executable, "-m", "instruct", *words,
+                                               "--out", out)], stderr=subprocess.DEVNULL,
+                             cwd=ROOT)
     journal = Path(f"{out}.answers.jsonl")
     while child.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(.005)
@@ -610,8 +612,8 @@ def test_caption_goes_on_after_kill_9(folder, seer, capsys):
 def test_caption_asks_anew_what_changed(folder, seer, monkeypatch, capsys):
     """A model trained again, another picture; control: nothing changed, nothing is generated."""
     source, out, calls = photos(folder, 3), folder / "o.json", []
-    real = instruct.generate_batch
-    monkeypatch.setattr(instruct, "generate_batch", lambda model, prompts, *rest, **settings:
+    real = answerers.generate_batch
+    monkeypatch.setattr(answerers, "generate_batch", lambda model, prompts, *rest, **settings:
                         calls.append(len(prompts)) or real(model, prompts, *rest, **settings))
     words = "caption", source, "--model", seer, "--out", out
     assert run(*words) == run(*words) == 0 and calls == [3]
@@ -627,8 +629,8 @@ def test_caption_asks_anew_what_changed(folder, seer, monkeypatch, capsys):
 def test_curate_asks_the_brief_to_go_on(folder, seer, monkeypatch, capsys):
     """At most 80 tokens: the question, the answer and "Continue" go in; control: --short 0."""
     source, seen = photos(folder, 2), []
-    real = instruct.ask
-    monkeypatch.setattr(instruct, "ask", lambda turns, *rest: seen.append(turns) or real(
+    real = answerers.build_prompt
+    monkeypatch.setattr(answerers, "build_prompt", lambda turns, *rest: seen.append(turns) or real(
         turns, *rest))
     words = "curate", source, "--model", seer, "--max-tokens", 30, "--min-words", 1
     for short, more in ((80, 2), (0, 0)):
@@ -644,14 +646,14 @@ def test_curate_asks_the_brief_to_go_on(folder, seer, monkeypatch, capsys):
 def test_captioners_are_not_asked_to_go_on(folder, seer, monkeypatch):
     """They hear no question, so "Continue" would bring the same caption again; control above."""
     source, seen = photos(folder, 2), []
-    real, load = instruct.ask, instruct.load
+    real, load = answerers.build_prompt, answerers.load_model
 
     def loaded(args):
         model = load(args)
         model.template = "minigpt4_caption"
         return model
-    monkeypatch.setattr(instruct, "load", loaded)
-    monkeypatch.setattr(instruct, "ask", lambda turns, *rest: seen.append(turns) or real(
+    monkeypatch.setattr(answerers, "load_model", loaded)
+    monkeypatch.setattr(answerers, "build_prompt", lambda turns, *rest: seen.append(turns) or real(
         turns, *rest))
     run("curate", source, "--model", seer, "--max-tokens", 30, "--out", folder / "o.json")
     assert [len(t) for t in seen] == [1, 1]
@@ -659,7 +661,7 @@ def test_captioners_are_not_asked_to_go_on(folder, seer, monkeypatch):
 
 def test_a_caption_that_fills_the_context_is_no_caption(folder, seer, monkeypatch, capsys):
     """It broke off there, as it would at --max-tokens; control: the context it was made for."""
-    source, load = photos(folder, 2), instruct.load
+    source, load = photos(folder, 2), answerers.load_model
     words = "caption", source, "--model", seer, "--max-tokens", 512, "--out"
     assert run(*words, folder / "whole.json") == 0
 
@@ -668,7 +670,7 @@ def test_a_caption_that_fills_the_context_is_no_caption(folder, seer, monkeypatc
         config = model.llm.config
         model.llm.config = dataclasses.replace(config, context=model.patches + 60)
         return model
-    monkeypatch.setattr(instruct, "load", narrow)
+    monkeypatch.setattr(answerers, "load_model", narrow)
     run(*words, folder / "cut.json")
     lost = [row.get("reject") for row in lines(folder / "cut.json")]
     assert "cut off" in lost
@@ -686,7 +688,7 @@ def test_a_caption_with_a_control_token_is_dropped():
 def test_another_endpoint_is_another_author(folder, monkeypatch):
     """Local servers call every model "default"."""
     words, keys = coco(folder, 2), []
-    monkeypatch.setattr(instruct, "over_http", lambda args, jobs, journal: keys.append(
+    monkeypatch.setattr(answerers, "ask_endpoint", lambda args, jobs, journal: keys.append(
         [job.key for job in jobs]))
     for url in ("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1", "http://127.0.0.1:1/v1"):
         run("conversation", *words, "--endpoint", url, "--endpoint-model", "default",
@@ -703,7 +705,7 @@ def test_final_file_is_whole_or_not_there(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(generate.json, "dump", full)
+        m.setattr(chat.json, "dump", full)
         assert run(*words[:2], 5, *words[3:]) == 3
     assert (folder / "o.json").read_bytes() == old and len(lines(folder / "o.json")) == 5
     assert run(*words[:2], 5, *words[3:]) == 0 and len(rows(folder / "o.json")) == 5

@@ -1,4 +1,4 @@
-"""Faults that users reported: pictures, instruct.py's answers, the three benchmarks."""
+"""Faults that users reported: pictures, answers to instruct, the three benchmarks."""
 import io
 import json
 import os
@@ -14,17 +14,16 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 import data
-import evaluate
-import instruct
 import test_benchmarks as benchmarks
 import test_instruct as asking
 from formats import pictures
 from test_benchmarks import Judge, bench, exam, scores, seer, stand_in              # noqa: F401
 from test_instruct import Server, asked, coco, folder                               # noqa: F401
+from evaluate.benchmarks import chosen_leniently, says_neither
 from evaluate.judge import relative_score
 from formats.pictures import list_pictures, picture_path
-from instruct.__main__ import parse
 from instruct.endpoint import ChatEndpoint
+from instruct.flags import parse
 from instruct.parsing import parse_reply
 from instruct.prompts import format_qa
 from instruct.sources import folder_requests
@@ -491,7 +490,7 @@ def test_groups_without_grades():
     ("I do not know", -1), ("The answer is a cat", -1),
     ("The answer is A. The answer is B.", -1)])
 def test_what_a_reader_would_read(text, pick):
-    assert evaluate.chosen_leniently(text, ["dog", "cat", "a bird"]) == pick
+    assert chosen_leniently(text, ["dog", "cat", "a bird"]) == pick
 
 
 def test_scienceqa_shows_both_rules(papers, seer, stand_in, capsys):
@@ -528,7 +527,7 @@ def test_pope_has_no_note_where_there_is_nothing_to_note(papers, seer, stand_in,
     ("Yes", 0), ("NO", 0), ("there isn't", 0), ("It is not", 0), ("A cat", 1), ("nothing", 1),
     ("", 1), ("know", 1)])
 def test_neither_yes_nor_no(text, neither):
-    assert evaluate.says_neither(text) == bool(neither)
+    assert says_neither(text) == bool(neither)
 
 
 def test_a_damaged_picture_ends_no_benchmark(papers, seer, stand_in, capsys):

@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-import evaluate
+from clip import ViT
 from generate import generate
+from llama import Llama
 from projector import VLM
 from evaluate.toy import linear_probe, majority_baseline, score, text_only_accuracy
 from generate import build_prompt
@@ -219,10 +220,10 @@ def test_grey_is_not_described_as_any_of_the_twelve(model, tmp_path):
 
 
 def test_the_shipped_parts_pass_their_gates():
-    eye = linear_probe(evaluate.ViT.from_pretrained(ROOT / "toy/weights/clip"), 300)
+    eye = linear_probe(ViT.from_pretrained(ROOT / "toy/weights/clip"), 300)
     assert eye["colour"] >= .97 and eye["shape"] >= .95 and eye["size"] >= .90, eye
     folder = ROOT / "toy/weights/llama"
-    tongue = text_only_accuracy(evaluate.Llama.from_pretrained(folder), data.Tokenizer(folder),
+    tongue = text_only_accuracy(Llama.from_pretrained(folder), data.Tokenizer(folder),
                                n=60)
     # the gates, less one error in twenty for 60 questions; "count of" misses its own (README)
     assert all(tongue[k] >= .95 for k in ("colour", "shape", "size")), tongue
@@ -233,5 +234,5 @@ def test_the_shipped_parts_pass_their_gates():
 def test_an_untrained_eye_fails_the_gate():
     """The control: the probe reads shapes from training, not from random features."""
     torch.manual_seed(0)
-    config = evaluate.ViT.from_pretrained(ROOT / "toy/weights/clip").config
-    assert linear_probe(evaluate.ViT(config).eval(), 100)["shape"] < .8
+    config = ViT.from_pretrained(ROOT / "toy/weights/clip").config
+    assert linear_probe(ViT(config).eval(), 100)["shape"] < .8

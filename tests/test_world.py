@@ -1,7 +1,7 @@
-"""world.py: every text is checked against the scene by a second reading, written here.
+"""toy/: every text is checked against the scene by a second reading, written here.
 
 The reading below takes words apart with regular expressions and looks only at the things of the
-scene; it shares no code with what made the texts. (`world.things_in` finds colour-shape pairs.)
+scene; it shares no code with what made the texts. (`texts.things_in` finds colour-shape pairs.)
 """
 import hashlib
 import os
@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from toy import texts as toy_texts
-from toy.texts import (ANSWERS, DESCRIBE, KINDS, SPOTS, article, description, dialogue, imagined,
-                       is_true_of, notes, phrases, things_in, value_of, web_caption)
+from toy.phrases import SPOTS, is_true_of, notes, phrases
+from toy.texts import (ANSWERS, DESCRIBE, KINDS, article, description, dialogue, imagined,
+                       things_in, value_of, web_caption)
 from toy.world import (BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, NUMBERS, PAD, PLACES, SHAPES, Scene,
                        draw, hard_negative_scene, make_scene, split_of)
 
@@ -323,7 +324,7 @@ def test_scenes_cover_all_that_is_promised(train):
     for attribute, count in (("shape", 5), ("colour", 6), ("size", 2), ("place", 9)):
         assert len({getattr(t, attribute) for s in train for t in s.things}) == count
     assert {s.background for s in train} == set(BACKGROUNDS)
-    assert any(s.bars[0] for s in train) and any(s.bars[1] for s in train)
+    assert any(s.padding[0] for s in train) and any(s.padding[1] for s in train)
     for scene in train:
         places = [t.place for t in scene.things]
         assert places == sorted(set(places))                # reading order, one thing a place
@@ -338,8 +339,8 @@ def test_twins_differ_in_every_object_and_in_nothing_else(train):
     changed = Counter()
     for i, scene in enumerate(train):
         other = hard_negative_scene(scene, i)
-        assert (other.background, other.paint, other.pitch, other.bars) == (
-            scene.background, scene.paint, scene.pitch, scene.bars)
+        assert (other.background, other.background_rgb, other.pitch, other.padding) == (
+            scene.background, scene.background_rgb, scene.pitch, scene.padding)
         assert len(other.things) == len(scene.things)
         for a, b in zip(scene.things, other.things):
             assert (a.size, a.place, a.centre, a.radius) == (b.size, b.place, b.centre, b.radius)
@@ -358,7 +359,7 @@ def array(scene, **options):
 
 def alone(scene, *things, background="plain"):
     """The scene with these things only, on its first tone of paint."""
-    return Scene(things, background, scene.paint, scene.pitch, scene.bars, scene.seed)
+    return Scene(things, background, scene.background_rgb, scene.pitch, scene.padding, scene.seed)
 
 
 def test_the_centre_of_every_object_has_its_colour(train):
@@ -419,7 +420,7 @@ def test_sizes_are_told_apart_by_their_radius(train):
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_backgrounds_look_as_they_are_called(train, background):
-    scene = next(s for s in train if s.bars == (0, 0))
+    scene = next(s for s in train if s.padding == (0, 0))
     picture = array(alone(scene, background=background))
     tones = len({tuple(p) for p in picture.reshape(-1, 3)})
     rows, columns = (picture.std(axis).max() > 1 for axis in (0, 1))
@@ -429,8 +430,8 @@ def test_backgrounds_look_as_they_are_called(train, background):
 
 
 def test_bars_are_painted_over_the_edges_only(train):
-    for scene in [s for s in train if any(s.bars)][:20]:
-        picture, (high, wide) = array(scene), scene.bars
+    for scene in [s for s in train if any(s.padding)][:20]:
+        picture, (high, wide) = array(scene), scene.padding
         assert (high > 0) != (wide > 0)
         picture = picture if high else picture.swapaxes(0, 1)
         width = high or wide
@@ -476,8 +477,9 @@ def test_other_seeds_make_other_scenes():
 
 
 def test_world_alone_writes_a_sheet_and_prints_the_texts(tmp_path):
-    told = subprocess.run([sys.executable, ROOT / "world.py"], capture_output=True, text=True,
-                          check=True, cwd=tmp_path).stdout
+    told = subprocess.run([sys.executable, "-m", "toy.world"], capture_output=True, text=True,
+                          check=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
     assert [p.name for p in tmp_path.iterdir()] == ["contact-sheet.png"]
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert sheet.size == (8 * 68, 6 * 68)
