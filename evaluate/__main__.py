@@ -6,28 +6,30 @@
     python -m evaluate claims --only llava,blip2    what the papers claim, in the toy world
     python -m evaluate scienceqa | pope | llava-bench --model FOLDER --images DIR --out OUT ...
 
-In the toy world truth is known exactly, so no judge is needed. Three columns stand beside every
+In the toy world the truth is known exactly, so no judge is needed. Three columns stand beside every
 accuracy:
 
     majority   always the most frequent answer: a yes/no question is worth .5 before it is read
     other      the same model asked the same questions with another scene's picture
     grey       with a grey picture: answering blind
 
-A model that looks falls to blind with the wrong picture. One that guesses well does not fall.
+A model that uses the picture falls to the blind score when the picture is wrong. A model that
+guesses well does not fall.
 
-Several models (seeds) give the mean ± half the spread between them. Descriptions are scored by
+Several models (seeds) give the mean and half the spread between them. Descriptions are scored by
 objects, a colour-shape pair each:
 
-    precision     named objects that are there        recall      objects there that are named
-    invented      named objects whose shape is nowhere in the scene, [CHAIR] 1809.02156
-    twice         descriptions that name an object twice
+    precision     named objects that are in the scene
+    recall        objects of the scene that are named
+    hallucinated  named objects whose shape is nowhere in the scene, [CHAIR] 1809.02156
+    repeated      descriptions that name an object twice
 
-`claims` trains what it needs (train.py, in runs/claims) with several seeds, and prints what came
-out, whether or not it agrees with the paper. Retrieval is by the published score: the best few by
-ITC's cosine, ordered anew by match logit + cosine.
+`claims` trains what it needs (train.py, in runs/claims) with several seeds, and prints the result,
+whether or not it agrees with the paper. Retrieval uses the published score: the best few by ITC's
+cosine, sorted again by match logit + cosine.
 
 The last three read the official files. OUT gets the answers in the official form, OUT.scores.json
-the scores; a run that was killed goes on from OUT.answers.jsonl.
+the scores; a run that was killed is resumed from OUT.answers.jsonl.
 
 Next: docs/results.md, the tables.
 """
@@ -40,14 +42,17 @@ from evaluate.flags import BENCHMARKS, parse
 
 
 def main(args):
+    """Run one command and write its figures, if --out says where."""
     from evaluate import benchmarks, claims, judge, retrieval, toy
-    jobs = {"parts": toy.eval_parts, "toy": toy.eval_toy, "retrieval": retrieval.eval_retrieval,
-            "claims": claims.main, "scienceqa": benchmarks.scienceqa, "pope": benchmarks.pope,
-            "llava-bench": judge.llava_bench}
-    found = jobs[args.what](args)
-    if args.out and found:                  # none if only the judge's cost was asked for
+    from formats.files import atomic_write
+    commands = {"parts": toy.eval_parts, "toy": toy.eval_toy,
+                "retrieval": retrieval.eval_retrieval, "claims": claims.main,
+                "scienceqa": benchmarks.scienceqa, "pope": benchmarks.pope,
+                "llava-bench": judge.llava_bench}
+    figures = commands[args.what](args)
+    if args.out and figures:                # none if only the judge's cost was asked for
         path = f"{args.out}.scores.json" if args.what in BENCHMARKS else args.out
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        atomic_write(Path(path), json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""evaluate/flags.py: the command line, read before torch is imported, so that --help answers at once."""
+"""evaluate.flags: the command line, read before torch is imported, so that --help answers at once.
+
+Also what is wrong with a benchmark's flags: its files and limits are checked before a model loads.
+"""
 import argparse
 import os
 
@@ -8,63 +11,50 @@ BENCHMARKS = {"scienceqa": "multiple choice, with and without pictures",
               "llava-bench": "open questions; a judge grades the answers"}
 
 
-def benchmark_flags(sub):
-    """What the three benchmarks take."""
-    made = [sub.add_parser(name, help=told, allow_abbrev=False)
-            for name, told in BENCHMARKS.items()]
-    science, pope, bench = made
-    for q in made:
+def temperature(text):
+    """A type for argparse: a number, or None for the word "none"."""
+    return None if text == "none" else float(text)
+
+
+def add_benchmarks(sub):
+    """The three benchmarks and their flags."""
+    parsers = {name: sub.add_parser(name, help=what, allow_abbrev=False)
+               for name, what in BENCHMARKS.items()}
+    for name, q in parsers.items():
         q.add_argument("--model", required=True, help="folder or hub id")
         q.add_argument("--images", required=True, help="folder of the pictures")
         q.add_argument("--follow-links", action="store_true", help="links in it may lead out of it")
         q.add_argument("--out", required=True, help="JSON lines: the answers")
-        q.add_argument("--max-new-tokens", type=int, default=128 if q is pope else 1024)
+        q.add_argument("--max-new-tokens", type=int, default=128 if name == "pope" else 1024)
         q.add_argument("--batch-size", type=int, default=8)
         q.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
         q.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
         q.add_argument("--template", help="how the model is asked, if not as its config says")
         q.add_argument("--debug", action="store_true", help="tracebacks")
-    science.add_argument("--problems", required=True, help="problems.json")
-    science.add_argument("--splits", required=True, help="pid_splits.json")
-    science.add_argument("--split", default="test")
-    science.add_argument("--form", choices=("CQM-A", "QCM-LEA"), default="CQM-A",
-                         help="LLaVA-1.5's question, or that of LLaVA trained on ScienceQA")
-    pope.add_argument("--questions", nargs="+", required=True, help="coco_pope_*.json: a row each")
-    bench.add_argument("--questions", required=True, help="qa90_questions.jsonl; questions.jsonl")
-    bench.add_argument("--context", required=True,
-                       help="caps_boxes_coco2014_val_80.jsonl; context.jsonl")
-    bench.add_argument("--references", required=True,
-                       help="qa90_gpt4_answer.jsonl; answers_gpt4.jsonl")
-    bench.add_argument("--endpoint", required=True, help="of the judge, such as https://host/v1; "
-                       "its other flags are those of instruct.py from --key-env on")
-    bench.add_argument("--endpoint-model", required=True, help="which model there is the judge")
-    bench.add_argument("--temperature", type=lambda t: None if t == "none" else float(t),
-                       default=.2, help="of the judge; none: what the endpoint likes")
-    bench.add_argument("--max-tokens", type=int, default=1024, help="of one review")
+    q = parsers["scienceqa"]
+    q.add_argument("--problems", required=True, help="problems.json")
+    q.add_argument("--splits", required=True, help="pid_splits.json")
+    q.add_argument("--split", default="test")
+    q.add_argument("--form", choices=("CQM-A", "QCM-LEA"), default="CQM-A",
+                   help="LLaVA-1.5's question, or that of LLaVA trained on ScienceQA")
+    q = parsers["pope"]
+    q.add_argument("--questions", nargs="+", required=True, help="coco_pope_*.json: a row each")
+    q = parsers["llava-bench"]
+    q.add_argument("--questions", required=True, help="qa90_questions.jsonl; questions.jsonl")
+    q.add_argument("--context", required=True,
+                   help="caps_boxes_coco2014_val_80.jsonl; context.jsonl")
+    q.add_argument("--references", required=True,
+                   help="qa90_gpt4_answer.jsonl; answers_gpt4.jsonl")
+    q.add_argument("--endpoint", required=True, help="of the judge, such as https://host/v1; its "
+                   "other flags are those of python -m instruct from --key-env on")
+    q.add_argument("--endpoint-model", required=True, help="which model there is the judge")
+    q.add_argument("--temperature", type=temperature, default=.2,
+                   help="of the judge; none: the endpoint's own")
+    q.add_argument("--max-tokens", type=int, default=1024, help="of one review")
 
 
-def check_flags(a):
-    """What is wrong with a benchmark's command line, or None."""
-    names = "problems", "splits", "questions", "context", "references"
-    files = [getattr(a, name) for name in names if isinstance(getattr(a, name, None), str)]
-    files += a.questions if a.what == "pope" else []
-    wrong = {
-        f"--out {a.out}: not a file in a folder that exists":
-            os.path.exists(a.out) and not os.path.isfile(a.out)
-            or not os.path.isdir(os.path.dirname(a.out) or "."),
-        "--out would replace one of the benchmark's own files":
-            os.path.realpath(a.out) in map(os.path.realpath, files),
-        "--max-new-tokens, --batch-size and --max-tokens must be at least 1":
-            min(a.max_new_tokens, a.batch_size, getattr(a, "max_tokens", 1)) < 1,
-        "--temperature must be none, or 0 to 100":
-            not 0 <= (getattr(a, "temperature", None) or 0) <= 100,
-        f"unrecognized arguments: {' '.join(a.rest)}": a.rest and a.what != "llava-bench"}
-    return next((line for line, true in wrong.items() if true), None)
-
-
-def parse(argv=None):
-    p = argparse.ArgumentParser(description="Score a model.", allow_abbrev=False)
-    sub = p.add_subparsers(dest="what", required=True)
+def add_toy_commands(sub):
+    """parts, toy, retrieval and claims, and their flags."""
     parts = sub.add_parser("parts", help="the gates of the shipped parts", allow_abbrev=False)
     parts.add_argument("--vision", default="toy/weights/clip")
     parts.add_argument("--llm", default="toy/weights/llama")
@@ -84,23 +74,60 @@ def parse(argv=None):
                        help="held-out scenes")
         q.add_argument("--out", help="write the figures to this JSON file too")
         q.add_argument("--debug", action="store_true", help="tracebacks")
-    benchmark_flags(sub)
-    a, rest = p.parse_known_args(argv)
-    if a.what in BENCHMARKS:
-        a.rest = rest                               # a judge's flags, which instruct.py knows
-        return p.error(check_flags(a)) if check_flags(a) else a
-    if rest:
-        p.error(f"unrecognized arguments: {' '.join(rest)}")
+
+
+def check_benchmark(a):
+    """What is wrong with a benchmark's command line, or None."""
+    files = []                              # the benchmark's own files
+    for name in ("problems", "splits", "questions", "context", "references"):
+        value = getattr(a, name, None)
+        files += value if isinstance(value, list) else [value]
+    files = [os.path.realpath(path) for path in files if path is not None]
+    is_other = os.path.exists(a.out) and not os.path.isfile(a.out)
+    if is_other or not os.path.isdir(os.path.dirname(a.out) or "."):
+        return f"--out {a.out}: not a file in a folder that exists"
+    if os.path.realpath(a.out) in files:
+        return "--out would replace one of the benchmark's own files"
+    if min(a.max_new_tokens, a.batch_size, getattr(a, "max_tokens", 1)) < 1:
+        return "--max-new-tokens, --batch-size and --max-tokens must be at least 1"
+    if not 0 <= (getattr(a, "temperature", None) or 0) <= 100:
+        return "--temperature must be none, or 0 to 100"
+    if a.rest and a.what != "llava-bench":
+        return f"unrecognized arguments: {' '.join(a.rest)}"
+    return None
+
+
+def check_toy(a):
+    """What is wrong with the command line of parts, toy, retrieval or claims, or None."""
     if a.scenes < 20 or a.scenes % 2:
-        p.error("--scenes must be even, and at least 20")
+        return "--scenes must be even, and at least 20"
     for flag in ("out", "picture"):
         path = getattr(a, flag, None)
         if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
-            p.error(f"--{flag} {path}: not a file in a folder that exists: name another")
+            return f"--{flag} {path}: not a file in a folder that exists: name another"
     if not (getattr(a, "picture", None) or ".png").endswith(".png"):
-        p.error(f"--picture {a.picture}: must end in .png")
+        return f"--picture {a.picture}: must end in .png"
+    if a.what == "claims" and (set(a.only) - set(CLAIMS) or not 1 <= a.seeds <= 100):
+        return f"--only takes {', '.join(CLAIMS)}; --seeds 1 to 100"
+    return None
+
+
+def parse(argv=None):
+    """The namespace of a command line. `rest`: flags of a judge, which instruct/flags.py reads."""
+    p = argparse.ArgumentParser(description="Score a model.", allow_abbrev=False)
+    sub = p.add_subparsers(dest="what", required=True)
+    add_toy_commands(sub)
+    add_benchmarks(sub)
+    a, rest = p.parse_known_args(argv)
     if a.what == "claims":
-        a.only = list(dict.fromkeys(a.only.split(",")))
-        if set(a.only) - set(CLAIMS) or not 1 <= a.seeds <= 100:
-            p.error(f"--only takes {', '.join(CLAIMS)}; --seeds 1 to 100")
+        a.only = list(dict.fromkeys(a.only.split(",")))         # each paper once, in this order
+    if a.what in BENCHMARKS:
+        a.rest = rest
+        fault = check_benchmark(a)
+    elif rest:
+        fault = f"unrecognized arguments: {' '.join(rest)}"
+    else:
+        fault = check_toy(a)
+    if fault:
+        p.error(fault)
     return a

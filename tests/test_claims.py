@@ -151,8 +151,8 @@ def test_conversation_has_neither_descriptions_nor_reasoning():
 def arms(**recall):
     """Stands for `describe`: figures by the folder's name."""
     return lambda model, *_, temperature=0.0, **how: {
-        "precision": 1., "recall": recall[model], "twice": 0.,
-        "invented": (.4 if model == "imagined" else .1 if model == "web" else .01)}
+        "precision": 1., "recall": recall[model], "repeated": 0.,
+        "hallucinated": (.4 if model == "imagined" else .1 if model == "web" else .01)}
 
 
 def test_sharegpt4v_verdicts_follow_the_figures(monkeypatch):

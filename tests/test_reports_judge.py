@@ -19,7 +19,7 @@ import test_instruct as asking
 from formats import pictures
 from test_benchmarks import Judge, bench, exam, scores, seer, stand_in              # noqa: F401
 from test_instruct import Server, asked, coco, folder                               # noqa: F401
-from evaluate.benchmarks import chosen_leniently, says_neither
+from evaluate.benchmarks import parse_choice_leniently, says_neither
 from evaluate.judge import relative_score
 from formats.pictures import list_pictures, picture_path
 from instruct.endpoint import ChatEndpoint
@@ -490,7 +490,7 @@ def test_groups_without_grades():
     ("I do not know", -1), ("The answer is a cat", -1),
     ("The answer is A. The answer is B.", -1)])
 def test_what_a_reader_would_read(text, pick):
-    assert chosen_leniently(text, ["dog", "cat", "a bird"]) == pick
+    assert parse_choice_leniently(text, ["dog", "cat", "a bird"]) == pick
 
 
 def test_scienceqa_shows_both_rules(papers, seer, stand_in, capsys):
