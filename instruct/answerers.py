@@ -1,156 +1,169 @@
-"""TODO"""
+"""instruct.answerers: who writes the text, and in which order the requests are made.
 
+    from_truth   the toy world itself: every word is true
+    from_llama   a LLaMA on this machine, which reads captions and boxes
+    from_vlm     a model that sees the picture: captions, and descriptions to be curated
+    (instruct/endpoint.py: a model behind an HTTP endpoint)
+
+Each of them yields [(request, text, reason of a rejection or "")], a batch at a time, and the
+journal keeps what it yields. `describe_folder`, `curate` and `generate_texts` return all answers in
+the order of the pictures, or None if only the cost was asked for.
+"""
 import os
 import random
 
 import torch
 
 import data
+from decoding.chat import see
 from decoding.loading import load_model
+from decoding.prompt import build_prompt
+from decoding.stopping import spell
 from formats.checkpoints import resolve
-from formats.errors import note, UsageError
+from formats.errors import UsageError, note
 from formats.pictures import picture_path
 from formats.strict_json import read_config
 from formats.templates import end_ids
-from generate import build_prompt, generate_batch, see, stream_text
+from generate import generate_batch
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
-    cache_key,
-    model_fingerprint,
-    record_all,
-    replies_in_order,
-    Request,
-    unanswered_chunks,
-)
+    Request, cache_key, model_fingerprint, record_all, replies_in_order, unanswered_chunks)
 from instruct.prompts import (
-    CONTINUE_PROMPT,
-    few_shot_messages,
-    format_qa,
-    image_context,
-    REPAIR_PROMPT,
-)
+    CONTINUE_PROMPT, REPAIR_PROMPT, few_shot_messages, format_qa, image_context)
 from instruct.sources import coco_field, folder_requests, read_coco, toy_scenes
 from llama import Llama
-from toy import texts as toy_texts
-from toy.texts import description, dialogue, KIND_WEIGHTS, question
+from toy.texts import KIND_WEIGHTS, KINDS, description, dialogue, question
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# -------------------------------------------------------------------------- from the toy world
+
+def true_text(kind, scene, rng):
+    """The text that a perfect author would write, in the form that authors are asked for."""
+    if kind == "detail":
+        return description(scene)
+    if kind == "conversation":
+        weights = [0 if name == "reasoning" else n for name, n in zip(KINDS, KIND_WEIGHTS)]
+        return format_qa(dialogue(scene, rng, 4, weights, described=0))
+    asked = None
+    while not asked:                        # None: the scene has no two colours to compare
+        asked = question(scene, "reasoning", rng)
+    return format_qa([asked[:2]])
 
 
 def from_truth(args, jobs, journal):
     """The world writes in the blocks that it asks of others; all of it is true."""
-    for _, some in unanswered_chunks(jobs, journal, 200):
-        made = []
-        for job in some:
-            dice = random.Random(f"{args.what}:{args.seed}:{job.name}")
-            if args.what == "detail":
-                text = description(job.scene)
-            elif args.what == "conversation":
-                often = [n * (kind != "reasoning") for kind, n in zip(toy_texts.KINDS, KIND_WEIGHTS)]
-                text = format_qa(dialogue(job.scene, dice, 4, often, described=0))
-            else:
-                asked = None
-                while not asked:                    # some scenes have no two colours to compare
-                    asked = question(job.scene, "reasoning", dice)
-                text = format_qa([asked[:2]])
-            made.append((job, text, ""))
-        yield made
+    for _, chunk in unanswered_chunks(jobs, journal, 200):
+        answers = []
+        for job in chunk:
+            rng = random.Random(f"{args.what}:{args.seed}:{job.name}")
+            answers.append((job, true_text(args.what, job.scene, rng), ""))
+        yield answers
 
 
-def from_llama(args, jobs, journal):
-    """A LLaMA on this machine; the request is its template's first turns."""
+# ------------------------------------------------------------------------------ from a LLaMA
+
+def to_device(llm, name):
+    """The model on a device; "auto": a GPU if there is one. Raises UsageError."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.template and args.template not in data.TEMPLATES:
-        raise UsageError(f"--template {args.template!r} is unknown: choose one of "
-                         f"{', '.join(data.TEMPLATES)}")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
-    folder = resolve(args.llm)
-    llm, words = Llama.from_pretrained(folder, dtype), data.Tokenizer(folder)
-    template = args.template or data.folder_template(folder, words) or "v1"
+    device = auto if name == "auto" else name
     try:
-        device = auto if args.device == "auto" else args.device
         llm = llm.to(device)
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)               # kernels start on the current one
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:     # what torch raises for a missing device
         why = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {args.device}: {why}: try --device cpu") from None
-    eos = data.end_ids(template, words) | end_ids(folder, read_config(folder))
-    for start, some in unanswered_chunks(jobs, journal, args.batch_size):
-        rows = []
-        for job in some:
-            (_, first), (_, second), *rest = job.request
-            turns = [f"{first}\n\n{second}", *(text for _, text in rest)]
-            rows.append(data.prompt_tokens([{"from": ("human", "gpt")[i % 2], "value": text}
-                                       for i, text in enumerate(turns)], template, words, 0))
-        said = generate_batch(llm, rows, max_new_tokens=args.max_tokens, eos=eos,
+        raise UsageError(f"--device {name}: {why}: try --device cpu") from None
+    return llm
+
+
+def from_llama(args, jobs, journal):
+    """A LLaMA on this machine; the request becomes its template's first turns."""
+    if args.template and args.template not in data.TEMPLATES:
+        raise UsageError(f"--template {args.template!r} is unknown: choose one of "
+                         f"{', '.join(data.TEMPLATES)}")
+    folder = resolve(args.llm)
+    llm, tokenizer = Llama.from_pretrained(folder, DTYPES.get(args.dtype)), data.Tokenizer(folder)
+    template = args.template or data.folder_template(folder, tokenizer) or "v1"
+    llm = to_device(llm, args.device)
+    eos = data.end_ids(template, tokenizer) | end_ids(folder, read_config(folder))
+    for start, chunk in unanswered_chunks(jobs, journal, args.batch_size):
+        prompts = []
+        for job in chunk:
+            (_, system), (_, first), *rest = job.request
+            # no template has a place for this system text: it opens the first turn
+            texts = [f"{system}\n\n{first}", *(text for _, text in rest)]
+            turns = [{"from": ("human", "gpt")[i % 2], "value": text}
+                     for i, text in enumerate(texts)]
+            prompts.append(data.prompt_tokens(turns, template, tokenizer, 0))
+        rows = generate_batch(llm, prompts, max_new_tokens=args.max_tokens, eos=eos,
                               temperature=args.temperature or 0.0, seed=args.seed + start)
-        yield [(job, words.decode(x), "" if x.finish_reason == "end" else "cut off")
-               for job, x in zip(some, said)]
+        yield [(job, tokenizer.decode(row), "" if row.finish_reason == "end" else "cut off")
+               for job, row in zip(chunk, rows)]
+
+
+# ----------------------------------------------------------------------- from a model that sees
+
+def describe(model, args, turns, pictures, seed):
+    """[(number of tokens, is it whole?, text)] of each conversation about its picture.
+
+    turns: the texts of each; pictures: (pixels, sizes) of each."""
+    prompts = [build_prompt(texts, model.template, model.tokenizer) for texts in turns]
+    rows = generate_batch(model, prompts, [pixels for pixels, _ in pictures],
+                          sizes=[sizes for _, sizes in pictures], seed=seed,
+                          max_new_tokens=args.max_tokens, temperature=args.temperature or 0.0)
+    return [(len(row), row.finish_reason == "end", "".join(spell(row, model.tokenizer)).strip())
+            for row in rows]
+
+
+def load_pictures(args, model, chunk):
+    """([(request, (pixels, sizes))], answers of those whose picture cannot be used)."""
+    good, bad = [], []
+    for job in chunk:
+        try:
+            job.image.encode()                          # a file's name may be no UTF-8
+            path = picture_path(args.source, job.image, args.follow_links)
+            good.append((job, see(path, model)))
+        except (data.BadImage, data.BadData, UnicodeEncodeError) as error:
+            note(f"skipped: {error}")
+            bad.append((job, "", "not a usable picture"))
+    return good, bad
 
 
 def from_vlm(args, jobs, journal):
-    """A model that sees describes pictures; in curation, one that was brief is asked to go on."""
+    """A model that sees describes pictures; in curation, a short description is continued."""
     model = load_model(args)
-    # a captioner hears no question, an InstructBLIP only the last
-    more = args.what == "curate" and data.template_of(model.template).style not in (
-        "plain", "instruct")
-
-    def say(turns, seen, seed):
-        """[(tokens, is it whole?, text)]"""
-        rows = [build_prompt(t, model.template, model.tokenizer) for t in turns]
-        said = generate_batch(model, rows, [x for x, _ in seen], sizes=[size for _, size in seen],
-                              seed=seed, max_new_tokens=args.max_tokens,
-                              temperature=args.temperature or 0.0)
-        return [(len(x), x.finish_reason == "end", "".join(stream_text(x, model.tokenizer)).strip())
-                for x in said]
-
-    for start, some in unanswered_chunks(jobs, journal, args.batch_size):
-        good, bad = [], []
-        for job in some:
-            try:
-                job.image.encode()                          # a name may be no text
-                good.append((job, see(picture_path(
-                    args.source, job.image, args.follow_links), model)))
-            except (data.BadImage, data.BadData, UnicodeEncodeError) as error:
-                note(f"skipped: {error}")
-                bad.append((job, "", "not a usable picture"))
-        said = say([[args.prompt]] * len(good), [x for _, x in good], args.seed + start)
-        texts = [text for *_, text in said]
-        if brief := [i for i, (n, *_) in enumerate(said) if more and n <= args.short]:
-            added = say([[args.prompt, texts[i], CONTINUE_PROMPT] for i in brief],
-                        [good[i][1] for i in brief], args.seed + start)
-            for i, (*_, text) in zip(brief, added):
+    # a captioner reads no question, an InstructBLIP only the last one: neither can continue
+    style = data.template_of(model.template).style
+    can_continue = args.what == "curate" and style not in ("plain", "instruct")
+    for start, chunk in unanswered_chunks(jobs, journal, args.batch_size):
+        good, bad = load_pictures(args, model, chunk)
+        pictures, seed = [picture for _, picture in good], args.seed + start
+        replies = describe(model, args, [[args.prompt]] * len(good), pictures, seed)
+        texts = [text for *_, text in replies]
+        short = []
+        if can_continue:
+            short = [i for i, (length, *_) in enumerate(replies) if length <= args.short]
+        if short:
+            turns = [[args.prompt, texts[i], CONTINUE_PROMPT] for i in short]
+            more = describe(model, args, turns, [pictures[i] for i in short], seed)
+            for i, (*_, text) in zip(short, more):
                 texts[i] = f"{texts[i]} {text}".strip()
-        # a description that breaks off is repaired in curation, and else no caption
-        ends = [whole or args.what == "curate" for _, whole, _ in said]
-        yield [(job, text, "" if text and end else "cut off" if text else "empty")
-               for (job, _), text, end in zip(good, texts, ends)] + bad
+        answers = []
+        for (job, _), text, (_, whole, _) in zip(good, texts, replies):
+            reason = "" if text else "empty"
+            # one that breaks off is repaired in curation; it is no caption
+            if text and not whole and args.what != "curate":
+                reason = "cut off"
+            answers.append((job, text, reason))
+        yield answers + bad
 
 
-def curate(args, journal):
-    """[(job, text, reason of a rejection)] described or read, and mended if there is an endpoint;
-    None if only the cost was asked for."""
-    if os.path.isdir(args.source):
-        said = describe_folder(args, journal)
-    else:
-        said, path = [], args.source
-        for i, row in enumerate(data.read_conversations(path), 1):
-            turns, where = row["conversations"], f"{path}: row {i}"
-            if len(turns) != 2 or turns[1]["from"] not in ("gpt", "assistant"):
-                raise data.BadData(f"{where}: conversations: must be a question and a description: "
-                                   "remove the row")
-            name, image = str(row["id"]), coco_field(where, row, "image")
-            said.append((Request(name, image, cache_key(path, i)), turns[1]["value"], ""))
-    if not args.endpoint:
-        return said
-    who = "mend", args.endpoint, args.endpoint_model, args.temperature, args.max_tokens, args.seed
-    jobs = [Request(job.name, job.image, cache_key(*who, job.key, text),
-                [("system", REPAIR_PROMPT), ("user", text)]) for job, text, lost in said if not lost]
-    if not ask_endpoint(args, jobs, journal):
-        return None
-    return [row for row in said if row[2]] + replies_in_order(jobs, journal)
-
+# ------------------------------------------------------------------------------ the commands
 
 def describe_folder(args, journal):
+    """A description of every picture of a folder."""
     jobs = list(folder_requests(args))
     if not jobs:
         raise data.BadData(f"{args.source}: holds no picture: give another folder")
@@ -158,16 +171,63 @@ def describe_folder(args, journal):
     return replies_in_order(jobs, journal)
 
 
+def read_descriptions(path):
+    """The descriptions of a LLaVA JSON, as replies: a question and a description in each row."""
+    replies = []
+    for i, row in enumerate(data.read_conversations(path), 1):
+        turns, where = row["conversations"], f"{path}: row {i}"
+        if len(turns) != 2 or turns[1]["from"] not in ("gpt", "assistant"):
+            raise data.BadData(f"{where}: conversations: must be a question and a description: "
+                               "remove the row")
+        image = coco_field(where, row, "image")
+        job = Request(str(row["id"]), image, cache_key(path, i))
+        replies.append((job, turns[1]["value"], ""))
+    return replies
+
+
+def curate(args, journal):
+    """Descriptions, written or read, and repaired by an endpoint if there is one."""
+    if os.path.isdir(args.source):
+        replies = describe_folder(args, journal)
+    else:
+        replies = read_descriptions(args.source)
+    if not args.endpoint:
+        return replies
+    who = "mend", args.endpoint, args.endpoint_model, args.temperature, args.max_tokens, args.seed
+    rejected, jobs = [], []
+    for job, text, reason in replies:
+        if reason:
+            rejected.append((job, text, reason))
+            continue
+        messages = [("system", REPAIR_PROMPT), ("user", text)]
+        jobs.append(Request(job.name, job.image, cache_key(*who, job.key, text), messages))
+    if not ask_endpoint(args, jobs, journal):
+        return None
+    return rejected + replies_in_order(jobs, journal)
+
+
+def author_of(args):
+    """What identifies who writes, for the keys of the answers."""
+    if args.endpoint_model:
+        return args.endpoint_model
+    return model_fingerprint(args.llm) if args.llm else "the world"
+
+
 def generate_texts(args, journal):
-    """LLaVA's three kinds: [(job, text, reason of a rejection)], or None."""
-    known, jobs = list(toy_scenes(args) if args.toy else read_coco(args)), []
-    who = args.endpoint_model or args.llm and model_fingerprint(args.llm) or "the world"
-    how = (args.what, args.endpoint, who, args.seed, args.temperature, args.max_tokens,
-           args.template, args.dtype)
-    for name, image, captions, boxes, *scene in known:
-        sent = (*few_shot_messages(args.what, args.shots), ("user", image_context(args.what, captions, boxes)))
-        jobs.append(Request(name, image, cache_key(*how, name, image, sent), sent, *scene))
+    """LLaVA's three kinds of text."""
+    pictures = list(toy_scenes(args) if args.toy else read_coco(args))
+    settings = (args.what, args.endpoint, author_of(args), args.seed, args.temperature,
+                args.max_tokens, args.template, args.dtype)
+    jobs = []
+    for p in pictures:
+        messages = (*few_shot_messages(args.what, args.shots),
+                    ("user", image_context(args.what, p.captions, p.boxes)))
+        key = cache_key(*settings, p.name, p.image, messages)
+        jobs.append(Request(p.name, p.image, key, messages, p.scene))
     if args.endpoint:
-        return replies_in_order(jobs, journal) if ask_endpoint(args, jobs, journal) else None
-    record_all(jobs, (from_llama if args.llm else from_truth)(args, jobs, journal), journal, args.what)
+        if not ask_endpoint(args, jobs, journal):
+            return None
+    else:
+        write = from_llama if args.llm else from_truth
+        record_all(jobs, write(args, jobs, journal), journal, args.what)
     return replies_in_order(jobs, journal)

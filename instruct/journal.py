@@ -1,5 +1,10 @@
-"""TODO"""
+"""instruct.journal: every answer is on the disk before the next one is asked for.
 
+    Request --cache_key--> OUT.answers.jsonl: one {"key", "id", "text", "reject"} a line
+
+A key is a hash of all that an answer depends on, so a run that was killed, or a longer one, asks
+only what is new. evaluate/benchmarks.py keeps a model's answers the same way.
+"""
 import fcntl
 import hashlib
 import json
@@ -11,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from formats.checkpoints import resolve
-from formats.errors import note, UsageError
+from formats.errors import UsageError, note
 from formats.strict_json import loads
 
 
@@ -22,7 +27,7 @@ class Request:
     image: str | None                       # its picture, relative to the folder
     key: str
     request: tuple = ()                     # (role, text) ...
-    scene: object = None
+    scene: object = None                    # of a toy picture: the truth
 
 
 def cache_key(*parts):
@@ -31,17 +36,20 @@ def cache_key(*parts):
 
 def model_fingerprint(model):
     """What tells a model from the one that is trained next into the same folder."""
-    stats = [(p.name, p.stat()) for p in sorted(resolve(model).glob("*.safetensors"))]
-    return str(model), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    files = []
+    for path in sorted(resolve(model).glob("*.safetensors")):
+        status = path.stat()
+        files.append((path.name, status.st_size, status.st_mtime_ns))
+    return str(model), files
 
 
 class Journal:
-    """Answers so far: OUT.answers.jsonl, one {"key", "id", "text" or "reject"} a line.
+    """The answers so far, in a file that is locked while a run writes it.
 
     A line counts once its newline is on the disk; the torn one of a killed run is cut off."""
 
     def __init__(self, out):
-        self.path, self.rows, whole = f"{out}.answers.jsonl", {}, 0
+        self.path, self.rows = f"{out}.answers.jsonl", {}
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise UsageError(f"{self.path}: not a file: choose another --out")
         self.file = open(self.path, "a+b")
@@ -50,6 +58,11 @@ class Journal:
         except BlockingIOError:
             raise UsageError(f"{self.path}: another run is writing it: wait, or choose another "
                              "--out") from None
+        self.file.truncate(self._read())
+
+    def _read(self):
+        """Read the whole lines; returns their bytes."""
+        whole = 0
         self.file.seek(0)
         for number, line in enumerate(self.file, 1):
             if not line.endswith(b"\n"):
@@ -57,12 +70,12 @@ class Journal:
             try:
                 row = loads(line.decode())
                 self.rows[row["key"]] = row
-                row["text"], row["reject"]
+                row["text"], row["reject"]              # KeyError if one is missing
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise data.BadData(f"{self.path}: line {number} is damaged ({error!r}): remove "
                                    "that line, and it is asked again") from None
             whole += len(line)
-        self.file.truncate(whole)
+        return whole
 
     def __contains__(self, job):
         return job.key in self.rows and "again" not in self.rows[job.key]
@@ -79,9 +92,11 @@ class Journal:
                                    "again": why} for job, reason in failed})
 
     def add(self, answers):
-        """[(job, text, reason of a rejection or "")]; those that are there already are not new."""
-        new = {job.key: {"key": job.key, "id": job.name, "text": text, "reject": reason}
-               for job, text, reason in answers if job not in self}
+        """[(job, text, reason of a rejection or "")]; known ones are ignored."""
+        new = {}
+        for job, text, reason in answers:
+            if job not in self:
+                new[job.key] = {"key": job.key, "id": job.name, "text": text, "reject": reason}
         self._write(new)
 
     def _write(self, rows):
@@ -93,16 +108,16 @@ class Journal:
 
 
 def record_all(jobs, answers, journal, what):
-    """Write down the answers as they come."""
+    """Write down the answers as they come, with a bar on a terminal and lines elsewhere."""
     left = sum(job not in journal for job in jobs)
     bar = tqdm(total=len(jobs), initial=len(jobs) - left, desc=what, disable=None, mininterval=.5)
-    told = time.monotonic()
+    last_line = time.monotonic()
     for some in answers:
         new = sum(job not in journal for job, *_ in some)
         journal.add(some)
         bar.update(new)
-        if bar.disable and time.monotonic() - told > 5:
-            told = time.monotonic()
+        if bar.disable and time.monotonic() - last_line > 5:
+            last_line = time.monotonic()
             note(f"{what}: {sum(job in journal for job in jobs)}/{len(jobs)}")
     bar.close()
 
@@ -115,10 +130,11 @@ def replies_in_order(jobs, journal):
 
 
 def unanswered_chunks(jobs, journal, size):
-    """Jobs by `size`, without the chunks that are answered.
+    """Yield (start, jobs[start:start + size]), without the chunks that are answered.
 
-    A chunk that a killed run left half done is done whole again: a row's dice are its place in the
-    chunk, so it says the same; the journal drops what it has."""
+    A half-finished chunk is run again in full: sampling is seeded by the position in the chunk, so
+    answers repeat, and the journal ignores those it already has."""
     for start in range(0, len(jobs), size):
-        if any(job not in journal for job in jobs[start:start + size]):
-            yield start, jobs[start:start + size]
+        chunk = jobs[start:start + size]
+        if any(job not in journal for job in chunk):
+            yield start, chunk

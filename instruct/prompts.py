@@ -1,10 +1,17 @@
-"""TODO"""
+"""instruct.prompts: what an author is told and shown before it writes about a picture.
 
+    system text: what to write, and in which form     SYSTEM_PROMPTS, FORM
+    up to three invented pictures, each with its text   FEW_SHOT
+    what is known of the picture                        image_context
+
+[LLaVA] 2304.08485 section 3 and its appendix has the idea: captions and boxes stand for a picture
+that the author never sees. The words here are ours.
+"""
 import functools
 
 CONTEXT_CAPTIONS = "Some people looked at a picture, and each wrote a sentence about it. "
-CONTEXT_BOXES = ("Below them stands where its objects are, as name: [left, top, right, bottom] in parts of "
-         "width and height. ")
+CONTEXT_BOXES = ("Below them stands where its objects are, as name: [left, top, right, bottom] in "
+                 "parts of width and height. ")
 SYSTEM_PROMPTS = {
     "conversation": CONTEXT_CAPTIONS +
         "Answer as somebody who has that picture before their eyes. Write down a talk in which a "
@@ -23,10 +30,11 @@ SYSTEM_PROMPTS = {
         "world, and must not give away what can be seen. Then reply step by step as somebody who "
         "sees the picture. Mention neither sentences nor numbers."}
 FORM = "\n\nUse this form and write nothing around it:\n"
-REPAIR_PROMPT = ("You get a text that should describe a picture. Leave out what is said a second time, "
-        "stray signs and anything that is not English. Finish or leave out sentences that break "
-        "off. Change nothing else. Reply with the text alone, even if nothing was wrong with it.")
-CONTINUE_PROMPT = "Continue"                   # [MiniGPT-4] section 3.2, as the facts are told there
+REPAIR_PROMPT = (
+    "You get a text that should describe a picture. Leave out what is said a second time, "
+    "stray signs and anything that is not English. Finish or leave out sentences that break "
+    "off. Change nothing else. Reply with the text alone, even if nothing was wrong with it.")
+CONTINUE_PROMPT = "Continue"                # [MiniGPT-4] section 3.2
 # Three invented pictures: (captions, boxes, conversation, description, question and reply).
 FEW_SHOT = (
     (("A woman cuts bread on a wooden counter.", "Somebody makes breakfast in a bright kitchen.",
@@ -83,20 +91,25 @@ def format_qa(pairs):
 
 def image_context(kind, captions, boxes):
     """What is known of a picture, as text: captions, an empty line, name: [x1, y1, x2, y2]."""
-    if kind == "conversation":      # quirk: official ones show no boxes, and 2 examples, not 3
-        boxes = ()
-    rows = [f"{name}: [{', '.join(str(round(v, 3)) for v in box)}]" for name, box in boxes]
-    return "\n".join([*captions, *([""] if rows else []), *rows])
+    lines = list(captions)
+    # quirk: official conversations show no boxes, and 2 examples, not 3
+    if boxes and kind != "conversation":
+        lines.append("")
+        for name, box in boxes:
+            lines.append(f"{name}: [{', '.join(str(round(v, 3)) for v in box)}]")
+    return "\n".join(lines)
 
 
 @functools.cache
 def few_shot_messages(kind, shots):
-    """[(role, text)]: what to do, and examples. One tuple, shared by all requests of a run."""
-    form = {"conversation": FORM + format_qa([("...", "...")] * 2),
-            "reasoning": FORM + format_qa([("...", "...")]), "detail": ""}[kind]
-    rows = [("system", SYSTEM_PROMPTS[kind] + form)]
-    for lines, boxes, talk, told, hard in FEW_SHOT[:min(shots, 2 + (kind != "conversation"))]:
-        rows.append(("user", image_context(kind, lines, boxes)))
-        rows.append(("assistant", {"conversation": format_qa(talk), "detail": told,
-                                   "reasoning": format_qa([hard])}[kind]))
-    return tuple(rows)
+    """((role, text), ...): what to do, and examples. One tuple, shared by all requests of a run."""
+    forms = {"conversation": FORM + format_qa([("...", "...")] * 2),
+             "reasoning": FORM + format_qa([("...", "...")]), "detail": ""}
+    messages = [("system", SYSTEM_PROMPTS[kind] + forms[kind])]
+    most = 2 if kind == "conversation" else 3
+    for captions, boxes, pairs, text, hard_pair in FEW_SHOT[:min(shots, most)]:
+        answers = {"conversation": format_qa(pairs), "detail": text,
+                   "reasoning": format_qa([hard_pair])}
+        messages.append(("user", image_context(kind, captions, boxes)))
+        messages.append(("assistant", answers[kind]))
+    return tuple(messages)

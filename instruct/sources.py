@@ -1,16 +1,32 @@
-"""TODO"""
+"""instruct.sources: what there is to write about: COCO's files, toy scenes, a folder of pictures.
 
+COCO's boxes are [x, y, width, height] in pixels; here they become (x1, y1, x2, y2) in fractions of
+the picture's sides, as LLaVA's data engine shows them. No picture is opened for that.
+"""
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import data
 from formats.errors import note
 from formats.pictures import list_pictures, picture_path
 from formats.strict_json import is_broken_text, read_json
-from instruct.journal import cache_key, model_fingerprint, Request
-from toy import texts as toy_texts
+from instruct.journal import Request, cache_key, model_fingerprint
+from toy.texts import captions
 from toy.world import draw, make_scene
 
+
+@dataclass
+class KnownPicture:
+    """What is known of a picture without looking at it."""
+    name: str                               # id of the sample
+    image: str                              # its file, relative to the folder of pictures
+    captions: list
+    boxes: list                             # (name of the object, (x1, y1, x2, y2) in fractions)
+    scene: object = None                    # of a toy picture: the truth
+
+
+# -------------------------------------------------------------------------------------- COCO
 
 def coco_list(path, read, name):
     """[(where, row)] of one list of a COCO file."""
@@ -18,6 +34,15 @@ def coco_list(path, read, name):
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise data.BadData(f"{path}: {name} must be a list of objects, as in COCO's files")
     return [(f"{path}: {name}[{i}]", row) for i, row in enumerate(rows)]
+
+
+def is_box(value):
+    """[x, y, width, height]: finite (1e999 is read as infinity), no negative width or height."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    if not all(type(v) in (int, float) and abs(v) <= 1_000_000 for v in value):
+        return False
+    return min(value[2:]) >= 0
 
 
 def coco_field(where, row, name):
@@ -28,10 +53,8 @@ def coco_field(where, row, name):
         value = str(value)
     elif name in ("width", "height"):
         fine, what = type(value) is int and 0 < value <= 1_000_000, "a number of pixels"
-    elif name == "bbox":                                # also refuses infinity, as 1e999 is read
-        fine, what = isinstance(value, list) and len(value) == 4 and all(
-            type(v) in (int, float) and abs(v) <= 1_000_000 for v in value) and min(
-            value[2:]) >= 0, "[x, y, width, height] in pixels"
+    elif name == "bbox":
+        fine, what = is_box(value), "[x, y, width, height] in pixels"
     else:
         fine, what = isinstance(value, str) and value.strip(), "some text"
     if not fine or isinstance(value, str) and is_broken_text(value):
@@ -39,75 +62,102 @@ def coco_field(where, row, name):
     return value
 
 
+@dataclass
+class CocoImage:
+    """A row of `images`, and what the lists of annotations say about it."""
+    where: str
+    row: dict
+    captions: list = field(default_factory=list)
+    boxes: list = field(default_factory=list)
+
+
+def read_captions(path):
+    """{id: CocoImage} of captions_*.json, in the file's order."""
+    read, images = read_json(path), {}
+    for where, row in coco_list(path, read, "images"):
+        name = coco_field(where, row, "id")
+        if name in images:
+            raise data.BadData(f"{where}.id: {name} is there twice: remove one")
+        images[name] = CocoImage(where, row)
+    for where, row in coco_list(path, read, "annotations"):
+        name = coco_field(where, row, "image_id")
+        if name not in images:
+            raise data.BadData(f"{where}.image_id: there is no image {name}: remove the row")
+        images[name].captions.append(" ".join(coco_field(where, row, "caption").split()))
+    return images
+
+
+def read_boxes(path, images):
+    """Add the boxes of instances_*.json to those of `images` that they belong to."""
+    read, kinds = read_json(path), {}
+    for where, row in coco_list(path, read, "categories"):
+        kinds[coco_field(where, row, "id")] = coco_field(where, row, "name")
+    for where, row in coco_list(path, read, "annotations"):
+        kind = coco_field(where, row, "category_id")
+        x, y, w, h = coco_field(where, row, "bbox")
+        if kind not in kinds:
+            raise data.BadData(f"{where}.category_id: there is no category {kind}: remove it")
+        image = images.get(coco_field(where, row, "image_id"))
+        if image is None:
+            continue
+        wide = coco_field(image.where, image.row, "width")
+        high = coco_field(image.where, image.row, "height")
+        if x >= wide or y >= high or x + w < 0 or y + h < 0:
+            raise data.BadData(f"{where}.bbox: lies outside of its {wide} × {high} picture: "
+                               "correct the row")
+        box = x / wide, y / high, (x + w) / wide, (y + h) / high
+        image.boxes.append((kinds[kind], tuple(min(max(v, 0), 1) for v in box)))
+
+
 def read_coco(args):
-    """[(id, file name, captions, boxes)] of the pictures that have captions, in the file's order.
+    """[KnownPicture] of the pictures that have captions, in the file's order, up to --limit.
 
     Raises data.BadData naming file, row and field."""
-    read, pictures = read_json(args.captions), {}
-    for where, row in coco_list(args.captions, read, "images"):
-        if (name := coco_field(where, row, "id")) in pictures:
-            raise data.BadData(f"{where}.id: {name} is there twice: remove one")
-        pictures[name] = (where, row, [], [])
-    for where, row in coco_list(args.captions, read, "annotations"):
-        if (name := coco_field(where, row, "image_id")) not in pictures:
-            raise data.BadData(f"{where}.image_id: there is no image {name}: remove the row")
-        pictures[name][2].append(" ".join(coco_field(where, row, "caption").split()))
-    told = {name: p for name, p in pictures.items() if p[2]}
-    if not told:
+    everything = read_captions(args.captions)
+    images = {name: image for name, image in everything.items() if image.captions}
+    if not images:
         raise data.BadData(f"{args.captions}: holds no captions: give COCO's captions_*.json")
-    told = dict(list(told.items())[:args.limit])
-    note(f"{len(told):,} of {len(pictures):,} pictures: those with captions, up to --limit")
-    for where, row, *_ in told.values():
+    images = dict(list(images.items())[:args.limit])
+    note(f"{len(images):,} of {len(everything):,} pictures: those with captions, up to --limit")
+    for image in images.values():
         try:
-            picture_path(args.images, coco_field(where, row, "file_name"), args.follow_links)
+            picture_path(args.images, coco_field(image.where, image.row, "file_name"),
+                         args.follow_links)
         except data.BadData as error:
-            raise data.BadData(f"{where}.file_name: {error}") from None
+            raise data.BadData(f"{image.where}.file_name: {error}") from None
     if args.what != "conversation":
-        read = read_json(args.instances)
-        kinds = {coco_field(where, row, "id"): coco_field(where, row, "name")
-                 for where, row in coco_list(args.instances, read, "categories")}
-        for where, row in coco_list(args.instances, read, "annotations"):
-            kind, (x, y, w, h) = coco_field(where, row, "category_id"), coco_field(where, row, "bbox")
-            if kind not in kinds:
-                raise data.BadData(f"{where}.category_id: there is no category {kind}: remove it")
-            if (name := coco_field(where, row, "image_id")) not in told:
-                continue
-            at, picture, _, boxes = told[name]
-            W, H = coco_field(at, picture, "width"), coco_field(at, picture, "height")
-            if x >= W or y >= H or x + w < 0 or y + h < 0:
-                raise data.BadData(f"{where}.bbox: lies outside of its {W} × {H} picture: correct "
-                                   "the row")
-            box = x / W, y / H, (x + w) / W, (y + h) / H
-            boxes.append((kinds[kind], tuple(min(max(v, 0), 1) for v in box)))
+        read_boxes(args.instances, images)
     # quirk: some pictures of COCO have six or seven captions; LLaVA shows five
-    return [(name, row["file_name"], lines[:5], boxes)
-            for name, (_, row, lines, boxes) in told.items()]
+    return [KnownPicture(name, image.row["file_name"], image.captions[:5], image.boxes)
+            for name, image in images.items()]
 
+
+# ----------------------------------------------------------------------- toy scenes, folders
 
 def toy_scenes(args):
-    """[(id, file name, captions, boxes, scene)]; draws the pictures."""
+    """Yield a KnownPicture for each toy scene; draws the pictures."""
     folder = Path(args.images)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(min(args.toy, args.limit or args.toy)):
         scene = make_scene(f"instruct:{args.seed}:{i}", args.split)
         name = f"{args.split}-{args.seed}-{i:06}"
-        aside = folder / f".{name}.{os.getpid()}.tmp"
-        draw(scene).save(aside, "PNG")
-        os.replace(aside, folder / f"{name}.png")       # none is ever half there
-        yield (name, f"{name}.png", toy_texts.captions(scene), [(t.name, t.box) for t in scene.things],
-               scene)
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        draw(scene).save(temporary, "PNG")
+        os.replace(temporary, folder / f"{name}.png")   # a killed run leaves no half picture
+        boxes = [(t.name, t.box) for t in scene.things]
+        yield KnownPicture(name, f"{name}.png", captions(scene), boxes, scene)
 
 
 def folder_requests(args):
-    """A job for every picture of a folder and of those below it, by name."""
+    """A Request for every picture of a folder and of those below it, by name."""
     root = Path(args.source)
     files, others = list_pictures(root, below=True, follow_links=args.follow_links)
     for line in others:
         note(f"note: {line}")
-    who = (args.what, model_fingerprint(args.model), args.template, args.prompt, args.seed, args.dtype,
-           args.temperature, args.max_tokens, getattr(args, "short", None))
+    who = (args.what, model_fingerprint(args.model), args.template, args.prompt, args.seed,
+           args.dtype, args.temperature, args.max_tokens, getattr(args, "short", None))
     for path in files:
         name = path.relative_to(root).as_posix()
-        # a picture is told by its name and size: times change when a folder is copied
-        size = path.stat() if args.follow_links and path.exists() else path.lstat()
-        yield Request(name, name, cache_key(*who, name, size.st_size))
+        # name and size identify a picture: its time changes when a folder is copied
+        status = path.stat() if args.follow_links and path.exists() else path.lstat()
+        yield Request(name, name, cache_key(*who, name, status.st_size))

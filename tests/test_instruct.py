@@ -254,8 +254,8 @@ def test_backoff_is_a_function_of_the_seed(folder):
              "--endpoint", "http://127.0.0.1:1/v1", "--endpoint-model", "m", "--longest-wait", 9]
     made = [ChatEndpoint(parse([str(w) for w in (*words, "--seed", s)]))
             for s in (0, 0, 1)]
-    a, b, c = ([e.pause("k", i) for i in range(8)] for e in made)
-    assert a == b != c and len({*a}) == 8 and a != [made[0].pause("j", i) for i in range(8)]
+    a, b, c = ([e.backoff("k", i) for i in range(8)] for e in made)
+    assert a == b != c and len({*a}) == 8 and a != [made[0].backoff("j", i) for i in range(8)]
     assert all(min(9, 2 ** i) / 2 <= x <= min(9, 2 ** i) for i, x in enumerate(a))
 
 

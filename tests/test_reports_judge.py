@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 import data
 import test_benchmarks as benchmarks
 import test_instruct as asking
+import train
 from formats import pictures
 from test_benchmarks import Judge, bench, exam, scores, seer, stand_in              # noqa: F401
 from test_instruct import Server, asked, coco, folder                               # noqa: F401
@@ -27,6 +28,7 @@ from instruct.flags import parse
 from instruct.parsing import parse_reply
 from instruct.prompts import format_qa
 from instruct.sources import folder_requests
+from trainer import doctor
 from trainer.run_folder import run_config
 
 ROOT = Path(__file__).parents[1]
@@ -214,15 +216,14 @@ def rows(linked):
 
 def test_the_doctor_follows_links(linked, capsys):
     words = ["check", str(rows(linked)), "--images", str(linked / "img")]
-    assert data.main(parse(words)) == 3 and "--follow-links" in capsys.readouterr().out
-    assert data.main(parse([*words, "--follow-links"])) == 0
+    assert doctor.main(words) == 3 and "--follow-links" in capsys.readouterr().out
+    assert doctor.main([*words, "--follow-links"]) == 0
 
 
 def test_training_follows_links(linked):
-    import train
-    args = parse(["--stage", "2", "--data", str(rows(linked)), "--images",
-                            str(linked / "img"), "--follow-links"])
-    assert args.follow_links and not parse(["--stage", "2"]).follow_links
+    args = train.parse_args(["--stage", "2", "--data", str(rows(linked)), "--images",
+                             str(linked / "img"), "--follow-links"])
+    assert args.follow_links and not train.parse_args(["--stage", "2"]).follow_links
     assert "follow_links" not in run_config(args)           # old runs can be resumed
 
 
