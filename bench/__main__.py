@@ -2,59 +2,80 @@
 
     python -m bench                     all tables, on the GPU that is here
     python -m bench attention decode    some of them
-    python -m bench --cpu               tokens and training steps a second on one core,
-                                                beside transformers, in turns
-    python -m bench --rehearse          every table in toy sizes, on a CPU too: no figure
-                                                of it means anything, but the code has run
+    python -m bench --cpu               tokens and training steps a second on one core, beside
+                                        transformers, in turns
+    python -m bench --rehearse          every table in toy sizes, on a CPU too: its figures mean
+                                        nothing, but the code has run
 
 Without a GPU it says so, compiles every kernel for sm_80 and sm_90 instead, and prints what the
 machine code looks like (tests/compiled.py). How is measured: bench/measure.py. Tables go to
-bench/results/<table>.json (--out: to another folder), correctness first. Exit status 1 if
-anything of ours was wrong or did not run.
+runs/bench/<table>.json (--out: to another folder), correctness first. Exit status 1 if anything of
+ours was wrong or did not run.
 
-Some tables run whole models, texts and training steps; what they import lies above kernels/ and
-imports it. They do so inside their functions: nobody imports this file, so there is no circle, and
-what is above is not needed for the others.
+    bench/kernels.py    one operation, beside PyTorch's and others' form of it
+    bench/models.py     a training step and generation at 7B, beside transformers
+    bench/cpu.py        the toy and a 160M model on one core, beside transformers
 """
-
 import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
+ROOT = Path(__file__).parents[1]
+# {table: (file of bench/, seconds)}; what compiles longest comes last
+ON_GPU = {"ceilings": ("measure", 15), "correctness": ("kernels", 60),
+          "attention": ("kernels", 100), "elementwise": ("kernels", 60), "head": ("kernels", 25),
+          "decode": ("kernels", 25), "optimizer": ("kernels", 30), "curves": ("kernels", 25),
+          "generate": ("models", 80), "step": ("models", 120)}
+ON_CPU = {"cpu_step": ("cpu", 600), "cpu_quantize": ("cpu", 60), "cpu_generate": ("cpu", 3000)}
 
-from bench.cpu import cpu_generate, cpu_quantize, cpu_step
-from bench.kernels import attention, correctness, curves, decode, elementwise, head, optimizer, ROOT
-from bench.measure import ceilings, GPU, report
-from bench.models import generate, step
 
-# seconds of each; what compiles longest comes last
-TABLES = {ceilings: 15, correctness: 60, attention: 100, elementwise: 60, head: 25, decode: 25,
-          optimizer: 30, curves: 25, generate: 80, step: 120}
+def parse(argv=None):
+    p = argparse.ArgumentParser(prog="python -m bench",
+                                description="The kernels against what people use.")
+    p.add_argument("tables", nargs="*", help=", ".join(ON_GPU))
+    p.add_argument("--cpu", action="store_true",
+                   help=f"on one core, beside transformers: {', '.join(ON_CPU)}")
+    p.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU too")
+    p.add_argument("--out", type=Path, default=ROOT / "runs/bench",
+                   help="folder of the tables (default: runs/bench)")
+    args = p.parse_args(argv)
+    args.plan = ON_CPU if args.cpu else ON_GPU
+    unknown = set(args.tables) - set(args.plan)
+    if unknown:
+        p.error(f"no table {', '.join(sorted(unknown))}")
+    return args
 
-ON_CPU = {cpu_step: 600, cpu_quantize: 60, cpu_generate: 3000}
+
+def main(args):
+    """Run the tables; returns an exit status."""
+    import torch
+
+    from bench import measure
+    if args.cpu:
+        torch.set_num_threads(1)
+    elif not measure.GPU and not args.rehearse:
+        print("No GPU here: nothing is timed. What the compiler makes of the kernels:", flush=True)
+        return subprocess.run([sys.executable, ROOT / "tests/compiled.py"]).returncode
+    device = "a CPU, rehearsal"
+    if args.cpu:
+        device = "one core of a CPU"
+    elif measure.GPU:
+        device = torch.cuda.get_device_name()
+    machine = {"device": device, "torch": torch.__version__}
+    print(*machine.values())
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for name, (file, seconds) in args.plan.items():
+        # the ceilings come always: the percentages of the others are of them
+        if args.tables and name != "ceilings" and name not in args.tables:
+            continue
+        table = getattr(importlib.import_module(f"bench.{file}"), name)
+        results.append(measure.report(table, seconds, args.out, machine))
+    return int(not all(results))
+
 
 if __name__ == "__main__":
-    ask = argparse.ArgumentParser(description="the kernels against what people use")
-    ask.add_argument("tables", nargs="*", help=", ".join(t.__name__ for t in TABLES))
-    ask.add_argument("--cpu", action="store_true", help="on one core, beside transformers")
-    ask.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU too")
-    ask.add_argument("--out", type=Path, default=ROOT / "bench/results")
-    asked = ask.parse_args()
-    TABLES = ON_CPU if asked.cpu else TABLES
-    if unknown := set(asked.tables) - {t.__name__ for t in TABLES}:
-        ask.error(f"no table {', '.join(sorted(unknown))}")
-    if asked.cpu:
-        torch.set_num_threads(1)
-    elif not GPU and not asked.rehearse:
-        print("No GPU here: nothing is timed. What the compiler makes of the kernels:", flush=True)
-        sys.exit(subprocess.run([sys.executable, ROOT / "tests/compiled.py"]).returncode)
-    machine = {"device": "one core of a CPU" if asked.cpu else
-               torch.cuda.get_device_name() if GPU else "a CPU, rehearsal",
-               "torch": torch.__version__}
-    print(*machine.values())
-    asked.out.mkdir(parents=True, exist_ok=True)
-    results = [report(table, seconds, asked.out, machine) for table, seconds in TABLES.items()
-               if not asked.tables or table is ceilings or table.__name__ in asked.tables]
-    sys.exit(not all(results))
+    args = parse()                      # before torch is imported: --help answers at once
+    sys.exit(main(args))

@@ -1,14 +1,18 @@
-"""bench/kernels.py: each kernel on its own, beside PyTorch's and others' form of the same operation."""
+"""bench.kernels: each kernel on its own, beside PyTorch's and others' form of the same operation.
+
+A table is a generator of rows, {"what": ..., "ours": ..., "ok": ...}; bench/measure.py says how
+they are timed. `correctness` comes first: a fast kernel that is wrong is worth nothing.
+"""
 
 import copy
 import importlib
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.measure import (
     both_ways,
@@ -18,14 +22,15 @@ from bench.measure import (
     HALF,
     peak,
     pick,
-    pulled,
     race,
     random,
     short,
     speeds,
+    with_gradients,
 )
-
-ROOT = Path(__file__).parents[1]
+from decoding import cuda_graph
+from generate import generate_batch
+from llama import Config, KVCache, Llama
 
 
 def kernel_files(*names):
@@ -44,13 +49,14 @@ def correctness():
         "attention", "cross_entropy", "decode", "norm", "rope", "swiglu", "adamw")
 
     def row(what, ours, spec, *x):
+        upstream = []
         try:
-            found = pulled(ours, x, pull := [])
+            found = with_gradients(ours, x, upstream)
         except FAILURES as error:
             return {"what": what, "error": short(error), "ok": False}
-        exact = pulled(spec, [t.detach().double().requires_grad_() for t in x], pull)
-        errors = [[float(((a - b).norm() / b.norm()).detach()) for a, b in zip(made, exact)]
-                  for made in (found, pulled(spec, x, pull))]
+        exact = with_gradients(spec, [t.detach().double().requires_grad_() for t in x], upstream)
+        errors = [[float(((a - b).norm() / b.norm()).detach()) for a, b in zip(result, exact)]
+                  for result in (found, with_gradients(spec, x, upstream))]
         ratio = max(a / max(b, 1e-6) for a, b in zip(*errors))
         return {"what": what, "error": max(errors[0]), "of spec": max(errors[1]),
                 "worst ratio": round(ratio, 2), "ok": ratio <= 2}
@@ -95,15 +101,15 @@ def correctness():
         yield {"what": f"decode S {S} D {D}", "error": ours, "of spec": spec,
                "ok": ours <= 2 * max(spec, 1e-6)}
     for stochastic in (False, True):            # the same arithmetic on both, so the same bits
-        start, made = torch.randn(100_003), []
+        start, results = torch.randn(100_003), []
         for device in (DEVICE, "cpu"):
             p = torch.nn.Parameter(start.to(device, torch.bfloat16))
             optimizer = adam.AdamW([p], stochastic=stochastic)
             for turn in range(3):
                 p.grad = start.roll(turn + 1).to(device, torch.bfloat16)
                 optimizer.step()
-            made.append(p.detach().cpu())
-        same = float((made[0] == made[1]).float().mean())
+            results.append(p.detach().cpu())
+        same = float((results[0] == results[1]).float().mean())
         yield {"what": f"adamw, stochastic {stochastic}", "equal to the CPU's": same,
                "ok": same == 1}
     yield from whole()
@@ -111,40 +117,37 @@ def correctness():
 
 def whole():
     """A small LLaMA: its gradients to the bit under each policy, and a token written by decode."""
-    import llama
-    model = llama.Llama(llama.Config(512, 256, 8, 4, 2, 704)).to(DEVICE, HALF)
+    model = Llama(Config(512, 256, 8, 4, 2, 704)).to(DEVICE, HALF)
     ids, first = torch.randint(512, (2, pick(300, 20)), device=DEVICE), None
     for policy, offload in ((None, False), ("none", False), ("attention", False), ("full", False),
                             ("attention", True), ("full", True)):
         model.checkpoint, model.offload = policy, offload
         model.zero_grad()
         model(ids).float().square().mean().backward()
-        made = [p.grad for p in model.parameters()]
-        first = first or [g.clone() for g in made]
+        grads = [p.grad for p in model.parameters()]
+        first = first or [g.clone() for g in grads]
         yield {"what": f"LLaMA's gradients, {policy}{', offloaded' * offload}",
-               "ok": all(map(torch.equal, made, first))}
+               "ok": all(map(torch.equal, grads, first))}
     with torch.no_grad():
-        cache = llama.KVCache(model.config, *ids.shape, model.embed.weight)
+        cache = KVCache(model.config, *ids.shape, model.embed.weight)
         model(ids[:, :-1], cache)
         exact = copy.deepcopy(model).to("cpu", torch.double)(ids.cpu())[:, -1]
         one, row = (float((y[:, -1].cpu() - exact).norm() / exact.norm())
                     for y in (model(ids[:, -1:], cache), model(ids)))
     yield {"what": "LLaMA's next token, with a cache", "error": one, "of the row": row,
            "ok": one <= 2 * max(row, 1e-6)}
-    import generate
     for how in ({}, {"temperature": 1.0, "top_p": .9, "repetition_penalty": 1.2}):
         def text():
-            return generate.generate_batch(model, [ids[0].tolist(), ids[1, :7].tolist()],
+            return generate_batch(model, [ids[0].tolist(), ids[1, :7].tolist()],
                                            max_new_tokens=24, **how)
         recorded = text()
-        with mock.patch.object(generate, "SPEC", True):         # the same kernels, launched
+        with mock.patch.object(cuda_graph, "SPEC", True):         # the same kernels, launched
             yield {"what": f"a text as it is recorded {how or 'greedy'}", "ok": recorded == text()}
 
 
 def attention():
     """TFLOP/s of 4 T² D H operations (half if causal, the documents' own squares if packed), x 3.5
     with backward. PyTorch's scaled_dot_product_attention gets packed rows as a padded batch."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     (file,) = kernel_files("attention")
 
     def sdpa(backend, causal, *x):
@@ -211,11 +214,11 @@ def head():
         labels[supervised:] = file.IGNORE
         rows, logits, weight = x.detach()[:supervised], random(supervised, V), w.detach()
         eager = partial(file.linear_cross_entropy_spec, labels=labels)
-        runs = {"ours": partial(pulled, partial(file.linear_cross_entropy, labels=labels), (x, w),
-                                one),
+        ours = partial(file.linear_cross_entropy, labels=labels)
+        runs = {"ours": partial(with_gradients, ours, (x, w), one),
                 "three products": lambda: (rows @ weight.T, logits @ weight, logits.T @ rows),
-                "eager": partial(pulled, eager, (x, w), one),
-                "compile": partial(pulled, compiled(eager), (x, w), one)}
+                "eager": partial(with_gradients, eager, (x, w), one),
+                "compile": partial(with_gradients, compiled(eager), (x, w), one)}
         found = race(runs)
         yield {"rows": N, "supervised": supervised, **found, **{
             f"{k} GB": peak(runs[k]) for k in runs if isinstance(found[k], float)}}
@@ -262,7 +265,6 @@ def optimizer():
 
 def curves():
     """50 steps on the same rows from the same weights: the loss under each optimizer."""
-    import llama
     ours, torchs = kernel_files("adamw")[0].AdamW, torch.optim.AdamW
     V, C, depth, H, M = pick((8192, 1024, 8, 16, 2816), (64, 32, 2, 2, 64))
     for what, dtype, make in (
@@ -270,7 +272,7 @@ def curves():
             ("ours, stochastic", torch.bfloat16, partial(ours, stochastic=True)),
             ("torch bf16, rounded to nearest", torch.bfloat16, torchs)):
         torch.manual_seed(0)
-        model = llama.Llama(llama.Config(V, C, depth, H, H, M)).to(DEVICE, dtype)
+        model = Llama(Config(V, C, depth, H, H, M)).to(DEVICE, dtype)
         ids = torch.randint(V, pick((16, 512), (2, 16)), device=DEVICE)
         optimizer, losses = make(model.parameters(), lr=2e-5), []
         for _ in range(pick(50, 2)):

@@ -1,4 +1,4 @@
-"""bench/models.py: a step of training and generation at 7B, beside transformers."""
+"""bench.models: a training step and generation at 7B, beside transformers on the same weights."""
 
 import copy
 from functools import partial
@@ -21,29 +21,32 @@ from bench.measure import (
     short,
     speeds,
 )
-from decoding.cuda_graph import capture, DecodeStep
+from decoding.cuda_graph import DecodeStep, capture
+from formats import configs
 from formats.checkpoints import export
 from formats.errors import UserError
+from generate import Sampler
+from kernels.quantize import quantize
+from llama import Config, KVCache, Llama
 
 
 def llama_7b():
     """Ours with random weights, and transformers' on the very same memory, or why not."""
-    import llama
-    from formats import configs
     tiny = {"vocab": 100, "width": 32, "depth": 2, "heads": 2, "kv_heads": 2, "mlp": 64}
-    config = llama.Config(**pick({}, tiny))
+    config = Config(**pick({}, tiny))
     torch.set_default_dtype(HALF)
     try:
         with torch.device(DEVICE):
-            ours = llama.Llama(config)
+            ours = Llama(config)
             from transformers import LlamaConfig, LlamaForCausalLM
-            theirs = LlamaForCausalLM(LlamaConfig(**configs.llama_to_hf(config), attn_implementation="sdpa"))
-        theirs.load_state_dict(export(ours, ours.names()), assign=True)
+            hf_config = LlamaConfig(**configs.llama_to_hf(config), attn_implementation="sdpa")
+            reference = LlamaForCausalLM(hf_config)
+        reference.load_state_dict(export(ours, ours.names()), assign=True)
     except FAILURES as error:
-        theirs = short(error)
+        reference = short(error)
     finally:
         torch.set_default_dtype(torch.float32)
-    return ours, theirs
+    return ours, reference
 
 
 def step():
@@ -51,12 +54,12 @@ def step():
     for the pictures' vectors): full rows for all, TFLOP/s of the model's own operations, GB above
     the weights. transformers runs on the same weights: its loss must be ours."""
     rot, checkpoint, ce = kernel_files("rope", "checkpoint", "cross_entropy")
-    ours, theirs = llama_7b()
+    ours, reference = llama_7b()
     c, models = ours.config, [ours]
-    if isinstance(theirs, str):
-        yield {"what": "transformers", "ms": theirs}
+    if isinstance(reference, str):
+        yield {"what": "transformers", "ms": reference}
     else:
-        models.append(theirs.train())
+        models.append(reference.train())
     # compiling takes minutes: last, so that it can be cut off
     for stage, size, compiling in ((2, (9, 900, 180), False), (1, (13, 606, 28), False),
                                    (2, (9, 900, 180), True)):
@@ -75,18 +78,18 @@ def step():
                 model.zero_grad()
 
         def mine(name, policy):
-            y = ours.norm(checkpoint.run(ours.blocks, x, *table, policy=policy))
+            y = ours.norm(checkpoint.checkpointed(ours.blocks, x, *table, policy=policy))
             pull(name, ce.linear_cross_entropy(y.view(-1, c.width), ours.head.weight, after))
 
         def baseline(name, again, model):
-            getattr(theirs, f"gradient_checkpointing_{'enable' if again else 'disable'}")()
+            getattr(reference, f"gradient_checkpointing_{'enable' if again else 'disable'}")()
             pull(name, model(inputs_embeds=x, labels=labels, use_cache=False).loss)
 
         for model in models:
             model.requires_grad_(stage == 2)
         plans = [(mine, f"ours {policy}", policy) for policy in (None, "none", "attention", "full")]
-        baselines = [(baseline, "transformers", False, theirs),
-                     (baseline, "transformers checkpoint", True, theirs)]
+        baselines = [(baseline, "transformers", False, reference),
+                     (baseline, "transformers checkpoint", True, reference)]
         if compiling:
             plans, baselines = [], [(baseline, "transformers compile", False, compiled(models[-1]))]
         runs = {name: partial(f, name, *how)
@@ -106,10 +109,7 @@ def generate():
     """Tokens a second of Llama-2-7B behind 1,024 tokens, in bf16, int8 and int4, by generate.py's
     step, launched (`ours`) and recorded, and the most that reading allows (`most`: weights and
     cache once a token, at the copy's speed)."""
-    import generate
-    import llama
-    from kernels.quantize import quantize
-    ours, theirs = llama_7b()
+    ours, reference = llama_7b()
     c, S, new = ours.config, *pick((1024, 64), (8, 2))
     model, coded = ours, 16
     for bits, B, how in ((16, 1, {}), (16, 8, {}), (8, 1, {}), (8, 8, {}), (4, 1, {}), (4, 8, {}),
@@ -119,18 +119,18 @@ def generate():
             model, coded = ours if bits == 16 else quantize(copy.deepcopy(ours), bits), bits
 
         def text(length):
-            theirs.generate(ids, min_new_tokens=length, max_new_tokens=length, do_sample=False,
+            reference.generate(ids, min_new_tokens=length, max_new_tokens=length, do_sample=False,
                             pad_token_id=0, **how)
 
         if not how:
-            cache = llama.KVCache(c, B, S + 8, ours.embed.weight)
+            cache = KVCache(c, B, S + 8, ours.embed.weight)
             model.hidden(ids, cache)
-            step = DecodeStep(model, cache, generate.Sampler(model, ids.tolist(), 1), ids[:, :1],
+            step = DecodeStep(model, cache, Sampler(model, ids.tolist(), 1), ids[:, :1],
                                  torch.full((B, 1), S, device=DEVICE))
 
             def token():
-                cache.at.fill_(S)               # the same token every time
-                cache.end.fill_(S + 1)
+                step.memory.at.fill_(S)         # the same token every time
+                step.memory.end.fill_(S + 1)
                 step()
 
             token()
@@ -146,8 +146,8 @@ def generate():
             row["most"] = CEILING["copy"] * 1e9 * B / (
                 weights - ours.embed.weight.nbytes + 2 * cache.k[:, :, :S].nbytes)
         if bits == 16:
-            row["transformers"] = theirs
-        if bits == 16 and not isinstance(theirs, str):  # two lengths: the prompt's time cancels
+            row["transformers"] = reference
+        if bits == 16 and not isinstance(reference, str):  # two lengths: the prompt's time cancels
             one, more = race({n: partial(text, n) for n in (1, 1 + new)}, turns=5, warm=1,
                              flush=False).values()
             row["transformers"] = more if isinstance(more, str) else 1000 * B * new / (more - one)

@@ -114,7 +114,8 @@ def check_toy(a):
 
 def parse(argv=None):
     """The namespace of a command line. `rest`: flags of a judge, which instruct/flags.py reads."""
-    p = argparse.ArgumentParser(prog="python -m evaluate", description="Score a model.", allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="python -m evaluate", description="Score a model.",
+                                allow_abbrev=False)
     sub = p.add_subparsers(dest="what", required=True)
     add_toy_commands(sub)
     add_benchmarks(sub)

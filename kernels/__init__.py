@@ -14,7 +14,6 @@ a file says so (launch.py).
   cross_entropy  output head and loss over supervised rows only
   checkpoint     what a block keeps for its backward pass, and what it computes again
   adamw          one fused pass: bf16 weights with an exact fp32 master, 8-bit moments
-  bench          all of it, timed beside what people use (measure: how it is timed)
 """
 
 import warnings
@@ -37,6 +36,6 @@ attention = keep_output(attention)
 layer_norm, rms_norm, gelu, quick_gelu, swiglu = map(
     recompute, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
 
-__all__ = ["attention", "causal", "full", "sliding_window", "recompute", "checkpointed", "keep_output", "linear_cross_entropy",
-           "decode", "fused", "layer_norm", "rms_norm", "rope", "rope_table", "gelu", "quick_gelu",
-           "swiglu"]
+__all__ = ["attention", "causal", "full", "sliding_window", "recompute", "checkpointed",
+           "keep_output", "linear_cross_entropy", "decode", "fused", "layer_norm", "rms_norm",
+           "rope", "rope_table", "gelu", "quick_gelu", "swiglu"]

@@ -163,7 +163,8 @@ def reference(q, k, v, allow, n, start, attention_mask, doc_spans):
                                    for text in zip(*(t.split(sizes) for t in row))], dim=1))
         return torch.cat(rows)
     seen = None
-    if not (allow is causal and attention_mask is None and doc_spans is None and start == 0 and T == S > 1):
+    if not (allow is causal and attention_mask is None and doc_spans is None and start == 0
+            and T == S > 1):
         seen = seen_matrix(q, k, allow, n, start, attention_mask, doc_spans)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))               # (B, heads, length, D)
     if seen is None:
@@ -563,7 +564,8 @@ def launch(kernel, name, rows, heads, tensors, q, k, v, allow, n, start, attenti
     attention_mask = None if attention_mask is None else attention_mask.contiguous()
     keys, queries = (getattr(allow, side, anywhere) for side in ("keys", "queries"))
     kernel[(-(-rows // block) * B * heads,)](
-        q, k, v, *tensors, attention_mask, begin, end, math.log2(math.e) / math.sqrt(D), T, S, n, start,
+        q, k, v, *tensors, attention_mask, begin, end, math.log2(math.e) / math.sqrt(D),
+        T, S, n, start,
         *in_eights("q", q), *in_eights("k", k), *in_eights("v", v),
         on_device(allow), on_device(keys), on_device(queries), G, H // G, D,
         64 if D <= 64 else 128, doc_spans is not None, attention_mask is not None, block, step,
@@ -578,8 +580,8 @@ class Attention(torch.autograd.Function):
         B, T, H, D = q.shape
         out, lse = q.new_empty(B, T, H, D), q.new_empty((B, H, T), dtype=torch.float32)
         if out.numel():
-            launch(forward_kernel, "forward", T, H, (out, lse), q, k, v, allow, n, start, attention_mask,
-                   doc_spans)
+            launch(forward_kernel, "forward", T, H, (out, lse), q, k, v, allow, n, start,
+                   attention_mask, doc_spans)
         ctx.save_for_backward(q, k, v, out, lse, attention_mask, doc_spans)
         ctx.rule = allow, n, start
         return out

@@ -184,10 +184,12 @@ def check(q, k, v, attention_mask, lengths, kernel=True, allow=causal, n=0):
             B > 1 and k.stride(0) % (G * D)):
         raise ValueError(f"decode: strides k {k.stride()}, v {v.stride()}; it takes the first "
                          "places of a contiguous (B, capacity, G, D)")
-    if attention_mask is not None and (attention_mask.shape != (B, S) or attention_mask.dtype != torch.bool
-                             or S > 1 and attention_mask.stride(1) != 1):
-        raise ValueError(f"decode: keep {attention_mask.dtype} {tuple(attention_mask.shape)}; it takes bool {(B, S)}, "
-                         "rows without gaps")
+    if attention_mask is not None and (
+            attention_mask.shape != (B, S) or attention_mask.dtype != torch.bool
+            or S > 1 and attention_mask.stride(1) != 1):
+        raise ValueError(f"decode: attention_mask {attention_mask.dtype} "
+                         f"{tuple(attention_mask.shape)}; it takes bool {(B, S)}, rows without "
+                         "gaps")
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int32
                                 or not lengths.is_contiguous()):
         raise ValueError(f"decode: lengths {lengths.dtype} {tuple(lengths.shape)}; it takes int32 "
@@ -223,7 +225,9 @@ def decode(q, k, v, attention_mask=None, lengths=None, splits=None, allow=causal
     check(q, k, v, attention_mask, lengths, kernel, allow, n)
     if lengths is None:                     # the host knows where the window begins
         first = max(allow.keys(k.shape[1] - 1, k.shape[1], n, k.shape[1])[0], 0)
-        k, v, attention_mask = k[:, first:], v[:, first:], None if attention_mask is None else attention_mask[:, first:]
+        k, v = k[:, first:], v[:, first:]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, first:]
     if not kernel and (SPEC or lengths is not None):
         return decode_spec(q, k, v, attention_mask, lengths, allow, n)
     if not kernel:
@@ -242,8 +246,9 @@ def decode(q, k, v, attention_mask=None, lengths=None, splits=None, allow=causal
     lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
     decode_chunk[(splits, G, B)](
         q, k, v, attention_mask, lengths, part, lse, k.stride(0) // (G * D),
-        0 if attention_mask is None else attention_mask.stride(0), S, n, chunk, D ** -0.5 * math.log2(math.e),
-        on_device(allow), on_device(allow.keys), H=H, G=G, D=D, **size, num_warps=4, num_stages=3, enable_fp_fusion=True)
+        0 if attention_mask is None else attention_mask.stride(0), S, n, chunk,
+        D ** -0.5 * math.log2(math.e), on_device(allow), on_device(allow.keys), H=H, G=G, D=D,
+        **size, num_warps=4, num_stages=3, enable_fp_fusion=True)
     decode_merge[(B * H,)](part, lse, out, splits, D=D, SPLITS=triton.next_power_of_2(splits),
                            BLOCK_D=size["BLOCK_D"], num_warps=4, enable_fp_fusion=True)
     return out

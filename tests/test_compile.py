@@ -104,7 +104,7 @@ def test_a_module_that_ships_no_cases_is_an_error():
 
 
 def test_every_table_of_the_benchmark_runs(tmp_path):
-    told = subprocess.run([sys.executable, "-m", "kernels.bench", "--rehearse", "--out", tmp_path],
+    told = subprocess.run([sys.executable, "-m", "bench", "--rehearse", "--out", tmp_path],
                           cwd=HERE.parent, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout[-3000:] + told.stderr[-3000:]
     for table in ("ceilings", "correctness", "attention", "elementwise", "head", "decode",

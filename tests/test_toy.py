@@ -168,35 +168,35 @@ def album(folder):
     """[(file, {(colour, shape), ...})]: twelve pictures of other sizes, aspects and formats."""
     made = []
 
-    def attention_mask(name, image, truth, **options):
+    def store(name, image, truth, **options):
         image.save(folder / name, **options)
         made.append((folder / name, truth))
-    attention_mask("1.png", drawn((200, 200), [("circle", 60, 60, 28, (255, 0, 0))]), {("red", "circle")})
-    attention_mask("2.jpg", drawn((320, 220), [("square", 220, 110, 40, (0, 0, 255))]), {("blue", "square")},
-         quality=85)
-    attention_mask("3.png", drawn((160, 240), [("star", 80, 120, 36, (255, 230, 0))]), {("yellow", "star")})
-    attention_mask("4.png", drawn((64, 64), [("triangle", 12, 50, 9, (0, 150, 0))]), {("green", "triangle")})
-    attention_mask("5.jpg", drawn((600, 600), [("cross", 300, 300, 90, (128, 0, 128))]),
+    store("1.png", drawn((200, 200), [("circle", 60, 60, 28, (255, 0, 0))]), {("red", "circle")})
+    store("2.jpg", drawn((320, 220), [("square", 220, 110, 40, (0, 0, 255))]),
+          {("blue", "square")}, quality=85)
+    store("3.png", drawn((160, 240), [("star", 80, 120, 36, (255, 230, 0))]), {("yellow", "star")})
+    store("4.png", drawn((64, 64), [("triangle", 12, 50, 9, (0, 150, 0))]), {("green", "triangle")})
+    store("5.jpg", drawn((600, 600), [("cross", 300, 300, 90, (128, 0, 128))]),
          {("purple", "cross")}, quality=60)
     alpha = drawn((128, 128), [("square", 100, 30, 16, (255, 140, 0))]).convert("RGBA")
     paper = Image.eval(alpha.convert("L"), lambda v: 0 if v == 255 else 255)
     alpha.putalpha(paper)
-    attention_mask("6.png", alpha, {("orange", "square")})
+    store("6.png", alpha, {("orange", "square")})
     turned = drawn((300, 200), [("triangle", 150, 100, 40, (230, 0, 0))]).rotate(90, expand=True)
     exif = Image.Exif()
     exif[0x0112] = 6                        # the viewer turns it by 90 degrees clockwise
-    attention_mask("7.jpg", turned, {("red", "triangle")}, exif=exif)
+    store("7.jpg", turned, {("red", "triangle")}, exif=exif)
     two = [("circle", 60, 150, 40, (0, 0, 255)), ("square", 240, 150, 40, (255, 230, 0))]
     png16(folder / "8.png", drawn((300, 300), two))
     made.append((folder / "8.png", {("blue", "circle"), ("yellow", "square")}))
-    attention_mask("9.gif", drawn((150, 150), [("circle", 75, 25, 20, (0, 170, 0))]).convert("P"),
+    store("9.gif", drawn((150, 150), [("circle", 75, 25, 20, (0, 170, 0))]).convert("P"),
          {("green", "circle")})
-    attention_mask("10.webp", drawn((256, 192), [("cross", 60, 96, 34, (220, 0, 0))]), {("red", "cross")})
+    store("10.webp", drawn((256, 192), [("cross", 60, 96, 34, (220, 0, 0))]), {("red", "cross")})
     three = [("star", 70, 70, 42, (255, 0, 0)), ("circle", 200, 200, 38, (0, 0, 255)),
              ("square", 330, 330, 40, (0, 160, 0))]
-    attention_mask("11.png", drawn((400, 400), three), {("red", "star"), ("blue", "circle"),
+    store("11.png", drawn((400, 400), three), {("red", "star"), ("blue", "circle"),
                                               ("green", "square")})
-    attention_mask("12.bmp", drawn((90, 90), [("star", 45, 45, 13, (128, 0, 128))]), {("purple", "star")})
+    store("12.bmp", drawn((90, 90), [("star", 45, 45, 13, (128, 0, 128))]), {("purple", "star")})
     return made
 
 
@@ -220,18 +220,18 @@ def test_grey_is_not_described_as_any_of_the_twelve(model, tmp_path):
 
 
 def test_the_shipped_parts_pass_their_gates():
-    eye = linear_probe(ViT.from_pretrained(ROOT / "toy/weights/clip"), 300)
-    assert eye["colour"] >= .97 and eye["shape"] >= .95 and eye["size"] >= .90, eye
+    clip = linear_probe(ViT.from_pretrained(ROOT / "toy/weights/clip"), 300)
+    assert clip["colour"] >= .97 and clip["shape"] >= .95 and clip["size"] >= .90, clip
     folder = ROOT / "toy/weights/llama"
-    tongue = text_only_accuracy(Llama.from_pretrained(folder), data.Tokenizer(folder),
+    llama = text_only_accuracy(Llama.from_pretrained(folder), data.Tokenizer(folder),
                                n=60)
     # the gates, less one error in twenty for 60 questions; "count of" misses its own (README)
-    assert all(tongue[k] >= .95 for k in ("colour", "shape", "size")), tongue
-    assert all(tongue[k] >= .90 for k in ("where", "exist", "count", "relation")), tongue
-    assert tongue["count of"] >= .75, tongue
+    assert all(llama[k] >= .95 for k in ("colour", "shape", "size")), llama
+    assert all(llama[k] >= .90 for k in ("where", "exist", "count", "relation")), llama
+    assert llama["count of"] >= .75, llama
 
 
-def test_an_untrained_eye_fails_the_gate():
+def test_an_untrained_tower_fails_the_gate():
     """The control: the probe reads shapes from training, not from random features."""
     torch.manual_seed(0)
     config = ViT.from_pretrained(ROOT / "toy/weights/clip").config
