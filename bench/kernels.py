@@ -43,55 +43,70 @@ def itg(q, k, n):
     return (k < n) | ((q >= n) & (k <= q))
 
 
-def correctness():
-    """Relative errors in bf16 against fp64, at most twice those of the specification in bf16."""
-    att, ce, dec, norm, rot, glu, adam = kernel_files(
-        "attention", "cross_entropy", "decode", "norm", "rope", "swiglu", "adamw")
+# ------------------------------------------------------------------------------- correctness
 
-    def row(what, ours, spec, *x):
-        upstream = []
-        try:
-            found = with_gradients(ours, x, upstream)
-        except FAILURES as error:
-            return {"what": what, "error": short(error), "ok": False}
-        exact = with_gradients(spec, [t.detach().double().requires_grad_() for t in x], upstream)
-        errors = [[float(((a - b).norm() / b.norm()).detach()) for a, b in zip(result, exact)]
-                  for result in (found, with_gradients(spec, x, upstream))]
-        ratio = max(a / max(b, 1e-6) for a, b in zip(*errors))
-        return {"what": what, "error": max(errors[0]), "of spec": max(errors[1]),
-                "worst ratio": round(ratio, 2), "ok": ratio <= 2}
+def against_fp64(what, ours, spec, *x):
+    """A row: relative errors of output and gradients, ours and those of the specification."""
+    upstream = []
+    try:
+        found = with_gradients(ours, x, upstream)
+    except FAILURES as error:
+        return {"what": what, "error": short(error), "ok": False}
+    exact = with_gradients(spec, [t.detach().double().requires_grad_() for t in x], upstream)
+    errors = []
+    for result in (found, with_gradients(spec, x, upstream)):
+        errors.append([float(((a - b).norm() / b.norm()).detach()) for a, b in zip(result, exact)])
+    ratio = max(a / max(b, 1e-6) for a, b in zip(*errors))
+    return {"what": what, "error": max(errors[0]), "of spec": max(errors[1]),
+            "worst ratio": round(ratio, 2), "ok": ratio <= 2}
 
-    def attended(what, T, D, G, rule, attention_mask=None, doc_spans=None):
+
+def attention_rows():
+    """Attention in each head size and under each mask."""
+    (att,) = kernel_files("attention")
+
+    def row(what, T, D, G, rule, attention_mask=None, doc_spans=None):
         mask = rule, 32, 0, attention_mask, doc_spans
-        return row(f"attention {what} T {T} D {D}", lambda *x: att.attention(*x, *mask),
-                   lambda *x: att.reference(*x, *mask), *(random(2, T, h, D, grad=True)
-                                                          for h in (4, G, G)))
+        inputs = [random(2, T, heads, D, grad=True) for heads in (4, G, G)]
+        return against_fp64(f"attention {what} T {T} D {D}", lambda *x: att.attention(*x, *mask),
+                            lambda *x: att.reference(*x, *mask), *inputs)
 
     doc_spans = att.document_spans([[1, 37, 64, 65, 1, 132], [300]], DEVICE)
     attention_mask = torch.rand(2, 300, device=DEVICE) < .8
     attention_mask[:, 0] = True                           # so that every row sees a key
     for D in (64, 88, 128):
         for rule in (att.full, att.causal, itg):
-            yield attended(rule.__name__, pick(577, 65), D, 4, rule)
-        yield attended("packed", 300, D, 4, att.causal, doc_spans=doc_spans)
-        yield attended("padded, 4:1", 300, D, 1, att.causal, attention_mask)
-        # wgmma needs four warps; two compile to mma.sync, the way an A100 goes
+            yield row(rule.__name__, pick(577, 65), D, 4, rule)
+        yield row("packed", 300, D, 4, att.causal, doc_spans=doc_spans)
+        yield row("padded, 4:1", 300, D, 1, att.causal, attention_mask)
+        # wgmma needs four warps; two compile to mma.sync, as on an A100
         with mock.patch.object(att, "tiles", lambda *_: (32, 32, 2, 2)):
-            yield attended("two warps", pick(577, 65), D, 4, att.causal)
+            yield row("two warps", pick(577, 65), D, 4, att.causal)
+
+
+def operation_rows():
+    """Norms, nonlinearities, rotary positions, head and loss."""
+    ce, norm, rot, glu = kernel_files("cross_entropy", "norm", "rope", "swiglu")
     N, C, V = pick((4096, 4096, 32000), (16, 64, 100))
     x, w, b, h = (random(*shape, grad=True) for shape in ((N, C), (C,), (C,), (V, C)))
-    labels, table = torch.randint(V, (N,), device=DEVICE), rot.rope_table(
-        torch.arange(577, device=DEVICE)[None], 128, 1e4)
-    for what, ours, spec, inputs in (
-            ("rms_norm", norm.rms_norm, norm.rms_norm_spec, (x, w)),
-            ("layer_norm", norm.layer_norm, norm.layer_norm_spec, (x, w, b))):
-        yield row(what, lambda *a: ours(*a, 1e-5), lambda *a: spec(*a, 1e-5), *inputs)
+    labels = torch.randint(V, (N,), device=DEVICE)
+    table = rot.rope_table(torch.arange(577, device=DEVICE)[None], 128, 1e4)
+    yield against_fp64("rms_norm", lambda *a: norm.rms_norm(*a, 1e-5),
+                       lambda *a: norm.rms_norm_spec(*a, 1e-5), x, w)
+    yield against_fp64("layer_norm", lambda *a: norm.layer_norm(*a, 1e-5),
+                       lambda *a: norm.layer_norm_spec(*a, 1e-5), x, w, b)
     for what in ("swiglu", "quick_gelu", "gelu"):
-        yield row(what, getattr(glu, what), getattr(glu, f"{what}_spec"), x)
-    yield row("rope", lambda x: rot.rope(x, *table), lambda x: rot.rope_spec(x, *table),
-              random(2, 577, 32, 128, grad=True))
-    yield row("cross entropy", lambda x, h: ce.linear_cross_entropy(x, h * C ** -.5, labels),
-              lambda x, h: ce.linear_cross_entropy_spec(x, h * C ** -.5, labels), x, h)
+        yield against_fp64(what, getattr(glu, what), getattr(glu, f"{what}_spec"), x)
+    yield against_fp64("rope", lambda x: rot.rope(x, *table), lambda x: rot.rope_spec(x, *table),
+                       random(2, 577, 32, 128, grad=True))
+    yield against_fp64(
+        "cross entropy", lambda x, h: ce.linear_cross_entropy(x, h * C ** -.5, labels),
+        lambda x, h: ce.linear_cross_entropy_spec(x, h * C ** -.5, labels), x, h)
+
+
+def decode_rows():
+    """One query against a cache."""
+    (dec,) = kernel_files("decode")
     for B, S, H, G, D in ((1, 1, 32, 32, 128), (3, 577, 32, 8, 128), (2, 4096, 32, 4, 64),
                           (2, 65, 16, 16, 88)):
         q, (k, v) = random(B, 1, H, D), random(2, B, S, G, D)
@@ -100,7 +115,12 @@ def correctness():
                       for f in (dec.decode, dec.decode_spec))
         yield {"what": f"decode S {S} D {D}", "error": ours, "of spec": spec,
                "ok": ours <= 2 * max(spec, 1e-6)}
-    for stochastic in (False, True):            # the same arithmetic on both, so the same bits
+
+
+def adamw_rows():
+    """Three steps on the GPU and on the CPU: the same arithmetic, so the same bits."""
+    (adam,) = kernel_files("adamw")
+    for stochastic in (False, True):
         start, results = torch.randn(100_003), []
         for device in (DEVICE, "cpu"):
             p = torch.nn.Parameter(start.to(device, torch.bfloat16))
@@ -112,10 +132,9 @@ def correctness():
         same = float((results[0] == results[1]).float().mean())
         yield {"what": f"adamw, stochastic {stochastic}", "equal to the CPU's": same,
                "ok": same == 1}
-    yield from whole()
 
 
-def whole():
+def llama_rows():
     """A small LLaMA: its gradients to the bit under each policy, and a token written by decode."""
     model = Llama(Config(512, 256, 8, 4, 2, 704)).to(DEVICE, HALF)
     ids, first = torch.randint(512, (2, pick(300, 20)), device=DEVICE), None
@@ -139,11 +158,19 @@ def whole():
     for how in ({}, {"temperature": 1.0, "top_p": .9, "repetition_penalty": 1.2}):
         def text():
             return generate_batch(model, [ids[0].tolist(), ids[1, :7].tolist()],
-                                           max_new_tokens=24, **how)
+                                  max_new_tokens=24, **how)
         recorded = text()
         with mock.patch.object(cuda_graph, "SPEC", True):         # the same kernels, launched
             yield {"what": f"a text as it is recorded {how or 'greedy'}", "ok": recorded == text()}
 
+
+def correctness():
+    """Relative errors in bf16 against fp64, at most twice those of the specification in bf16."""
+    for rows in (attention_rows, operation_rows, decode_rows, adamw_rows, llama_rows):
+        yield from rows()
+
+
+# ------------------------------------------------------------------------------------- speed
 
 def attention():
     """TFLOP/s of 4 T² D H operations (half if causal, the documents' own squares if packed), x 3.5

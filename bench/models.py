@@ -49,59 +49,82 @@ def llama_7b():
     return ours, reference
 
 
+def step_runs(ours, reference, B, T, supervised, compiling, losses):
+    """{what: function that runs forward and backward once, and notes its loss in `losses`}."""
+    rot, checkpoint, ce = kernel_files("rope", "checkpoint", "cross_entropy")
+    c, models = ours.config, [ours] if reference is None else [ours, reference]
+    x = random(B, T, c.width, grad=True)
+    labels = torch.randint(c.vocab, (B, T), device=DEVICE)
+    labels[:, :T - supervised] = -100
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+    table = rot.rope_table(torch.arange(T, device=DEVICE)[None], c.head_dim, c.rope_theta)
+
+    def backward(name, loss):
+        loss.backward()
+        losses[name] = round(float(loss.detach()), 4)
+        x.grad = None
+        for model in models:
+            model.zero_grad()
+
+    def our_step(name, policy):
+        y = ours.norm(checkpoint.checkpointed(ours.blocks, x, *table, policy=policy))
+        backward(name, ce.linear_cross_entropy(y.view(-1, c.width), ours.head.weight, targets))
+
+    def reference_step(name, checkpointing, model):
+        if checkpointing:
+            reference.gradient_checkpointing_enable()
+        else:
+            reference.gradient_checkpointing_disable()
+        backward(name, model(inputs_embeds=x, labels=labels, use_cache=False).loss)
+
+    runs = {}
+    if not compiling:
+        for policy in (None, "none", "attention", "full"):
+            runs[f"ours {policy}"] = partial(our_step, f"ours {policy}", policy)
+    if reference is not None and compiling:
+        name = "transformers compile"
+        runs[name] = partial(reference_step, name, False, compiled(reference))
+    elif reference is not None:
+        for name, checkpointing in (("transformers", False), ("transformers checkpoint", True)):
+            runs[name] = partial(reference_step, name, checkpointing, reference)
+    return runs
+
+
+def step_operations(model, stage, B, T, supervised):
+    """Floating-point operations of the model's own products; checkpointing's are not counted."""
+    c, n = model.config, sum(p.numel() for p in model.blocks.parameters())
+    passes = 3 if stage == 2 else 2         # stage 1: forward, and gradients of the inputs only
+    return passes * B * (2 * T * n + 2 * T * T * c.width * c.depth
+                         + 2 * supervised * c.width * c.vocab)
+
+
 def step():
     """Llama-2-7B forward and backward in LLaVA's stages 2 (all trained) and 1 (frozen, gradients
     for the pictures' vectors): full rows for all, TFLOP/s of the model's own operations, GB above
     the weights. transformers runs on the same weights: its loss must be ours."""
-    rot, checkpoint, ce = kernel_files("rope", "checkpoint", "cross_entropy")
     ours, reference = llama_7b()
-    c, models = ours.config, [ours]
     if isinstance(reference, str):
         yield {"what": "transformers", "ms": reference}
+        reference = None
     else:
-        models.append(reference.train())
+        reference.train()
     # compiling takes minutes: last, so that it can be cut off
     for stage, size, compiling in ((2, (9, 900, 180), False), (1, (13, 606, 28), False),
                                    (2, (9, 900, 180), True)):
         B, T, supervised = pick(size, (2, 12, 3))
-        x, losses = random(B, T, c.width, grad=True), {}
-        labels = torch.randint(c.vocab, (B, T), device=DEVICE)
-        labels[:, :T - supervised] = -100
-        after = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-        table = rot.rope_table(torch.arange(T, device=DEVICE)[None], c.head_dim, c.rope_theta)
-
-        def pull(name, loss):
-            loss.backward()
-            losses[name] = round(float(loss.detach()), 4)
-            x.grad = None
-            for model in models:
-                model.zero_grad()
-
-        def mine(name, policy):
-            y = ours.norm(checkpoint.checkpointed(ours.blocks, x, *table, policy=policy))
-            pull(name, ce.linear_cross_entropy(y.view(-1, c.width), ours.head.weight, after))
-
-        def baseline(name, again, model):
-            getattr(reference, f"gradient_checkpointing_{'enable' if again else 'disable'}")()
-            pull(name, model(inputs_embeds=x, labels=labels, use_cache=False).loss)
-
-        for model in models:
-            model.requires_grad_(stage == 2)
-        plans = [(mine, f"ours {policy}", policy) for policy in (None, "none", "attention", "full")]
-        baselines = [(baseline, "transformers", False, reference),
-                     (baseline, "transformers checkpoint", True, reference)]
-        if compiling:
-            plans, baselines = [], [(baseline, "transformers compile", False, compiled(models[-1]))]
-        runs = {name: partial(f, name, *how)
-                for f, name, *how in plans + baselines * (len(models) > 1)}
-        n = sum(p.numel() for p in ours.blocks.parameters())
-        work = (2 + (stage == 2)) * B * (2 * T * n + 2 * T * T * c.width * c.depth
-                                         + 2 * supervised * c.width * c.vocab)
+        for model in (ours, reference):
+            if model is not None:
+                model.requires_grad_(stage == 2)
+        losses = {}
+        runs = step_runs(ours, reference, B, T, supervised, compiling, losses)
+        work = step_operations(ours, stage, B, T, supervised)
         for name, ms in race(runs, turns=5, warm=2, flush=False).items():
-            fast = speeds(work / 1e3, {"TFLOP/s": ms}, "GEMM")
-            yield {"stage": stage, "what": name, "ms": ms} | ({} if isinstance(ms, str) else {
-                "samples/s": 1000 * B / ms, "tokens/s": 1000 * B * T / ms, **fast,
-                "GB": peak(runs[name]), "loss": losses[name]})
+            row = {"stage": stage, "what": name, "ms": ms}
+            if not isinstance(ms, str):
+                row |= {"samples/s": 1000 * B / ms, "tokens/s": 1000 * B * T / ms,
+                        **speeds(work / 1e3, {"TFLOP/s": ms}, "GEMM"),
+                        "GB": peak(runs[name]), "loss": losses[name]}
+            yield row
 
 
 @torch.no_grad()

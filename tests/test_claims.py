@@ -92,7 +92,7 @@ def test_near_misses_are_near_and_false():
         assert len(a) == len(b) and 1 <= sum(x != y for x, y in zip(a, b)) <= 2
 
 
-def test_told_apart_sees_who_knows():
+def test_pairwise_accuracy_sees_who_knows():
     assert {k: v["itm"] for k, v in pairwise_accuracy(Oracle(), SCENES).items()} == {
         "attribute": 1, "left or right": 1}
     assert {k: v["itm"] for k, v in pairwise_accuracy(Oracle(right=False), SCENES).items()} == {
@@ -131,16 +131,16 @@ def test_the_table_says_in_how_many_seeds_a_claim_holds(monkeypatch, capsys, tmp
     assert json.loads((tmp_path / "claims.json").read_text())["seeds"] == 3
 
 
-def talks(told, n=80):
-    return [training_sample(0, 2, i, told)[1] for i in range(n)]
+def talks(style, n=80):
+    return [training_sample(0, 2, i, style)[1] for i in range(n)]
 
 
 def test_conversation_has_neither_descriptions_nor_reasoning():
     """The dialogues, which have both, are the control."""
     marks = " removed, how many", "would remain without", " the same "         # world.reasoning's
 
-    def counts(told):
-        asked = [turn["value"].removeprefix("<image>\n") for t in talks(told) for turn in t[::2]]
+    def counts(style):
+        asked = [turn["value"].removeprefix("<image>\n") for t in talks(style) for turn in t[::2]]
         return (sum(q in DESCRIBE for q in asked),
                 sum(any(mark in q for mark in marks) for q in asked))
     assert counts("conversation") == (0, 0)

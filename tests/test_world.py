@@ -93,8 +93,8 @@ def truth(scene, kind, question):
 def asked(scenes, kind, seed=0):
     """(scene, question, answer, value), two for each scene that has something to ask."""
     for i, scene in enumerate(scenes):
-        dice = random.Random(f"{seed}{kind}{i}")
-        for made in (toy_texts.question(scene, kind, dice) for _ in range(2)):
+        rng = random.Random(f"{seed}{kind}{i}")
+        for made in (toy_texts.question(scene, kind, rng) for _ in range(2)):
             if made:
                 yield scene, *made
 
@@ -292,15 +292,15 @@ def test_kept_out_pairs_are_neither_seen_nor_read_in_training(train):
     kept = set(HELD_OUT_PAIRS)
     everything = set()
     for i, scene in enumerate(train):
-        dice = random.Random(i)
+        rng = random.Random(i)
         for shown in (scene, hard_negative_scene(scene, i)):
             assert not pairs_of(shown) & kept
-            texts = [tell(shown, dice) for tell in (description, notes,
+            texts = [tell(shown, rng) for tell in (description, notes,
                                                     web_caption)]
-            texts += toy_texts.captions(shown) + [t for t, _ in phrases(shown, dice)]
+            texts += toy_texts.captions(shown) + [t for t, _ in phrases(shown, rng)]
             for kind in KINDS * 2:
-                texts += (toy_texts.question(shown, kind, dice) or ())[:2]
-            texts += [t for pair in dialogue(shown, dice, 5) for t in pair]
+                texts += (toy_texts.question(shown, kind, rng) or ())[:2]
+            texts += [t for pair in dialogue(shown, rng, 5) for t in pair]
             named = {pair for text in texts for pair in things_in(text)}
             assert not named & kept, named & kept
             everything |= named
@@ -446,28 +446,28 @@ def digest():
     made = hashlib.sha256()
     for split in ("train", "test", "novel"):
         for i in range(12):
-            scene, dice = make_scene(i, split), random.Random(i)
+            scene, rng = make_scene(i, split), random.Random(i)
             other = hard_negative_scene(scene, i)
             made.update(draw(scene).tobytes() + draw(other).tobytes())
-            texts = [scene.key, web_caption(scene, dice), description(scene, dice)]
-            texts += toy_texts.captions(scene) + [notes(scene, dice)]
-            texts += [repr(phrases(scene, dice)), repr([t.box for t in scene.things])]
-            texts += [repr(toy_texts.question(scene, kind, dice)) for kind in KINDS]
-            made.update("\n".join(texts).encode() + repr(dialogue(scene, dice, 4)).encode())
+            texts = [scene.key, web_caption(scene, rng), description(scene, rng)]
+            texts += toy_texts.captions(scene) + [notes(scene, rng)]
+            texts += [repr(phrases(scene, rng)), repr([t.box for t in scene.things])]
+            texts += [repr(toy_texts.question(scene, kind, rng)) for kind in KINDS]
+            made.update("\n".join(texts).encode() + repr(dialogue(scene, rng, 4)).encode())
     return made.hexdigest()
 
 
 def test_a_seed_decides_everything_in_every_process():
     here = digest()
     random.seed(99)
-    assert digest() == here                                 # the global dice are not used
+    assert digest() == here                                 # the global generator is not used
     for seed in ("0", "12345"):
         code = "import test_world; print(test_world.digest())"
-        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                               check=True, cwd=ROOT / "tests",
                               env={**os.environ, "PYTHONHASHSEED": seed,
                                    "PYTHONPATH": str(ROOT)}).stdout
-        assert told.strip() == here
+        assert done.strip() == here
 
 
 def test_other_seeds_make_other_scenes():
@@ -477,7 +477,7 @@ def test_other_seeds_make_other_scenes():
 
 
 def test_world_alone_writes_a_sheet_and_prints_the_texts(tmp_path):
-    told = subprocess.run([sys.executable, "-m", "toy.world"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "toy.world"], capture_output=True, text=True,
                           check=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout
     assert [p.name for p in tmp_path.iterdir()] == ["contact-sheet.png"]
@@ -485,7 +485,7 @@ def test_world_alone_writes_a_sheet_and_prints_the_texts(tmp_path):
         assert sheet.size == (8 * 68, 6 * 68)
         assert np.array_equal(np.asarray(sheet.crop((2, 2, 66, 66))), array(make_scene(0)))
     for word in (make_scene(3, count=3).key, "web caption", "description", *KINDS):
-        assert word in told
+        assert word in done
 
 
 # ------------------------------------------------------------------------------- reading answers
