@@ -110,7 +110,7 @@ def llava(args, seed, scenes):
     first = train_if_missing(args, "llava/stage1", seed, *llava(1))
     full = train_if_missing(args, "llava/stage2", seed, *llava(2), "--from", first)
     talks = train_if_missing(args, "conversation/stage2", seed, *llava(2), "--from", first,
-                    "--told", "conversation")
+                    "--caption-style", "conversation")
     alone = train_if_missing(args, "no-stage1/stage2", seed, *llava(2), "--from", "none")
     arms = {name: llava_scores(folder, args) for name, folder in (
         ("no instruction tuning", first), ("conversation only", talks), ("all three kinds", full),
@@ -158,10 +158,10 @@ def sharegpt4v(args, seed, scenes):
     """The same. All start from one bridge, which has learnt from short captions; they differ in
     what stage 1 tells of the same scenes, or in whether half of the tower learns."""
     short = train_if_missing(args, "short/stage1", seed, "--recipe", "llava-1.5", "--stage", 1,
-                    "--told", "short")
+                    "--caption-style", "short")
     learnt = lambda name, told, *flags: train_if_missing(
         args, f"{name}/stage1", seed, "--recipe", "sharegpt4v", "--stage", 1, "--from", short,
-        "--told", told, *flags)
+        "--caption-style", told, *flags)
     frozen = "--train", "bridge,llm"
     models = {"detailed": learnt("descriptions", "descriptions"), "short, noisy":
               learnt("web", "web"), "imagined": learnt("imagined", "imagined"),
@@ -241,7 +241,7 @@ def minigpt4(args, seed, scenes):
                   train_if_missing(args, "blip2/stage1", seed, *blip2(1)))
     first = train_if_missing(args, "minigpt4/stage1", seed, *gpt(1), "--qformer", eye)
     second = train_if_missing(args, "minigpt4/stage2", seed, *gpt(2), "--from", first)
-    noisy = train_if_missing(args, "noisy/stage2", seed, *gpt(2), "--from", first, "--told", "web")
+    noisy = train_if_missing(args, "noisy/stage2", seed, *gpt(2), "--from", first, "--caption-style", "web")
     return {"a small curated second stage mends repeated and broken text (Table 3: 35 % to 2 %)":
             is_better({name: degeneration_rates(VLM.from_pretrained(folder), scenes[:200]) for name, folder in (
                 ("stage 1, noisy captions", first), ("stage 2, curated descriptions", second),

@@ -503,7 +503,7 @@ def test_batches_carry_the_questions(reads):
                 return {"conversations": [{"from": "human", "value": "no picture"}, talks[3][1]]}
             return {"image": "picture", "conversations": talks[index]}
 
-        def asked(self, index):
+        def instruction(self, index):
             return ""
 
         def read(self, index):
@@ -519,7 +519,7 @@ def test_batches_carry_the_questions(reads):
         def fault(self, index):
             return None
 
-    row = SimpleNamespace(batch=4, groups=1, template="instructblip", aspect="squash")
+    row = SimpleNamespace(batch=4, loss_groups=1, template="instructblip", image_aspect="squash")
     for pack in (0, 400):
         args = SimpleNamespace(row=row, pack=pack, accum=1, official_quirks=False, max_length=0,
                                on_bad_sample="error", workers=0)

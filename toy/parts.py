@@ -91,17 +91,17 @@ def clip_job(out):
                                 truth, links)
         whole = contrastive_loss(seen[:, 0] @ model.encode_text(captions).T * scale, same,
                                  torch.arange(len(pixels))[:, None].expand(-1, 2))
-        return fine + .25 * whole
+        return {"loss": fine + .25 * whole}
 
-    def finish(folder):
+    def save_model(folder):
         model.vision.normalize_output_scale(batch(0)[0][0])
         model.save_pretrained(folder)
         shutil.copy(out / "tokenizer.json", folder)
 
-    def factor(step):
+    def lr_scale(step):
         return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
     return dict(model=model, optimizers=muon(model, .02, 2e-3, (.9, .98)), steps=steps, batches=batch,
-                loss=loss, factor=factor, finish=finish, batch=2 * pairs)
+                loss=loss, lr_scale=lr_scale, save_model=save_model, batch=2 * pairs)
 
 
 def llama_tokenizer(folder):
@@ -218,18 +218,19 @@ def llama_job(out):
         ids, weights = micro                    # (B, T, 5): up to 5 words a place, -1 for none
         there, weights = (ids >= 0)[:, :-1, :, None], weights[:, 1:]
         x = (model.embed(ids[:, :-1].clamp(min=0)) * there).sum(2) / there.sum(2).clamp(min=1) ** .5
-        return linear_cross_entropy(
+        value = linear_cross_entropy(
             model.hidden(x).flatten(0, 1), model.head.weight, ids[:, 1:, 0].clamp(min=0).flatten(),
             (weights / weights.sum()).flatten())
+        return {"loss": value}
 
-    def finish(folder):
+    def save_model(folder):
         model.save_pretrained(folder)
         save_tokenizer(words, folder)
 
-    def factor(step):                       # constant, then straight to 0 over the last 64 %
+    def lr_scale(step):                       # constant, then straight to 0 over the last 64 %
         return min(1, (step + 1) / 50) * min(1, (steps - step) / (.64 * steps))
     return dict(model=model, optimizers=muon(model, .015, 2e-3, (.9, .95)), steps=steps, batches=batch,
-                loss=loss, factor=factor, finish=finish, clip=1.0, batch=size)
+                loss=loss, lr_scale=lr_scale, save_model=save_model, clip=1.0, batch=size)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """TODO"""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from formats import configs
 from formats.bert import BertTokenizer
 from formats.checkpoints import load_into, POSITIONS, resolve, tied_decoder
 from formats.families import ln_vision_eps
+from formats.errors import UsageError
 from formats.names import canonical_names
 from formats.strict_json import read_config
 from llama import Llama
@@ -22,6 +24,7 @@ from toy import texts as toy_texts
 from toy.texts import description
 from toy.world import make_scene
 from trainer.flags import BASES, BERT, EVA, FLAN, SMALL
+from trainer.lora import add_lora
 
 HERE = Path(__file__).parents[1]
 TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, num_queries=16)
@@ -61,7 +64,7 @@ def build_vlm(args, start, out):
     MiniGPT-4 with that of BLIP-2's second stage."""
     row, (vision, llm) = args.row, base_models(args)
     if row.projector_type != "qformer":
-        return new_vlm(vision, llm, row.projector_type, row.template, row.aspect, args.seed,
+        return new_vlm(vision, llm, row.projector_type, row.template, row.image_aspect, args.seed,
                               weight_dtype(args))
     if args.recipe == "blip2":
         qformer = build_blip2_stage1(args) if start == "none" else start
@@ -71,7 +74,7 @@ def build_vlm(args, start, out):
         if args.base == "toy" and not args.qformer and not qformer.exists():
             raise data.BadModel(f"{qformer}: MiniGPT-4 starts from BLIP-2's Q-Former and there is "
                                 "none; run --recipe blip2, stages 1 and 2, or give --qformer")
-    return new_vlm(args.vision, llm, row.projector_type, row.template, row.aspect, args.seed,
+    return new_vlm(args.vision, llm, row.projector_type, row.template, row.image_aspect, args.seed,
                           weight_dtype(args), qformer=qformer)
 
 
@@ -221,3 +224,67 @@ def new_vlm(vision, llm, projector="mlp", template="v1", aspect="pad", seed=0, d
         load_projector(model, qformer)
     model.projector.to(tongue.embed.weight.dtype)
     return model
+
+
+def start_model(args, out):
+    """The VLM that a stage starts from: new parts, or the finished model of the stage before.
+
+    Stage 1 of sharegpt4v starts from llava-1.5's stage 1. Raises BadModel or UsageError for a
+    folder that this stage cannot start from."""
+    before = "none"
+    if args.stage == 2:
+        before = out.parent / "stage1/model"
+    elif args.recipe == "sharegpt4v":
+        before = out.absolute().parents[1] / "llava-1.5/stage1/model"
+    start = str(args.start or before)
+    if args.start is None and start != "none" and not Path(start).exists():
+        first = "--recipe llava-1.5 " if args.stage == 1 else ""
+        raise data.BadModel(f"{start}: this stage starts from that model, beside its own folder, "
+                            f"and there is none; run {first}--stage 1 first, or give --from FOLDER "
+                            "or --from none")
+    if start == "none" or args.recipe == "blip2":
+        model = build_vlm(args, start, out)
+        if args.projector:
+            load_projector(model, args.projector)
+    else:
+        model = VLM.from_pretrained(start, weight_dtype(args))
+        check_start(model, start, args)
+        model.template, model.aspect = args.row.template, args.row.image_aspect
+    if args.lora:
+        add_lora(model.llm, args.lora, args.seed)
+    return model
+
+
+def check_start(model, start, args):
+    """Refuse a finished model that is of another kind than this run's."""
+    row = args.row
+    if model.aspect == "anyres":
+        raise data.BadModel(f"{start}: a LLaVA-NeXT; its pictures in tiles are not trained on "
+                            "here; take a LLaVA-1.5")
+    if model.projector_type != row.projector_type:
+        raise data.BadModel(f"{start}: its projector is {model.projector_type}, this run's is "
+                            f"{row.projector_type}; give --projector-type {model.projector_type}, "
+                            "or another --from")
+    # a folder's own chat template that is none of data.TEMPLATES
+    if getattr(model.template, "known", True) is False and args.template is None:
+        raise UsageError(f"{start}: its chat template is none of ours, and training teaches it "
+                         f"another: give --template {row.template}, the recipe's, or one of "
+                         f"{', '.join(data.TEMPLATES)}")
+
+
+def find_parameters(model, part):
+    """The parameters of one part that --train names: a module or a parameter; a part that ends in
+    a number and + is a list of modules from there on. Raises UsageError if there are none."""
+    top, first = re.fullmatch(r"(.*?)(?:\.(\d+)\+)?", part).groups()
+    found = []
+    for name, p in model.named_parameters():
+        if not f"{name}.".startswith(f"{top}."):
+            continue
+        place = name[len(top) + 1:].split(".")[0]           # of "blocks.12.qkv" behind "blocks": 12
+        if first is None or place.isdigit() and int(place) >= int(first):
+            found.append(p)
+    if not found:
+        parts = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+        raise UsageError(f"--train {part}: the model has no such part; it has {', '.join(parts)}, "
+                         "and theirs with a dot")
+    return found
