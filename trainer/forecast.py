@@ -121,7 +121,7 @@ def vision_flops(model):
     vision, P = model.vision, model.patches + 1                 # with the class token
     blocks, trained = run_vit_blocks(vision), trainable_vit_blocks(vision)
     attention = 4 * P * P * vision.config.width                 # of one block
-    forward = 2 * P * vision.patch_size.numel() + P * products(blocks)[0] + attention * len(blocks)
+    forward = 2 * P * vision.patch.numel() + P * products(blocks)[0] + attention * len(blocks)
     return forward + (P * products(trained)[1] + 2.5 * attention * len(trained))
 
 
