@@ -45,11 +45,12 @@ from torch import nn
 import data
 from formats import configs
 from formats.bert import toy_clip_tokenizer
-from formats.checkpoints import dtype_name, export, load_into, POSITIONS, resolve, save_weights
+from formats.checkpoints import dtype_name, export, load_into, resolve, save_weights
 from formats.errors import exit_status
 from formats.names import ZEROS
 from formats.processors import Processor
 from formats.strict_json import read_config
+from formats.unused import POSITIONS
 from kernels import attention, causal, checkpointed, full, gelu, layer_norm, quick_gelu
 
 

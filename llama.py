@@ -31,13 +31,14 @@ from formats import configs
 from formats.checkpoints import (
     dtype_name,
     export,
-    head_is_embedding,
     load_into,
     resolve,
-    rotary,
     save_weights,
 )
+from formats.names import fused_rows
 from formats.strict_json import read_config
+from formats.unused import head_is_embedding
+from formats.unused import llama as unused_tensors
 from kernels import (
     attention,
     checkpointed,
@@ -216,13 +217,6 @@ class Llama(nn.Module):
         """The weight table; a tied model has no head of its own in the file."""
         return {k: v for k, v in self.NAMES.items() if not (self.config.tie_embeddings and k[:4] == "head")}
 
-    def split_sizes(self, name):
-        """Rows of the tensors that a fused weight of ours is made of."""
-        c = self.config
-        if "gate_up" in name:
-            return [c.mlp, c.mlp]
-        return [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
-
     def resize_embeddings(self, rows):
         """Room for more tokens: new embedding and head rows are the mean of the old ones."""
         old, C = self.config.vocab, self.config.width
@@ -297,10 +291,7 @@ class Llama(nn.Module):
     def ignored(cls, config):
         """IGNORE with its checks: inv_freq must be what config says, stretched or (as files from
         before 2023-12 have it) not yet."""
-        tables = (rope_table(torch.ones(1), config.head_dim, config.rope_theta, scaling)
-                  for scaling in (config.rope_scaling, None))
-        angles = [torch.atan2(sin, cos)[0] for cos, sin in tables]      # of position 1: theta
-        return cls.IGNORE | rotary(*angles)
+        return unused_tensors(config)
 
     def save_pretrained(self, folder):
         """config.json and model.safetensors, as transformers reads them."""
@@ -308,7 +299,7 @@ class Llama(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {**configs.llama_to_hf(self.config), "dtype": dtype_name(self.head.weight.dtype)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_weights(folder, export(self, self.names()))
+        save_weights(folder, export(self, self.names(), fused_rows(self.config)))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from formats.checkpoints import (
 from formats.errors import UsageError
 from formats.export import chat_template, save_tokenizer
 from formats.families import ln_vision_eps, read_official_config, read_vlm_config
-from formats.names import canonical, canonical_names
+from formats.names import canonical, canonical_names, fused_rows
 from formats.strict_json import read_config
 from formats.templates import ChatTemplate, end_ids
 from kernels import gelu, linear_cross_entropy
@@ -356,13 +356,6 @@ class VLM(nn.Module):
             table = {k: v for k, v in table.items() if "projector.second" not in k}
         return table | ({"newline": "image_newline"} if self.aspect == "anyres" else {})
 
-    def split_sizes(self, name):
-        if name.startswith("llm."):
-            return self.llm.split_sizes(name)
-        if name.startswith("vision."):
-            return [self.vision.config.width] * 3
-        return [self.projector.qformer.config.width] * 2
-
     @classmethod
     def from_pretrained(cls, folder, dtype=None, base=None):
         """From a folder or hub id, in `dtype` or, if None, the file's own: transformers' LLaVA and
@@ -479,7 +472,7 @@ class VLM(nn.Module):
         last = max(self.image_token, self.pad_token)
         if last >= self.llm.config.vocab:
             self.llm.resize_embeddings(last + 1)                 # transformers looks them up, then replaces them
-        tensors = export(self, self.names())
+        tensors = export(self, self.names(), fused_rows(self.llm.config, "llm."))
         if self.projector_type == "linear":
             first = self.projector.first
             tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(first.bias)).to(

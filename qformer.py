@@ -59,14 +59,13 @@ from formats.checkpoints import (
     dtype_name,
     export,
     load_into,
-    POSITIONS,
     resolve,
     save_weights,
-    tied_decoder,
 )
 from formats.errors import exit_status, UsageError
 from formats.processors import Processor
 from formats.strict_json import read_config
+from formats.unused import POSITIONS, tied_decoder
 from kernels import attention, full, gelu, linear_cross_entropy
 from kernels.attention import visible
 

@@ -1,9 +1,4 @@
-"""What a weight file holds beyond the parameters: checked before it is left unused.
-
-A tensor that is not loaded needs a reason. Some reasons say something about its values ("tied: the
-embedding once more", "positions 0, 1, 2 ..."). Such a reason is a `Claim`, and `data.fill` checks
-it: a file that says something else is refused by name. A reason that says what a tensor is for
-("the half of CLIP that reads text") needs no check, and is a plain str."""
+"""TODO"""
 import json
 import math
 import mmap
@@ -21,74 +16,7 @@ from torch import Tensor
 from formats.errors import BadModel, Offline, TrainingFailed
 from formats.names import ZEROS
 from formats.strict_json import loads, read_model_json
-
-
-class Claim(str):
-    """A reason that `holds(tensor, weights)` checks; elsewhere it is read as any other str."""
-
-    def __new__(cls, reason, holds):
-        claim = super().__new__(cls, reason)
-        claim.holds = holds
-        return claim
-
-    def check(self, name, weights):
-        """Raises BadModel where the tensor is not what the reason says."""
-        if not self.holds(weights[name], weights):
-            raise BadModel(f"tensor {name} is left unused as {self}, and is not that: file and "
-                           "config.json do not fit together; take both from one place")
-        release(weights, name)
-
-
-def release(weights, *names):
-    """Hand back the memory of tensors that were only looked at."""
-    for name in names:
-        getattr(weights, "release", lambda name: None)(name)
-
-
-def _counts_up(tensor, weights):
-    """0, 1, 2 ... in the tensor's own numbers: half precision rounds those above 256 or 2048."""
-    return torch.equal(tensor.flatten(), torch.arange(tensor.numel()).to(tensor.dtype))
-
-
-POSITIONS = {r".*position_ids": Claim("a buffer of old files: 0, 1, 2 ...", _counts_up)}
-
-
-def same_as(other):
-    """A check: is this tensor the tensor `other` of the same file? Absent there: it is not."""
-    def holds(tensor, weights):
-        if other not in weights or weights[other].shape != tensor.shape:
-            return False
-        equal = bool((weights[other] == tensor).all())
-        release(weights, other)
-        return equal
-    return holds
-
-
-def tied_decoder(at, words, bias):
-    """{pattern: reason} of a decoder `at` that is the tensors `words` and `bias` once more."""
-    return {rf"{at}\.weight": Claim("tied: the word embeddings once more", same_as(words)),
-            rf"{at}\.bias": Claim("tied: the bias once more", same_as(bias))}
-
-
-def rotary(*tables):
-    """{pattern: reason} of the buffers inv_freq: one of `tables`, the frequencies (D/2) that
-    config.json asks for, within the rounding of the file's numbers."""
-    def holds(tensor, weights):
-        near = 4 * torch.finfo(tensor.dtype).eps
-        return any(tensor.shape == table.shape
-                   and torch.allclose(tensor.float(), table, rtol=near, atol=1e-7)
-                   for table in tables)
-    return {r".*rotary_emb\.inv_freq": Claim("recomputed from rope_theta", holds)}
-
-
-def head_is_embedding(weights, embed, head) -> bool:
-    """May the head of a file that config.json calls tied be left out? Not if the file has both, and
-    they differ: then it is a head of its own, whatever config.json says (transformers 5)."""
-    if embed not in weights or head not in weights:
-        return True
-    equal = same_as(embed)(weights[head], weights)
-    release(weights, head)
-    return equal
+from formats.unused import Claim, release
 
 
 # ------------------------------------------------------------------------------- files
@@ -394,7 +322,7 @@ def load_into(module, names: Mapping, weights: Mapping, ignore: Mapping | None =
 
     names: {ours: theirs}; {} stands for a layer number; a tuple of theirs is concatenated on dim 0
     (fused q, k, v), ZEROS in it is as large as the first. ignore: {regex of theirs: reason}, of
-    which a formats.checkpoints.Claim is checked. A module built on the meta device is given memory
+    which a formats.unused.Claim is checked. A module built on the meta device is given memory
     on the CPU, in dtype or the file's own; another keeps its own dtype.
     Nothing is copied unless all fits: BadModel names the tensor that is
     missing, left over, or of the wrong shape, with both shapes."""
@@ -426,7 +354,7 @@ def load_into(module, names: Mapping, weights: Mapping, ignore: Mapping | None =
         raise BadModel(f"tensor {rest[0]} (and {len(rest) - 1} more) has no place in "
                        f"{type(module).__name__}: wrong kind of model?")
     materialize(module, dtype or getattr(weights, "dtype", None))
-    ours, release = dict(module.named_parameters()), getattr(weights, "release", lambda name: None)
+    ours = dict(module.named_parameters())
     with torch.no_grad():
         for name, theirs in table.items():
             row = 0
@@ -437,23 +365,23 @@ def load_into(module, names: Mapping, weights: Mapping, ignore: Mapping | None =
                 target.copy_(tensor)
                 row += len(tensor) if len(theirs) > 1 else 0
                 if not zeros:
-                    release(their)
+                    release(weights, their)
     return module
 
 
-def export(module, names: Mapping) -> dict[str, Tensor]:
-    """The reverse of `fill`: {theirs: tensor}, views where ours is fused.
+def export(module, names: Mapping, rows: Mapping | None = None) -> dict[str, Tensor]:
+    """The reverse of `load_into`: {theirs: tensor}, views where ours is fused.
 
-    A fused tensor is split by `module.split_sizes(our_name)` (rows of each piece) if the module has
-    that method, else into equal pieces."""
+    rows: {our name, {} for a layer number: rows of its pieces} (names.fused_rows); what is not in
+    it is split into equal pieces."""
     ours, out = dict(module.named_parameters()), {}
     for name, theirs in expand_names(module, names).items():
         tensor = ours[name].detach()
         if len(theirs) == 1:
             out[theirs[0]] = tensor
             continue
-        equal = lambda _: [len(tensor) // len(theirs)] * len(theirs)
-        sizes = getattr(module, "split_sizes", equal)(name)
+        equal = [len(tensor) // len(theirs)] * len(theirs)
+        sizes = (rows or {}).get(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), equal)
         out.update(zip(theirs, tensor.split(sizes), strict=True))
     out.pop(ZEROS, None)
     return out

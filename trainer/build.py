@@ -10,10 +10,11 @@ import data
 from clip import LayerNorm, prefixed, ViT
 from formats import configs
 from formats.bert import BertTokenizer
-from formats.checkpoints import load_into, POSITIONS, resolve, tied_decoder
+from formats.checkpoints import load_into, resolve
 from formats.families import ln_vision_eps
 from formats.names import canonical_names
 from formats.strict_json import read_config
+from formats.unused import POSITIONS, tied_decoder
 from llama import Llama
 from projector import QFormerProjector, VLM
 from qformer import Blip2Stage1, block_table, HEAD_NAMES, init_weights, LMHead, QFormer, table

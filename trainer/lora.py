@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from formats.names import fused_rows
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer, and for each of its parts i (q, k and v are three) a trained addition:
@@ -40,12 +42,13 @@ class LoRALinear(nn.Module):
 def add_lora(llm, rank, seed=0):
     """LoRA in every linear layer of the blocks; of this model only that trains from now on."""
     llm.requires_grad_(False)
+    rows = fused_rows(llm.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for block in llm.blocks:
             for name in ("qkv", "out", "gate_up", "down"):
-                linear, several = getattr(block, name), name in ("qkv", "gate_up")
-                sizes = llm.split_sizes(name) if several else [linear.out_features]
+                linear = getattr(block, name)
+                sizes = rows.get(f"blocks.{{}}.{name}.weight", [linear.out_features])
                 setattr(block, name, LoRALinear(linear, sizes, rank))
 
 
