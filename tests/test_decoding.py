@@ -26,6 +26,7 @@ from decoding.flags import parse, prompt_error
 from decoding.loading import load_model, prepare_for_inference
 from formats.errors import UsageError, UserError
 from toy.world import draw, make_scene
+from trainer.build import new_vlm
 
 __all__ = ["folder", "inside", "model", "pixels", "words"]          # fixtures
 
@@ -311,7 +312,7 @@ def test_stop_texts_may_begin_with_a_space():
     """Decoding drops a text's first space. Every beginning, in English; a token that holds more
     than the stop text goes with it."""
     toy = Path(g.__file__).parent / "toy/weights"
-    model = projector.VLM.from_parts(toy / "clip", toy / "llama")
+    model = new_vlm(toy / "clip", toy / "llama")
     ids = model.tokenizer.encode("This picture has a")
     told = lambda *stop, **more: model.tokenizer.decode(
         g.generate(model, ids, None, 16, eos=-1, stop=stop, **more))
@@ -525,7 +526,7 @@ def test_attended_finds_the_box_of_the_thing_named(monkeypatch):
     """A model that looks exactly where it should, and one that looks at the next thing's place."""
     import attended
     toy = Path(__file__).parents[1] / "toy/weights"
-    vlm = projector.VLM.from_parts(toy / "clip", toy / "llama")
+    vlm = new_vlm(toy / "clip", toy / "llama")
     scenes, side = [make_scene(i, "test", 3) for i in range(4)], int(vlm.patches ** .5)
 
     def looking(shift):
