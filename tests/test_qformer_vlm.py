@@ -26,7 +26,6 @@ import llama
 import projector
 import qformer
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
-from decoding.beam import beam_search
 from decoding.flags import parse
 from formats.checkpoints import expand_names, export, save_weights
 from formats.conversations import MINIGPT4_INSTRUCTIONS, blip_caption
@@ -524,13 +523,12 @@ class Script:
 
     def __init__(self, words, rows, monkeypatch, template="minigpt4"):
         self.tokenizer, self.template, self.rows, self.step = words, template, rows, -1
-        monkeypatch.setattr(generate, "begin", lambda model, prompts, *_: (
+        monkeypatch.setattr(generate, "prefill_inputs", lambda model, prompts, *_: (
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), [99] * len(rows)))
-        monkeypatch.setattr(generate, "Cache", lambda *_: SimpleNamespace())
-        monkeypatch.setattr(generate, "predict", self.predict)
+        monkeypatch.setattr(generate, "KVCache", lambda *_: SimpleNamespace())
         self.config, self.embed = None, SimpleNamespace(weight=torch.zeros(1))
 
-    def predict(self, *_):
+    def next_logits(self, *_):
         self.step += 1
         return torch.stack([F.one_hot(torch.tensor((row + [2] * 99)[self.step]), 32000).float()
                             for row in self.rows])
@@ -568,7 +566,8 @@ def test_beams_end_at_a_text_as_at_a_token(folders):
     ids = generate.build_prompt(["Hi"], "minigpt4", ours.tokenizer)
     free = list(generate.generate(ours, ids, PIXELS[:1], 40, eos=-1))
     token = next(i for i in free[3:] if ours.tokenizer.decode([i]).isalpha())       # a letter it says
-    found = lambda ends, stop=None: beam_search(ours, ids, PIXELS[:1], None, ends, 40, 3, stop)
+    found = lambda ends, stop=(): list(generate.generate(ours, ids, PIXELS[:1], 40, num_beams=3, eos=ends,
+                                                         stop=stop))
     assert found({2}, ours.tokenizer.decode([token])) == found({2, token})
     assert token in found({2}) and token not in found({2, token})   # control: it matters
 
