@@ -417,8 +417,8 @@ def vlm_job(args, out, device):
             raise data.BadModel(f"{start}: a LLaVA-NeXT; its pictures in tiles are not trained on "
                                 "here; take a LLaVA-1.5")
         if model.projector_type != row.projector_type:
-            raise data.BadModel(f"{start}: its bridge is {model.kind}, this run's is {row.projector_type}; "
-                                f"give --projector-type {model.kind}, or another --from")
+            raise data.BadModel(f"{start}: its bridge is {model.projector_type}, this run's is {row.projector_type}; "
+                                f"give --projector-type {model.projector_type}, or another --from")
         if getattr(model.template, "known", True) is False and args.template is None:
             raise UsageError(f"{start}: its chat template is none of ours, and training teaches it "
                              f"another: give --template {row.template}, the recipe's, or one of "

@@ -24,7 +24,7 @@ def stop_ids(model, eos=None):
     tokenizer, of its template and of its generation_config.json."""
     if eos is not None or not hasattr(model, "tokenizer"):
         return eos if isinstance(eos, (set, frozenset)) else {eos}
-    return data.end_ids(model.template, model.tokenizer) | set(getattr(model, "ends", ()))
+    return data.end_ids(model.template, model.tokenizer) | set(getattr(model, "stop_ids", ()))
 
 
 class Stops:

@@ -219,7 +219,7 @@ LLAVA_PROJECTOR = weight_and_bias({         # LLaVA's first projector has no sec
 LLAVA = {
     **prefixed(VIT, "vision.", "vision_tower.vision_model."),
     **LLAVA_PROJECTOR,
-    "newline": "image_newline",             # of LLaVA-NeXT
+    "image_newline": "image_newline",       # of LLaVA-NeXT
     **prefixed(LLAMA, "llm.", "language_model.")}
 QFORMER_PROJECTOR = weight_and_bias({
     "projector.norm": "vision_model.post_layernorm",

@@ -388,7 +388,7 @@ def test_tiles_of_several_pictures(words, tmp_path, monkeypatch, inside):
     """LLaVA-NeXT: each picture is cut by its own size."""
     eye = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
     tongue = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
-    tiles = shaken(projector.VLM(eye, "mlp", tongue, words, aspect="anyres"), seed=3)
+    tiles = shaken(projector.LlavaNext(eye, "mlp", tongue, words), seed=3)
     paths = [tmp_path / "wide.png", tmp_path / "tall.png", tmp_path / "small.png"]
     for path, size in zip(paths, ((60, 20), (25, 70), (24, 24))):
         Image.effect_noise(size, 90).convert("RGB").save(path)

@@ -18,7 +18,7 @@ from formats.families import read_vlm_config
 from formats.strict_json import read_config
 from llama import Config as LlamaConfig
 from llama import Llama
-from projector import QFormerProjector, VLM
+from projector import Blip2, QFormerProjector, VLM
 from qformer import Config as QFormerConfig
 from qformer import QFormer
 from toy.texts import training_sample
@@ -62,8 +62,8 @@ def meta_model(args, set_trainable):
 
     row, (vision, llm) = args.row, base_models(args)
     if args.start not in (None, "none"):
-        eye, tongue = read_vlm_config(args.start, sizes(args.start, dict))[:2]
-        eye, tongue = TowerConfig(**eye), LlamaConfig(**tongue)
+        family = read_vlm_config(args.start, sizes(args.start, dict))
+        eye, tongue = TowerConfig(**family.vision), LlamaConfig(**family.llm)
     else:
         eye, tongue = (sizes(vision, lambda c: TowerConfig(**configs.vision_tower(c))),
                        sizes(llm, lambda c: LlamaConfig(**configs.llama_from_hf(c))))
@@ -73,7 +73,9 @@ def meta_model(args, set_trainable):
             eye, own = eye.without_final_block(), TOY_QFORMER if args.base == "toy" else {}
             asks = QFormer(QFormerConfig(**own, vision_width=eye.config.width, vocab=0))
             projector = QFormerProjector(LayerNorm(eye.config.width, eye.config.eps), asks, tongue.width)
-        model = VLM(eye, projector, Llama(tongue), None, row.template, row.aspect)
+            model = Blip2(eye, projector, Llama(tongue), None, row.template)
+        else:
+            model = VLM(eye, projector, Llama(tongue), None, row.template, row.aspect)
         if args.lora:
             add_lora(model.llm, args.lora)
     set_trainable(model, row.train, args.lora)
