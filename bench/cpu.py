@@ -49,7 +49,7 @@ def small_llava(deep):
 def written(generate, model, ids, pixels, new):
     """Tokens (B, new) of ours, and the second at which each column was there."""
     times, rows = [], [[] for _ in pixels]
-    for step in generate.decode(model, [ids] * len(rows), list(pixels[:, None]), new, eos=-1):
+    for step in generate.generate_rows(model, [ids] * len(rows), list(pixels[:, None]), new, eos=-1):
         if any(step):                   # the last has nothing left to say
             times.append(time.thread_time())
         for row, some in zip(rows, step):
@@ -128,12 +128,12 @@ def cpu_step():
     the same batch, padded. The losses must be the same before and after the first update; later
     AdamW makes much of differences of rounding."""
     import data
-    import projector
+    from trainer.build import new_vlm
     toy = ROOT / "toy/weights"
     for stage, B, told, template, trains in (
             (1, 16, "captions", "plain", lambda name: "projector." in name or "projector." in name),
             (2, 12, "dialogue", "v1", lambda name: "vision" not in name)):
-        ours, theirs = pair_of(projector.VLM.from_parts(toy / "clip", toy / "llama"))
+        ours, theirs = pair_of(new_vlm(toy / "clip", toy / "llama"))
         models = {"packed": ours, "padded": copy.deepcopy(ours), "transformers": theirs.train()}
         adam = {}
         for name, model in models.items():

@@ -24,6 +24,7 @@ from bench.measure import (
 from decoding.cuda_graph import capture, DecodeStep
 from formats.checkpoints import export
 from formats.errors import UserError
+from formats.names import fused_rows
 
 
 def llama_7b():
@@ -38,7 +39,7 @@ def llama_7b():
             ours = llama.Llama(config)
             from transformers import LlamaConfig, LlamaForCausalLM
             theirs = LlamaForCausalLM(LlamaConfig(**configs.llama_to_hf(config), attn_implementation="sdpa"))
-        theirs.load_state_dict(export(ours, ours.names()), assign=True)
+        theirs.load_state_dict(export(ours, ours.names(), fused_rows(config)), assign=True)
     except FAILURES as error:
         theirs = short(error)
     finally:

@@ -13,13 +13,13 @@ import torch
 from clip import Config as TowerConfig
 from clip import LayerNorm, ViT
 from formats import configs
-from formats.checkpoints import resolve
 from formats.errors import UsageError
 from formats.families import read_vlm_config
+from formats.hub import resolve
 from formats.strict_json import read_config
 from llama import Config as LlamaConfig
 from llama import Llama
-from projector import QFormerProjector, VLM
+from projector import Blip2, QFormerProjector, VLM
 from qformer import Config as QFormerConfig
 from qformer import QFormer
 from trainer import build
@@ -49,15 +49,17 @@ def meta_model(args, set_trainable):
     row = args.row
     vision_config, llm_config = part_configs(args)
     with torch.device("meta"):
-        vision, projector = ViT(vision_config), row.projector_type
-        if projector == "qformer":
+        vision, llm = ViT(vision_config), Llama(llm_config)
+        if row.projector_type == "qformer":
             vision = vision.without_final_block()
             sizes = build.TOY_QFORMER if args.base == "toy" else {}
             width = vision.config.width
             qformer = QFormer(QFormerConfig(**sizes, vision_width=width, vocab=0))
             norm = LayerNorm(width, vision.config.eps)
             projector = QFormerProjector(norm, qformer, llm_config.width)
-        model = VLM(vision, projector, Llama(llm_config), None, row.template, row.image_aspect)
+            model = Blip2(vision, projector, llm, None, row.template)
+        else:
+            model = VLM(vision, row.projector_type, llm, None, row.template, row.image_aspect)
         if args.lora:
             add_lora(model.llm, args.lora)
     set_trainable(model, row.train, args.lora)
@@ -67,9 +69,8 @@ def meta_model(args, set_trainable):
 def part_configs(args):
     """(TowerConfig, LlamaConfig) of the run's parts, or of the model that it starts from."""
     if args.start not in (None, "none"):
-        config = read_sizes(args, args.start)
-        vision, llm = read_vlm_config(args.start, config)[:2]
-        return TowerConfig(**vision), LlamaConfig(**llm)
+        family = read_vlm_config(args.start, read_sizes(args, args.start))
+        return TowerConfig(**family.vision), LlamaConfig(**family.llm)
     vision_name, llm_name = build.base_models(args)
     vision, llm = KNOWN_SIZES.get(vision_name), KNOWN_SIZES.get(llm_name)
     if vision is None:

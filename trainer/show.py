@@ -1,8 +1,8 @@
 """--show-batch N: samples as the model reads them, before a run is started."""
 
 import data
-from formats.checkpoints import resolve
 from formats.errors import NothingToLearn, UserError
+from formats.hub import resolve
 from trainer.build import base_models
 from trainer.forecast import meta_model
 from trainer.loader import MicroBatches, Samples
