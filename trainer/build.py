@@ -90,7 +90,8 @@ def new_blip2_stage1(vision, tokenizer, config, seed=0, bert=None, shared=256):
         init_from_bert(model, bert)
     for block in model.qformer.blocks:                  # equal at first, as published
         block.mlp.load_state_dict(block.text_mlp.state_dict())
-    return model.fits(tokenizer).eval()
+    model.tokenizer = tokenizer.check_fits(config.vocab)
+    return model.eval()
 
 
 def init_from_bert(model, folder):
@@ -211,16 +212,16 @@ def load_qformer_parts(source, vision, dtype):
     language model is not loaded) or InstructBLIP. vision: folder of another tower, or None."""
     if isinstance(source, Blip2Stage1):
         tower = ViT.from_pretrained(vision, dtype) if vision else source.vision
-        return tower.without_final_block(), source.ln_vision, source.qformer.drop_text_branch()
+        return tower.without_final_block(), source.ln_vision, drop_text_branch(source.qformer)
     if isinstance(source, QFormer):
         tower = ViT.from_pretrained(vision, dtype).without_final_block()
         norm = LayerNorm(tower.config.width, tower.config.eps)
-        return tower, norm, source.drop_text_branch()
+        return tower, norm, drop_text_branch(source)
     folder = resolve(source)
     tower = ViT.from_pretrained(vision or folder, dtype).without_final_block()
     weights, c = data.load_weights(folder), read_config(folder)
     with_text = c.get("model_type") == "instructblip"
-    qformer = QFormer.from_pretrained(folder, dtype, words=with_text)
+    qformer = QFormer.from_pretrained(folder, dtype, text=with_text)
     lavis = "ln_vision.weight" in weights
     eps = ln_vision_eps(folder, c, 1e-5 if lavis else configs.vision_tower(c)["eps"])
     norm = LayerNorm(qformer.config.vision_width, eps).to(qformer.query_tokens.dtype)
@@ -228,6 +229,16 @@ def load_qformer_parts(source, vision, dtype):
     table = {"weight": f"{prefix}weight", "bias": f"{prefix}bias"}
     load_into(norm, table, weights, {".*": "not of the norm"})
     return tower, norm, qformer
+
+
+def drop_text_branch(qformer):
+    """Drop what only text uses, for a place in front of a language model. Returns the QFormer."""
+    if qformer.config.vocab:
+        qformer.config = replace(qformer.config, vocab=0)
+        del qformer.token, qformer.position
+        for block in qformer.blocks:
+            block.text_mlp = None
+    return qformer
 
 
 def has_matching_projection(source, template, weight):
