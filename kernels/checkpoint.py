@@ -413,7 +413,7 @@ def checkpointed(blocks, x, *args, policy=None, offload=False):
         return x
     if policy == "full":
         size = max(1, round(math.sqrt(len(blocks))))
-        blocks = [functools.partial(run, blocks[i:i + size], policy="attention")
+        blocks = [functools.partial(checkpointed, blocks[i:i + size], policy="attention")
                   for i in range(0, len(blocks), size)]
     host, region = hosting(x.device) if offload else None, None
     for block in blocks:

@@ -17,7 +17,7 @@ from test_train import flags, here, parts, run, server, sha, unchanged_process  
 from tiny import LIMIT, gap, shaken
 from formats.checkpoints import export
 from formats.errors import UsageError
-from formats.names import fused_rows
+from formats.names import LLAMA, fused_rows
 from formats.pictures import picture_path
 from toy.standin import stand_in, stand_in_row
 from train import parse_args as parse
@@ -258,7 +258,7 @@ def test_lora_is_one_pair_for_each_projection_as_the_official_runs_have(tmp_path
     with torch.no_grad():
         before = plain(ids)
         model_says = model(ids)
-    tensors = export(plain, plain.names(), fused_rows(plain.config))
+    tensors = export(plain, LLAMA, fused_rows(plain.config))
     projections = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                    "out": ("self_attn.o_proj",), "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
                    "down": ("mlp.down_proj",)}

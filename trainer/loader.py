@@ -215,7 +215,8 @@ class MicroBatches(torch.utils.data.Dataset):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
         self.tokenizer, self.image_size = model.tokenizer, model.image_size
         self.num_image_tokens = model.num_image_tokens()
-        self.reads = model.qformer_tokenizer is not None        # an InstructBLIP's Q-Former does
+        # an InstructBLIP's Q-Former reads the question, too
+        self.reads = getattr(model, "qformer_tokenizer", None) is not None
         self.device = model.llm.embed.weight.device
         self.planned, self.left_out = (None, None), []          # of the last step planned
         if not args.pack and args.row.batch % (args.accum * ranks):
