@@ -29,6 +29,7 @@ from toy.parts import llama_tokenizer
 from toy.texts import dialogue
 from toy.world import SIDE, draw, make_scene
 from train import parse_args as parse
+from trainer.build import new_vlm
 from trainer.loader import MicroBatches, Samples
 
 HERE = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def ground(tmp_path_factory):
     for name, part in (("llama", tongue), ("clip", eye)):
         part.bfloat16().float().save_pretrained(root / name)
     torch.manual_seed(3)
-    model = projector.VLM.from_parts(root / "clip", root / "llama", "mlp", "v1", "pad")
+    model = new_vlm(root / "clip", root / "llama", "mlp", "v1", "pad")
     model.bfloat16().float().save_pretrained(root / "start")
     samples = []
     for i in range(24):

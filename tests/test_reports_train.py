@@ -19,6 +19,7 @@ import data
 import train
 from toy.world import SIDE
 from train import parse_args as parse
+from trainer.build import new_vlm
 from trainer.lengths import sample_lengths
 from trainer.loader import Samples
 from trainer.run_folder import Run
@@ -65,9 +66,8 @@ TWO = {"id": "two", "image": ["0.png", "1.png"], "conversations": talk(
 
 def test_two_pictures_have_the_loss_of_transformers(flags, run, album, parts, tmp_path):
     """The pixels of both are spliced, in the order of the marks."""
-    from projector import VLM
     from transformers import LlavaForConditionalGeneration
-    VLM.from_parts(parts / "clip", parts / "llama").save_pretrained(tmp_path / "start")
+    new_vlm(parts / "clip", parts / "llama").save_pretrained(tmp_path / "start")
     theirs = loaded(LlavaForConditionalGeneration, tmp_path / "start")
     words = data.Tokenizer(tmp_path / "start")
     image, places = words.added("<image>"), (SIDE // 16) ** 2

@@ -234,6 +234,7 @@ from toy.texts import training_sample
 from toy.world import SIDE
 from train import parse_args as parse
 from trainer import loader
+from trainer.build import new_vlm
 from trainer.loader import Samples
 from trainer.run_folder import Run
 from trainer.schedules import cosine
@@ -1016,8 +1017,7 @@ def test_a_whole_number_of_warm_up_steps():
 
 def test_a_list_of_parts_passes_over_names_that_are_no_numbers(parts):
     import train
-    from projector import VLM
-    model = VLM.from_parts(parts / "clip", parts / "llama")
+    model = new_vlm(parts / "clip", parts / "llama")
     with pytest.raises(UsageError, match="no such part"):
         train.set_trainable(model, ("vision.2+",))
     assert {n.split(".")[2] for n in train.set_trainable(model, ("vision.blocks.1+",))} == {"1"}

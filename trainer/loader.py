@@ -3,7 +3,6 @@
     Samples         the toy world, or the file of --data, in the order of the epochs
     MicroBatches    step -> this rank's micro-batches, for a model with a LLaMA"""
 
-import argparse
 import math
 import os
 import random
@@ -87,7 +86,8 @@ class Samples:
 
     def fault(self, index):
         """What was found wrong with the sample when the file was read, or None."""
-        return self.rows.bad.get(self.number(index)) if self.rows else None
+        if self.rows:
+            return self.rows.bad.get(self.number(index))
 
     def id(self, index):
         return self.rows[self.number(index)]["id"] if self.rows else index
@@ -102,9 +102,8 @@ class Samples:
         if index not in self.cache:             # a sample is asked for its text, then its picture
             if len(self.cache) > 2 * self.args.row.batch:
                 self.cache.clear()
-            args = self.args
-            self.cache[index] = training_sample(args.seed, args.stage, index,
-                                                args.row.caption_style)
+            self.cache[index] = training_sample(self.args.seed, self.args.stage, index,
+                                                self.args.row.caption_style)
         picture, conversation = self.cache[index]
         return {"image": picture, "conversations": conversation}
 
@@ -149,12 +148,6 @@ class Samples:
         """`read`, with the picture itself in place of its name."""
         pictures = self.pictures(self.sample(index)) or [None]
         return pictures[0] if len(pictures) == 1 else pictures, self.read(index)[1]
-
-
-def compare_data(args, out):
-    """Refuse another --data file than the finished run in `out` was trained on."""
-    samples = Samples(argparse.Namespace(**{**vars(args), "on_bad_sample": "skip"}), out)
-    samples.journal.compare(samples.steps())
 
 
 # -------------------------------------------------------------------------------- the micro-batches

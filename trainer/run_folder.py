@@ -11,6 +11,7 @@
 
 Only the first rank writes."""
 
+import argparse
 import fcntl
 import json
 import math
@@ -31,7 +32,7 @@ from formats.files import atomic_write, rename_into_place
 from formats.strict_json import read_config
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
-from trainer.loader import compare_data, MicroBatch
+from trainer.loader import MicroBatch, Samples
 from trainer.rows import LISTS
 from trainer.speed import Throughput
 
@@ -124,6 +125,12 @@ def check_resumable(out, args):
     if changed:
         raise data.BadData(f"{out}: --resume with other flags ({changed}); give the "
                            "flags of its config.json, or --overwrite to start anew")
+
+
+def compare_data(args, out):
+    """Refuse another --data file than the finished run in `out` was trained on."""
+    samples = Samples(argparse.Namespace(**{**vars(args), "on_bad_sample": "skip"}), out)
+    samples.journal.compare(samples.steps())
 
 
 def as_flags(config):
