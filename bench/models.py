@@ -25,6 +25,7 @@ from decoding.cuda_graph import DecodeStep, capture
 from formats import configs
 from formats.checkpoints import export
 from formats.errors import UserError
+from formats.names import fused_rows
 from generate import Sampler
 from kernels.quantize import quantize
 from llama import Config, KVCache, Llama
@@ -41,7 +42,7 @@ def llama_7b():
             from transformers import LlamaConfig, LlamaForCausalLM
             hf_config = LlamaConfig(**configs.llama_to_hf(config), attn_implementation="sdpa")
             reference = LlamaForCausalLM(hf_config)
-        reference.load_state_dict(export(ours, ours.names()), assign=True)
+        reference.load_state_dict(export(ours, ours.names(), fused_rows(config)), assign=True)
     except FAILURES as error:
         reference = short(error)
     finally:
@@ -152,8 +153,8 @@ def generate():
                                  torch.full((B, 1), S, device=DEVICE))
 
             def token():
-                step.memory.at.fill_(S)         # the same token every time
-                step.memory.end.fill_(S + 1)
+                step.cache.at.fill_(S)         # the same token every time
+                step.cache.end.fill_(S + 1)
                 step()
 
             token()

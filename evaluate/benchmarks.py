@@ -17,17 +17,16 @@ from collections import Counter
 from pathlib import Path
 
 import data
-from decoding.chat import see
 from decoding.loading import load_model
-from decoding.prompt import build_prompt, places
-from decoding.stopping import spell
+from decoding.pictures import load_picture
+from decoding.prompt import build_prompt, prompt_length
 from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import UsageError, note
 from formats.files import atomic_write, read_text
 from formats.pictures import picture_path
 from formats.strict_json import is_broken_text, iter_rows, read_json
-from generate import generate_batch
+from generate import generate_batch, stream_text
 from instruct.journal import (
     Journal, Request, cache_key, model_fingerprint, record_all, replies_in_order,
     unanswered_chunks)
@@ -96,12 +95,13 @@ def prompt_and_picture(args, model, job):
     """(ids, (pixels, sizes)) of a question. Raises BadImage, or BadData if it is too long."""
     if job.image:                               # the picture stands first
         ids = build_prompt([job.request], model.template, model.tokenizer)
-        picture = see(picture_path(args.images, job.image, args.follow_links), model)
+        path = picture_path(args.images, job.image, args.follow_links)
+        picture = load_picture(model, path)
     else:
         turns = [{"from": "human", "value": job.request}]
         ids = data.prompt_tokens(turns, model.template, model.tokenizer, pictures=0)
         picture = None, None
-    if places(model, ids, picture[1]) >= model.llm.config.context:
+    if prompt_length(model, ids, picture[1]) >= model.llm.config.context:
         raise data.BadData("longer than the model's context: take another model")
     return ids, picture
 
@@ -128,7 +128,7 @@ def model_answers(args, jobs, journal):
             continue
         rows = generate_batch(model, prompts, pixels, sizes=sizes,
                               max_new_tokens=args.max_new_tokens)
-        texts = ["".join(spell(row, model.tokenizer)).strip() for row in rows]
+        texts = ["".join(stream_text(row, model.tokenizer)).strip() for row in rows]
         yield [(job, text, "") for job, text in zip(asked, texts)]
 
 

@@ -34,7 +34,7 @@ def qformer_features(model, scenes):
 def match_logits(model, features, ids, mask, size):
     """(n,) logits of "yes" for n (picture, text) pairs, `size` pairs at a time."""
     chunks = zip(features.split(size), ids.split(size), mask.split(size))
-    return torch.cat([model.matched(x, i, m)[:, 1] for x, i, m in chunks])
+    return torch.cat([model.itm_logits(x, i, m)[:, 1] for x, i, m in chunks])
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def recall_at_k(model, scenes, k=16, itm=True):
             columns = best.indices.flatten()
             image, text = (rows, columns) if name == "image to text" else (columns, rows)
             pairs = zip(image.split(400), text.split(400))              # features of 400 at a time
-            match = torch.cat([model.matched(features[i], ids[j], mask[j])[:, 1]
+            match = torch.cat([model.itm_logits(features[i], ids[j], mask[j])[:, 1]
                                for i, j in pairs])
             order += match.view(-1, k)
         ranked = best.indices.gather(1, order.argsort(1, descending=True))

@@ -15,8 +15,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from formats.checkpoints import CONVERT
-from formats.errors import BadModel
+from formats.checkpoints import load_weights
+from formats.errors import BadModel, UsageError
+from formats.hub import CONVERT, resolve
+from formats.names import canonical
 from formats.strict_json import read_config
 
 PREFIX = "base_model.model."
@@ -29,18 +31,10 @@ KEY = re.compile(r"(.+)\.(lora_A|lora_B)\.(?:default\.)?weight"
                  r"|(.+)\.(lora_embedding_A|lora_embedding_B)(?:\.default)?")
 
 
-def is_adapter(folder) -> bool:
-    """A folder with an adapter and no whole model beside it."""
-    folder = Path(folder)
-    return (folder / "adapter_config.json").exists() and not any(
-        (folder / f"model.safetensors{end}").exists() for end in ("", ".index.json"))
-
-
 class Adapter:
     """One adapter's folder. `base`: what it says it was trained on, or None."""
 
-    def __init__(self, folder, read):
-        """read: a function from a safetensors file to {name: tensor}."""
+    def __init__(self, folder):
         self.folder = Path(folder)
         self.config = c = read_config(folder, "adapter_config.json")
         for key, values in PLAIN.items():
@@ -53,7 +47,7 @@ class Adapter:
         self.base = base if type(base) is str and base else None
         self.pairs, self.whole = {}, {}     # {module: {"A": tensor, "B": tensor}}, {name: tensor}
         for file in ("non_lora_trainables", "adapter_model"):
-            self._sort(self._read(file, read))
+            self._sort(self._read(file))
         for module, pair in self.pairs.items():
             if set(pair) not in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
                 raise BadModel(f"{self.folder}: module {module} has {' and '.join(pair)} alone: "
@@ -63,10 +57,11 @@ class Adapter:
         raise BadModel(f"{self.folder / 'adapter_config.json'} says {key} {value!r}, {why}: merge "
                        "it into its base where it was made (PEFT's merge_and_unload)")
 
-    def _read(self, name, read) -> Mapping:
+    def _read(self, name) -> Mapping:
+        """{name: tensor} of one of the folder's two weight files."""
         safe, old = (self.folder / f"{name}.{end}" for end in ("safetensors", "bin"))
         if safe.exists():
-            return read(safe)
+            return load_weights(safe)
         if old.exists():
             raise BadModel(f"{old}: pickled weights, which can run code: convert them once: "
                            + CONVERT % old)
@@ -126,10 +121,10 @@ class Adapter:
 class Adapted(Mapping):
     """The weights of a base with an adapter added, computed when a tensor is asked for.
 
-    canonical: a function from any spelling of a tensor's name to one, by which the adapter's names
-    are found among the base's. Raises BadModel for an adapter's tensor that the base has not."""
+    The adapter's names are found among the base's by their canonical spelling (formats/names.py).
+    Raises BadModel for a tensor of the adapter that the base does not have."""
 
-    def __init__(self, weights, adapter, canonical):
+    def __init__(self, weights, adapter):
         self.weights, self.adapter = weights, adapter
         names = {canonical(name): name for name in weights}
         self.modules, self.whole = {}, {}               # by the base's names
@@ -159,10 +154,6 @@ class Adapted(Mapping):
     def dtype(self):
         return self.weights.dtype
 
-    def release(self, name):
-        if name in self.weights:
-            self.weights.release(name)
-
     def __contains__(self, name):
         return name in self.whole or name in self.weights
 
@@ -171,3 +162,34 @@ class Adapted(Mapping):
 
     def __len__(self):
         return len({*self.weights, *self.whole})
+
+
+# --------------------------------------------------------------------------- whole or adapter
+
+def is_adapter(folder) -> bool:
+    """A folder with an adapter and no whole model beside it."""
+    if not (folder / "adapter_config.json").exists():
+        return False
+    whole = "model.safetensors", "model.safetensors.index.json"
+    return not any((folder / name).exists() for name in whole)
+
+
+def open_model(folder_or_hub_id, base=None):
+    """(folder with the tokenizer, folder with config.json, weights) of a whole model, or of an
+    adapter's folder and its base. LLaVA's adapters hold the config.json of the whole, PEFT's none.
+
+    base: of an adapter; None: the one that it names. Raises BadModel, Offline, UsageError."""
+    folder = resolve(folder_or_hub_id)
+    if not is_adapter(folder):
+        if base is not None:
+            raise UsageError(f"--model-base {base}: {folder} is a whole model, no LoRA adapter; "
+                             "leave the base out")
+        return folder, folder, load_weights(folder)
+    adapter = Adapter(folder)
+    if base is None and adapter.base is None:
+        raise UsageError(f"{folder}: a LoRA adapter that does not name its base; give it as well "
+                         "(--model-base)")
+    base = resolve(base or adapter.base)
+    tokenizer_folder = folder if (folder / "tokenizer.json").exists() else base
+    config_folder = folder if (folder / "config.json").exists() else base
+    return tokenizer_folder, config_folder, Adapted(load_weights(base), adapter)

@@ -139,7 +139,7 @@ class Processor:
             raise BadModel(f"{Path(self.folder) / self.file} says {said}: pictures would be shown "
                            f"in the way {asked!r}, but {why}; take the files of one model")
 
-    def places(self, patch, queries=None):
+    def image_tokens(self, patch, queries=None):
         """Refuse what says that a picture takes other places than it does: transformers would
         stop there. queries: of a Q-Former, or None."""
         outer, file = self.outer, "processor_config.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from formats.checkpoints import hub_id
+from formats.hub import hub_id
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadModel
 from formats.prefix import drop_apart

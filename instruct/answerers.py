@@ -15,16 +15,15 @@ import random
 import torch
 
 import data
-from decoding.chat import see
 from decoding.loading import load_model
+from decoding.pictures import load_picture
 from decoding.prompt import build_prompt
-from decoding.stopping import spell
 from formats.checkpoints import resolve
 from formats.errors import UsageError, note
 from formats.pictures import picture_path
 from formats.strict_json import read_config
 from formats.templates import end_ids
-from generate import generate_batch
+from generate import generate_batch, stream_text
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
     Request, cache_key, model_fingerprint, record_all, replies_in_order, unanswered_chunks)
@@ -113,8 +112,11 @@ def describe(model, args, turns, pictures, seed):
     rows = generate_batch(model, prompts, [pixels for pixels, _ in pictures],
                           sizes=[sizes for _, sizes in pictures], seed=seed,
                           max_new_tokens=args.max_tokens, temperature=args.temperature or 0.0)
-    return [(len(row), row.finish_reason == "end", "".join(spell(row, model.tokenizer)).strip())
-            for row in rows]
+    replies = []
+    for row in rows:
+        text = "".join(stream_text(row, model.tokenizer)).strip()
+        replies.append((len(row), row.finish_reason == "end", text))
+    return replies
 
 
 def load_pictures(args, model, chunk):
@@ -124,7 +126,7 @@ def load_pictures(args, model, chunk):
         try:
             job.image.encode()                          # a file's name may be no UTF-8
             path = picture_path(args.source, job.image, args.follow_links)
-            good.append((job, see(path, model)))
+            good.append((job, load_picture(model, path)))
         except (data.BadImage, data.BadData, UnicodeEncodeError) as error:
             note(f"skipped: {error}")
             bad.append((job, "", "not a usable picture"))

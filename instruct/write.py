@@ -5,8 +5,8 @@ OUT gets the samples in the order of the pictures, OUT.dropped.json the rest: id
 from collections import Counter
 
 import data
-from decoding.chat import write
 from formats.conversations import llava_row
+from formats.files import write_json
 from instruct.answerers import curate, describe_folder, generate_texts
 from instruct.journal import Journal
 from instruct.parsing import to_turns
@@ -41,10 +41,10 @@ def main(args):
             dropped.append({"id": valid_utf8(job.name), "reason": valid_utf8(str(error)),
                             "text": valid_utf8(text)})
     why = counted(row["reason"] for row in dropped)
-    write(f"{args.out}.dropped.json", dropped)
+    write_json(f"{args.out}.dropped.json", dropped)
     if not samples:
         raise data.BadData(f"{args.out}: not written: none of {len(replies)} can be used ({why})")
-    write(args.out, samples)
+    write_json(args.out, samples)
     line = (f"{args.out}: {len(samples):,} of {len(replies):,} kept, "
             f"{len(samples) / len(replies):.1%}")
     print(f"{line}; dropped: {why}" if dropped else line)

@@ -558,6 +558,7 @@ def test_read_config(tmp_path):
 class Net(torch.nn.Module):
     NAMES = {"blocks.{}.qkv.weight": ("m.{}.q.weight", "m.{}.k.weight", "m.{}.v.weight"),
              "blocks.{}.out.weight": "m.{}.o.weight", "scale": "s"}
+    ROWS = {"blocks.{}.qkv.weight": [4, 2, 2]}
 
     def __init__(self):
         super().__init__()
@@ -566,14 +567,10 @@ class Net(torch.nn.Module):
             for _ in range(2))
         self.scale = torch.nn.Parameter(torch.randn(()))
 
-    def split_sizes(self, name):
-        assert name.endswith("qkv.weight")
-        return [4, 2, 2]
-
 
 def test_fill_and_export_are_inverse(tmp_path):
     one, two = Net(), Net()
-    table = export(one, Net.NAMES)
+    table = export(one, Net.NAMES, Net.ROWS)
     assert set(table) == {f"m.{i}.{w}.weight" for i in "01" for w in "qkvo"} | {"s"}
     assert table["m.1.k.weight"].shape == (2, 4)
     assert torch.equal(table["m.0.v.weight"], one.blocks[0]["qkv"].weight[6:])
@@ -595,7 +592,7 @@ def test_fill_and_export_are_inverse(tmp_path):
 def test_fill_refuses_before_it_copies():
     net = Net()
     before = [p.clone() for p in net.parameters()]
-    good = {k: torch.zeros_like(v) for k, v in export(net, Net.NAMES).items()}
+    good = {k: torch.zeros_like(v) for k, v in export(net, Net.NAMES, Net.ROWS).items()}
     lost = {k: v for k, v in good.items() if k != "m.1.k.weight"}
     for weights, names, words in [
             (lost, Net.NAMES, ["m.1.k.weight", "missing"]),

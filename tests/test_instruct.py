@@ -16,7 +16,7 @@ import pytest
 
 import data
 import standin
-from decoding import chat
+from formats import files
 from formats.errors import exit_status
 from formats.pictures import picture_path
 from instruct import answerers
@@ -705,7 +705,7 @@ def test_final_file_is_whole_or_not_there(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(chat.json, "dump", full)
+        m.setattr(files, "fsync_path", full)
         assert run(*words[:2], 5, *words[3:]) == 3
     assert (folder / "o.json").read_bytes() == old and len(lines(folder / "o.json")) == 5
     assert run(*words[:2], 5, *words[3:]) == 0 and len(rows(folder / "o.json")) == 5

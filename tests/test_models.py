@@ -309,7 +309,7 @@ def test_late_score_is_the_best_patch():
 def vlm():
     torch.manual_seed(0)
     eye = clip.ViT(clip.Config(width=16, depth=3, heads=2, mlp=24, image_size=16, patch_size=8))
-    return projector.VLM(eye, "mlp", llama.Llama(TINY), words=None)
+    return projector.VLM(eye, "mlp", llama.Llama(TINY), tokenizer=None)
 
 
 BATCH = torch.tensor([[1, IMAGE, 5, 6, 7, 2], [1, 8, IMAGE, 9, 2, 0]])

@@ -29,6 +29,7 @@ from toy.parts import llama_tokenizer
 from toy.texts import dialogue
 from toy.world import SIDE, draw, make_scene
 from train import parse_args as parse
+from trainer.build import new_vlm
 from trainer.loader import MicroBatches, Samples
 
 HERE = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def ground(tmp_path_factory):
     for name, part in (("llama", tongue), ("clip", eye)):
         part.bfloat16().float().save_pretrained(root / name)
     torch.manual_seed(3)
-    model = projector.VLM.from_parts(root / "clip", root / "llama", "mlp", "v1", "pad")
+    model = new_vlm(root / "clip", root / "llama", "mlp", "v1", "pad")
     model.bfloat16().float().save_pretrained(root / "start")
     samples = []
     for i in range(24):
@@ -74,7 +75,7 @@ def ground(tmp_path_factory):
 def flags(ground, stage, out, *more):
     return ["--stage", str(stage), "--from", str(ground / "start"), "--data",
             str(ground / ("captions.json" if stage == 1 else "all.json")), "--images", str(ground),
-            "--batch", str(BATCH), "--groups", str(GROUPS), "--steps", str(STEPS), "--lr",
+            "--batch", str(BATCH), "--loss-groups", str(GROUPS), "--steps", str(STEPS), "--lr",
             str(LR[stage]), "--clip", "0", "--threads", "1", "--save-every", "1000",
             "--output-dir", str(out), *(("--dtype", "fp32") if stage == 1 else
                                         ("--optimizer", "adamw8")), *map(str, more)]
@@ -124,7 +125,7 @@ def plain(ground):
                     rows.append(([x for xs, _ in wide for x in xs], [y for xs, y in wide
                                                                      for _ in xs]))
                     if picture is not None:
-                        pixels.append(data.preprocess(picture, SIDE, args.row.aspect))
+                        pixels.append(data.preprocess(picture, SIDE, args.row.image_aspect))
                 ids, labels = data.collate(rows, 0)
                 sizes = torch.tensor([len(row) for row, _ in rows])
                 there = torch.arange(ids.shape[1]) < sizes[:, None]
@@ -173,7 +174,7 @@ def means_of_rows(monkeypatch):
     def plan(self, step):
         rows = real(self, step)
         learned = [sum(x != data.IGNORE for t in row for x in t[2]) for row in rows]
-        return [[(*t[:3], 1 / (len(rows) * n)) for t in row] for row, n in zip(rows, learned)]
+        return [[t._replace(weight=1 / (len(rows) * n)) for t in row] for row, n in zip(rows, learned)]
     monkeypatch.setattr(MicroBatches, "plan", plan)
 
 
@@ -184,7 +185,7 @@ def test_a_wrong_packing_leaves_the_curve(ground, plain, tmp_path, monkeypatch, 
 
 
 def test_another_objective_leaves_the_curve(ground, plain, tmp_path):
-    assert apart(ours(ground, 1, tmp_path, "--groups", 1), plain(1)) > 3 * STAGE1
+    assert apart(ours(ground, 1, tmp_path, "--loss-groups", 1), plain(1)) > 3 * STAGE1
 
 
 def test_workers_change_no_bit(ground, tmp_path):
@@ -232,7 +233,7 @@ def test_text_alone_wakes_no_eye(ground, tmp_path):
         assert len(looks) == 1 and not last             # CLIP's last block is never run
         texts = [i for i in range(BATCH) if not (micro.ids[i] == data.IMAGE).any()]
         job.loss(micro._replace(pixels=None, **{name: getattr(micro, name)[texts] for name in (
-            "ids", "labels", "keep", "weights")}))
+            "ids", "labels", "attention_mask", "weights")}))
     assert texts and len(looks) == 1
 
 

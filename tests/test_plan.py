@@ -17,15 +17,17 @@ from test_train import flags, here, parts, run, server, sha, unchanged_process  
 from tiny import LIMIT, gap, shaken
 from formats.checkpoints import export
 from formats.errors import UsageError
+from formats.names import LLAMA, fused_rows
 from formats.pictures import picture_path
 from toy.standin import stand_in, stand_in_row
 from train import parse_args as parse
-from trainer.forecast import (CAPTIONS, MIXED, activation_bytes, choose_row_and_policy,
-                              fit_to_card, flops_per_sample, memory_forecast, meta_model,
-                              sample_lengths, static_bytes, usable_bytes)
+from trainer import forecast
+from trainer.forecast import (activation_bytes, choose_row_and_policy, fit_to_card,
+                              flops_per_sample, memory_forecast, meta_model, static_bytes,
+                              usable_bytes)
+from trainer.lengths import CAPTIONS, MIXED, sample_lengths
 from trainer.loader import Samples
-from trainer.lora import LoRALinear
-from trainer.lora import add_lora, merge_lora
+from trainer.lora import LoRALinear, add_lora, merge_lora
 
 POLICIES = (None, "none", "attention", "full")
 
@@ -35,7 +37,7 @@ def asked(*flags):
 
 
 def total(args, pack, policy, gpus=1):
-    return sum(memory_forecast(meta_model(args), args, MIXED, pack, policy, gpus).values())
+    return sum(memory_forecast(meta_model(args, train.set_trainable), args, MIXED, pack, policy, gpus).values())
 
 
 # ------------------------------------------------------------------------------- sums by hand
@@ -43,7 +45,7 @@ def total(args, pack, policy, gpus=1):
 def test_bytes_of_7b():
     """P = 6.759 G weights train, of 0.304 G nothing but the weights is there; GB = 10⁹ bytes."""
     args = asked()
-    model = meta_model(args)
+    model = meta_model(args, train.set_trainable)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_759_395_328
     eye = 2 * sum(p.numel() for p in model.vision.parameters()) / 1e9
     need = static_bytes(model, args)
@@ -65,8 +67,8 @@ def test_bytes_of_7b():
 
 def test_work_of_7b():
     """TFLOP of a sample, and hours of one A100 at 60 % of its 312 TFLOP/s."""
-    one = meta_model(parse(["--stage", "1", "--base", "7b"]))
-    two = meta_model(asked())
+    one = meta_model(parse(["--stage", "1", "--base", "7b"]), train.set_trainable)
+    two = meta_model(asked(), train.set_trainable)
     sums = lambda model, kind, policy="none": sum(flops_per_sample(model)(*kind, policy)) / 1e12
     assert flops_per_sample(one)(30, 28, 1)[3] / 1e12 == pytest.approx(.366, abs=.001)
     assert sums(one, (30, 28, 1)) == pytest.approx(16.5, abs=.05)
@@ -80,12 +82,12 @@ def test_work_of_7b():
     mixed = sum(kind[0] * sums(two, kind[1:]) for kind in MIXED)
     assert hours(665_298, mixed) == pytest.approx(36.6, abs=.05)
     # half of the eye trains, too: 11 of the 23 blocks that run, three times; 577 places of 30 KiB
-    half = meta_model(parse(["--stage", "1", "--base", "7b", "--recipe", "sharegpt4v"]))
+    half = meta_model(parse(["--stage", "1", "--base", "7b", "--recipe", "sharegpt4v"]), train.set_trainable)
     assert flops_per_sample(half)(208, 206, 1)[3] / 1e12 == pytest.approx(.366 * (1 + 2.05 * 11 / 23),
                                                                      abs=.01)
     more = [activation_bytes(m, 0, 0, 1, "none")[0] for m in (two, half)]
     assert more[1] - more[0] == pytest.approx(11 * 577 * 30 * 1024, rel=.01)
-    lora = meta_model(asked("--lora", 128))            # frozen weights: a third less
+    lora = meta_model(asked("--lora", 128), train.set_trainable)            # frozen weights: a third less
     assert .70 < sums(lora, (324, 180, 1)) / sums(two, (324, 180, 1)) < .75
 
 
@@ -93,7 +95,7 @@ def test_what_fits():
     args, space = asked(), usable_bytes(80)
     # 79.1 GiB less half a GB; of that 95 %
     assert space / 1e9 == pytest.approx(.95 * 84.43, abs=.05)
-    model = meta_model(args)
+    model = meta_model(args, train.set_trainable)
     assert choose_row_and_policy(model, args, MIXED, space) == (6144, "none")
     assert total(args, 6144, "none") / 1e9 == pytest.approx(75, abs=1)
     assert total(args, 8192, "none") / 1e9 == pytest.approx(81.5, abs=1)
@@ -151,7 +153,7 @@ def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
             if not args.row.losses:
                 assert "hours at" in told(capsys, "--stage", stage, "--recipe", recipe, "--base",
                                           base, "--steps", 9, "--memory", 500)
-                places[recipe] = meta_model(args).num_image_tokens()
+                places[recipe] = meta_model(args, train.set_trainable).num_image_tokens()
     assert places == {"llava": 256, "llava-1.5": 576, "blip2": 32, "minigpt4": 32,
                       "sharegpt4v": 576}
 
@@ -171,16 +173,16 @@ def test_a_plan_reads_what_it_is_given(offline, capsys, parts, tmp_path):       
 
 def test_the_card_at_hand_decides(monkeypatch):
     args = asked()
-    monkeypatch.setattr(train, "room", lambda memory=None: 70e9)
-    fit_to_card(args)
+    monkeypatch.setattr(forecast, "usable_bytes", lambda memory=None: 70e9)
+    fit_to_card(args, train.set_trainable)
     assert (args.pack, args.checkpoint) == (4096, "none")
     args = asked("--pack", "1024", "--checkpoint", "full")
-    fit_to_card(args)
+    fit_to_card(args, train.set_trainable)
     assert (args.pack, args.checkpoint) == (1024, "full")
-    monkeypatch.setattr(train, "room", lambda memory=None: 40e9)
+    monkeypatch.setattr(forecast, "usable_bytes", lambda memory=None: 40e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a small card")
     with pytest.raises(UsageError, match="40.0 GB of a small card"):
-        fit_to_card(asked())
+        fit_to_card(asked(), train.set_trainable)
 
 
 # ------------------------------------------------------------------------ what autograd keeps
@@ -256,7 +258,7 @@ def test_lora_is_one_pair_for_each_projection_as_the_official_runs_have(tmp_path
     with torch.no_grad():
         before = plain(ids)
         model_says = model(ids)
-    tensors = export(plain, plain.names())
+    tensors = export(plain, LLAMA, fused_rows(plain.config))
     projections = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                    "out": ("self_attn.o_proj",), "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
                    "down": ("mlp.down_proj",)}
@@ -300,9 +302,9 @@ def test_only_the_additions_and_the_bridge_train():
     args = asked("--lora", 128)
     assert (args.row.lr, args.row.projector_lr) == (2e-4, 2e-5)
     # the official 7B run has 320 M of them
-    big = meta_model(args)
+    big = meta_model(args, train.set_trainable)
     assert sum(p.numel() for p in big.llm.parameters() if p.requires_grad) == 319_815_680
-    rates = {n: group["lr"] for group in train.parameter_groups(trained, args.row).param_groups
+    rates = {n: group["lr"] for group in train.parameter_groups(trained, args.row)
              for p in group["params"] for n, q in trained.items() if q is p}
     assert len(rates) == len(trained)
     assert all(lr == (2e-5 if n.startswith("projector.") else 2e-4) for n, lr in rates.items())

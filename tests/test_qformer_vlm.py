@@ -6,7 +6,6 @@ missed on purpose, and the comparison must notice.
 """
 import io
 import json
-import mmap
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +25,12 @@ import llama
 import projector
 import qformer
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
-from decoding.beam import beam_search
 from decoding.flags import parse
 from formats.checkpoints import expand_names, export, save_weights
 from formats.conversations import MINIGPT4_INSTRUCTIONS, blip_caption
 from formats.errors import UsageError
 from formats.bert import BertTokenizer
+from trainer.build import load_projector, new_blip2_stage1, new_vlm
 
 S, Q = 24, 5                                    # side of the pictures: 3 x 3 patches; queries
 EYE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -412,14 +411,14 @@ def test_trap_11_opt_and_t5_are_refused_and_their_eyes_taken(tmp_path, folders, 
     with pytest.raises(data.BadModel, match=f"'{text.model_type}', and only LLaMA") as info:
         projector.VLM.from_pretrained(tmp_path)
     assert "\n" not in str(info.value) and "--stage 2 --from" in str(info.value)
-    ours = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
+    ours = new_vlm(None, folders["llama"], "qformer", "blip2", "squash",
                                     qformer=tmp_path).eval()
     told = theirs.get_image_features(PIXELS)
     with torch.no_grad():
         asks = ours.projector.qformer(ours.projector.norm(ours.vision(PIXELS)))
         assert gap(asks, told.qformer_outputs.last_hidden_state) <= LIMIT
         assert gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) > .1      # not its projection
-        ours.load_bridge(tmp_path)                      # unless one asks for it
+        load_projector(ours, tmp_path)                      # unless one asks for it
         assert gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) <= LIMIT
     edit(tmp_path, text_config={})                      # what transformers documents: OPT
     with pytest.raises(data.BadModel, match="'opt'"):
@@ -524,13 +523,12 @@ class Script:
 
     def __init__(self, words, rows, monkeypatch, template="minigpt4"):
         self.tokenizer, self.template, self.rows, self.step = words, template, rows, -1
-        monkeypatch.setattr(generate, "begin", lambda model, prompts, *_: (
+        monkeypatch.setattr(generate, "prefill_inputs", lambda model, prompts, *_: (
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), [99] * len(rows)))
-        monkeypatch.setattr(generate, "Cache", lambda *_: SimpleNamespace())
-        monkeypatch.setattr(generate, "predict", self.predict)
+        monkeypatch.setattr(generate, "KVCache", lambda *_: SimpleNamespace())
         self.config, self.embed = None, SimpleNamespace(weight=torch.zeros(1))
 
-    def predict(self, *_):
+    def next_logits(self, *_):
         self.step += 1
         return torch.stack([F.one_hot(torch.tensor((row + [2] * 99)[self.step]), 32000).float()
                             for row in self.rows])
@@ -568,7 +566,8 @@ def test_beams_end_at_a_text_as_at_a_token(folders):
     ids = generate.build_prompt(["Hi"], "minigpt4", ours.tokenizer)
     free = list(generate.generate(ours, ids, PIXELS[:1], 40, eos=-1))
     token = next(i for i in free[3:] if ours.tokenizer.decode([i]).isalpha())       # a letter it says
-    found = lambda ends, stop=None: beam_search(ours, ids, PIXELS[:1], None, ends, 40, 3, stop)
+    found = lambda ends, stop=(): list(generate.generate(ours, ids, PIXELS[:1], 40, num_beams=3, eos=ends,
+                                                         stop=stop))
     assert found({2}, ours.tokenizer.decode([token])) == found({2, token})
     assert token in found({2}) and token not in found({2, token})   # control: it matters
 
@@ -617,7 +616,7 @@ def test_bf16_is_close(folders):
 def retriever(tmp_path_factory, folders):
     """A BLIP-2 of stage 1 with EVA's eye, and its folder."""
     config = qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=32, vocab=len(READER), context=64)
-    made = qformer.Blip2Stage1.from_parts(folders["blip2"][0], READER, config, shared=16)
+    made = new_blip2_stage1(folders["blip2"][0], READER, config, shared=16)
     folder = tmp_path_factory.mktemp("retriever")
     made.save_pretrained(folder)
     return made, folder
@@ -626,7 +625,7 @@ def retriever(tmp_path_factory, folders):
 @torch.no_grad()
 def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
     stage1, folder = retriever
-    ours = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
+    ours = new_vlm(None, folders["llama"], "qformer", "blip2", "squash",
                                     qformer=folder).eval()
     seen = stage1.qformer(stage1.ln_vision(stage1.vision(PIXELS)))
     assert gap(ours.projector.qformer(ours.projector.norm(ours.vision(PIXELS))), seen) <= LIMIT
@@ -634,10 +633,10 @@ def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
     names = [name for name, _ in ours.projector.named_parameters()]
     assert not any("word" in name for name in names) and {"proj.weight", "norm.bias"} < {*names}
     assert ours.get_submodule("projector.proj") is ours.projector.proj
-    again = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash",
+    again = new_vlm(None, folders["llama"], "qformer", "blip2", "squash",
                                      qformer=qformer.Blip2Stage1.from_pretrained(folder)).eval()
     assert same_tensors(ours, again)                    # a module and its folder are one
-    other = projector.VLM.from_parts(None, folders["llama"], "qformer", "blip2", "squash", 1,
+    other = new_vlm(None, folders["llama"], "qformer", "blip2", "squash", 1,
                                      qformer=folder)
     assert torch.equal(other.projector.norm.weight, ours.projector.norm.weight)
     assert not torch.equal(other.projector.proj.weight, ours.projector.proj.weight)       # the seed's
@@ -655,7 +654,7 @@ def test_parts_from_a_lavis_file(tmp_path, folders):
     save_weights(tmp_path, lavis(theirs) | export(ours.projector.qformer, asks) | {
         "t5_proj.weight": torch.ones(32, 24), "temp": torch.ones(())})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    made = projector.VLM.from_parts(None, folders["llama"], "qformer", "minigpt4", "squash",
+    made = new_vlm(None, folders["llama"], "qformer", "minigpt4", "squash",
                                     qformer=tmp_path)
     assert made.projector.norm.eps == 1e-5 and ours.projector.norm.eps == 1e-6
     made.projector.norm.eps = 1e-6
@@ -669,7 +668,7 @@ def test_parts_from_a_lavis_file(tmp_path, folders):
 def test_a_projection_is_taken_where_the_task_goes_on(folders):
     folder = folders["blip2"][0]
     with_it = data.load_weights(folder)["language_projection.weight"]
-    parts = lambda template, source=folder: projector.VLM.from_parts(
+    parts = lambda template, source=folder: new_vlm(
         None, folders["llama"], "qformer", template, "squash", qformer=source)
     assert torch.equal(parts("blip2").projector.proj.weight, with_it)
     assert not torch.equal(parts("minigpt4_caption").projector.proj.weight, with_it)
@@ -680,23 +679,23 @@ def test_a_projection_is_taken_where_the_task_goes_on(folders):
 
 
 def test_minigpt4_projection_alone(tmp_path, folders):
-    ours = projector.VLM.from_parts(None, folders["llama"], "qformer", "minigpt4", "squash",
+    ours = new_vlm(None, folders["llama"], "qformer", "minigpt4", "squash",
                                     qformer=folders["blip2"][0])
     made = {"llama_proj.weight": torch.randn(32, 24), "llama_proj.bias": torch.randn(32),
             "Qformer.bert.embeddings.position_ids": torch.arange(9)[None]}      # rides along
     save_weights(tmp_path / "full", made)
     before = ours.projector.qformer.query_tokens.clone()
-    ours.load_bridge(tmp_path / "full")
+    load_projector(ours, tmp_path / "full")
     assert torch.equal(ours.projector.proj.weight, made["llama_proj.weight"])
     assert torch.equal(ours.projector.proj.bias, made["llama_proj.bias"])
     assert torch.equal(ours.projector.qformer.query_tokens, before)
     # LLaMA-2's MiniGPT-4 has no Q-Former: four patches of 1408 side by side
     save_weights(tmp_path / "v2", {**made, "llama_proj.weight": torch.randn(32, 5632)})
     with pytest.raises(data.BadModel, match=r"llama_proj.weight: shape \(32, 5632\)"):
-        ours.load_bridge(tmp_path / "v2")
+        load_projector(ours, tmp_path / "v2")
     save_weights(tmp_path / "none", {"other": torch.ones(1)})
     with pytest.raises(data.BadModel, match="language_projection.weight is missing"):
-        ours.load_bridge(tmp_path / "none")
+        load_projector(ours, tmp_path / "none")
 
 
 def test_a_clip_eye_is_saved_whole_and_refused_by_transformers(tmp_path, folders):
@@ -705,7 +704,7 @@ def test_a_clip_eye_is_saved_whole_and_refused_by_transformers(tmp_path, folders
     reads = clip.Config(width=24, depth=1, heads=3, mlp=40, vocab=50, context=16, eos_id=49)
     shaken(clip.CLIP(eye, reads, 20)).save_pretrained(tmp_path / "clip")
     asks = qformer.QFormer(qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=32, vocab=0))
-    ours = projector.VLM.from_parts(tmp_path / "clip", folders["llama"], "qformer", "blip2",
+    ours = new_vlm(tmp_path / "clip", folders["llama"], "qformer", "blip2",
                                     "squash", qformer=asks).eval()
     full = clip.ViT.from_pretrained(tmp_path / "clip")
     assert len(full.blocks) == 3 and len(ours.vision.blocks) == 2
@@ -719,11 +718,11 @@ def test_a_clip_eye_is_saved_whole_and_refused_by_transformers(tmp_path, folders
     with pytest.raises(RuntimeError, match="mismatch"):
         transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "vlm")
     with pytest.raises(UsageError, match="squash"):
-        projector.VLM.from_parts(tmp_path / "clip", folders["llama"], "qformer", "blip2", "pad",
+        new_vlm(tmp_path / "clip", folders["llama"], "qformer", "blip2", "pad",
                                  qformer=asks)
     wide = qformer.QFormer(qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=48, vocab=0))
     with pytest.raises(data.BadModel, match="width 48, the eye's have 32"):
-        projector.VLM.from_parts(tmp_path / "clip", folders["llama"], "qformer", "blip2",
+        new_vlm(tmp_path / "clip", folders["llama"], "qformer", "blip2",
                                  "squash", qformer=wide)
 
 
@@ -735,7 +734,7 @@ def test_a_toy_begins_in_the_channels_that_words_use(folders, tmp_path):
         tongue.embed.weight[:, 8:] = 0
     tongue.save_pretrained(tmp_path)
     write_words(tmp_path)
-    ours = projector.VLM.from_parts(None, tmp_path, "qformer", "minigpt4", "squash",
+    ours = new_vlm(None, tmp_path, "qformer", "minigpt4", "squash",
                                     qformer=folders["blip2"][0])
     proj, loudness = ours.projector.proj.weight, tongue.embed.weight.std()
     assert not proj[8:].any() and proj[:8].all() and not ours.projector.proj.bias.any()
@@ -743,13 +742,14 @@ def test_a_toy_begins_in_the_channels_that_words_use(folders, tmp_path):
     assert .8 < heard.std() / loudness < 1.25
 
 
-def test_a_system_without_madvise_keeps_its_pages(tmp_path, monkeypatch):
+def test_a_tensor_is_read_anew_each_time_it_is_asked_for(tmp_path):
     save_weights(tmp_path, {"a": torch.ones(4)})
     weights = data.load_weights(tmp_path)
-    weights.release("a")
-    monkeypatch.delattr(mmap, "MADV_DONTNEED")
-    weights.release("a")
+    first = weights["a"]
+    first.zero_()                                       # changes this tensor, not the file
+    del first
     assert weights["a"].sum() == 4
+    assert data.load_weights(tmp_path)["a"].sum() == 4
 
 
 @pytest.mark.parametrize("kind", ["blip2", "instructblip"])

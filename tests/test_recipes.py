@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ import data
 import llama
 import train
 from formats.errors import UsageError
-from trainer.build import TOY_QFORMER
-from trainer.checkpoint import save_checkpoint
 from train import parse_args as parse
+from trainer import build, run_folder
+from trainer.checkpoint import save_checkpoint
 from trainer.schedules import lr_schedule
 
 TOY_PARTS = Path(__file__).parents[1] / "toy/weights"
@@ -26,7 +27,7 @@ TOY_PARTS = Path(__file__).parents[1] / "toy/weights"
 def unchanged_process(monkeypatch):
     """Runs inside this process set threads, signals and determinism: put them back."""
     monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
-    monkeypatch.setattr(train, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, num_queries=3))
+    monkeypatch.setattr(build, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, num_queries=3))
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in
                                                   (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
@@ -51,14 +52,14 @@ def sha(out):
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """blip2 and minigpt4, both stages each, three steps a stage."""
-    attention_mask, generate = TOY_QFORMER, train.generate
-    TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, num_queries=3)
+    sizes, generate = build.TOY_QFORMER, train.generate
+    build.TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, num_queries=3)
     train.generate = lambda *a, **more: iter((5, 6, 7))
     top = tmp_path_factory.mktemp("toy")
     for recipe in ("blip2", "minigpt4"):
         for stage in (1, 2):
             assert run(top / recipe / f"stage{stage}", recipe, stage) == 0
-    TOY_QFORMER, train.generate = attention_mask, generate
+    build.TOY_QFORMER, train.generate = sizes, generate
     return top
 
 
@@ -99,12 +100,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(chain, tmp_path, recipe,
              ("minigpt4", 1): ("--qformer", chain / "blip2/stage2/model")}.get((recipe, stage), ())
     real, calls = save_checkpoint, []
 
-    def stopping(job, out, step, attention_mask):
-        real(job, out, step, attention_mask)
+    def stopping(job, out, step, keep):
+        real(job, out, step, keep)
         if step == 2 and not calls:
             calls.append(step)
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save", stopping)
+    monkeypatch.setattr(run_folder, "save_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", recipe, stage, *start)
     assert run(tmp_path / "run", recipe, stage, *start, "--resume", "auto") == 0
@@ -137,7 +138,7 @@ def test_sharegpt4v_unlocks_the_upper_half_of_the_tower(tmp_path):
 
 def rates(recipe, stage, steps, **changes):
     """The learning rate of every step of a row, in its own units."""
-    row = train.replace(train.RECIPES[recipe][stage - 1], **changes)
+    row = replace(train.RECIPES[recipe][stage - 1], **changes)
     factor = lr_schedule(row, steps)
     return [row.lr * factor(step) for step in range(steps)]
 
@@ -171,8 +172,8 @@ def test_what_decays():
              "temp": torch.nn.Parameter(torch.tensor(.07))}
 
     def decaying(recipe):
-        optimizer = train.parameter_groups(named, train.RECIPES[recipe][0])
-        return {n for n, p in named.items() for g in optimizer.param_groups
+        groups = train.parameter_groups(named, train.RECIPES[recipe][0])
+        return {n for n, p in named.items() for g in groups
                 if g["weight_decay"] == .05 and any(p is q for q in g["params"])}
     assert decaying("blip2") == {"w", "temp"} and decaying("minigpt4") == {"w"}
     assert not decaying("llava-1.5")
@@ -192,7 +193,7 @@ def test_parts_that_are_not_there_are_named(tmp_path):
 @pytest.mark.parametrize("argv", [
     ["--recipe", "blip2", "--projector-type", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
     ["--recipe", "llava", "--losses", "itc"], ["--recipe", "blip2", "--losses", ""],
-    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"], ["--told", "lies"]])
+    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"], ["--caption-style", "lies"]])
 def test_flags_that_do_not_fit_a_recipe(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         parse(["--stage", "1", *argv])

@@ -27,8 +27,9 @@ from tiny import LIMIT, edit, gap, shaken, write_words
 from decoding.loading import cast_for_cpu
 from formats.checkpoints import export, load_into, save_weights
 from formats.errors import UsageError
+from formats import names, unused
 from formats.export import save_tokenizer
-from trainer.build import init_from_bert
+from trainer.build import init_from_bert, load_projector
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -55,7 +56,7 @@ def theirs(folder):
 
 
 def vlm_gap(ours, other):
-    module = official if ours.kind != "qformer" else queries
+    module = official if ours.projector_type != "qformer" else queries
     return module.vlm_gap(ours, other)
 
 
@@ -202,10 +203,10 @@ def test_a_caption_head_called_tied_must_be(tmp_path, which):
     part = torch.nn.Module()
     part.word, part.bias = (torch.nn.Parameter(torch.zeros(n)) for n in ((3, 2), (3,)))
     table = {"word": list(lavis)[0], "bias": list(lavis)[1]}
-    load_into(part, table, lavis, qformer.Blip2Stage1.IGNORE)
+    load_into(part, table, lavis, unused.STAGE1)
     lavis[f"Qformer.cls.predictions.decoder.{which}"] *= 2
     with pytest.raises(data.BadModel, match=f"decoder.{which} is left unused as tied"):
-        load_into(part, table, lavis, qformer.Blip2Stage1.IGNORE)
+        load_into(part, table, lavis, unused.STAGE1)
 
 
 # ------------------------------------------------------------------------------- A4: processors
@@ -615,17 +616,17 @@ def test_a_projector_that_is_a_pickle(tmp_path):
     write_vlm(tmp_path / "a", "llava")
     ours = projector.VLM.from_pretrained(tmp_path / "a")
     table = export(ours.projector, {k.removeprefix("projector."): v
-                                      for k, v in ours.BRIDGE_NAMES.items()})
-    names = {"linear_1": "0", "linear_2": "2"}
+                                    for k, v in names.LLAVA_PROJECTOR.items()})
+    numbers = {"linear_1": "0", "linear_2": "2"}
     torch.save({re.sub(r"multi_modal_projector\.(linear_.)", lambda m: "model.mm_projector."
-                       + names[m[1]], k): v + 1 for k, v in table.items()},
+                       + numbers[m[1]], k): v + 1 for k, v in table.items()},
                tmp_path / "mm_projector.bin")
     with pytest.raises(data.BadModel, match="mm_projector.bin: pickled weights") as info:
-        ours.load_bridge(tmp_path / "mm_projector.bin")
+        load_projector(ours, tmp_path / "mm_projector.bin")
     subprocess.run([sys.executable, "-c", re.search(r'python -c "(.*)"', str(info.value))[1]],
                    check=True)
     before = ours.projector.first.weight.clone()
-    ours.load_bridge(tmp_path / "mm_projector.safetensors")
+    load_projector(ours, tmp_path / "mm_projector.safetensors")
     assert torch.equal(ours.projector.first.weight, before + 1)
 
 
@@ -676,10 +677,10 @@ def write_adapter(folder, prefix="language_model.model.", base=None, rank=4, **c
 def by_hand(folder, pairs, scale):
     """transformers' model of the folder, with scale(module) B A added to its weights."""
     model = theirs(folder)
-    modules = {projector.canonical(f"{k}.weight"): m for k, m in model.named_modules()}
+    modules = {names.canonical(f"{k}.weight"): m for k, m in model.named_modules()}
     with torch.no_grad():
         for name, (A, B) in pairs.items():
-            modules[projector.canonical(f"{name}.weight")].weight += scale(name) * (B @ A)
+            modules[names.canonical(f"{name}.weight")].weight += scale(name) * (B @ A)
     return model
 
 

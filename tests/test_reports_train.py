@@ -19,8 +19,10 @@ import data
 import train
 from toy.world import SIDE
 from train import parse_args as parse
-from trainer.forecast import sample_lengths
+from trainer.build import new_vlm
+from trainer.lengths import sample_lengths
 from trainer.loader import Samples
+from trainer.run_folder import Run
 
 
 def talk(*texts):
@@ -64,9 +66,8 @@ TWO = {"id": "two", "image": ["0.png", "1.png"], "conversations": talk(
 
 def test_two_pictures_have_the_loss_of_transformers(flags, run, album, parts, tmp_path):
     """The pixels of both are spliced, in the order of the marks."""
-    from projector import VLM
     from transformers import LlavaForConditionalGeneration
-    VLM.from_parts(parts / "clip", parts / "llama").save_pretrained(tmp_path / "start")
+    new_vlm(parts / "clip", parts / "llama").save_pretrained(tmp_path / "start")
     theirs = loaded(LlavaForConditionalGeneration, tmp_path / "start")
     words = data.Tokenizer(tmp_path / "start")
     image, places = words.added("<image>"), (SIDE // 16) ** 2
@@ -96,10 +97,10 @@ def test_every_picture_is_counted(flags, run, album, parts, tmp_path):
     given = album([TWO, TWO])
     job = train.vlm_job(parse(flags(tmp_path / "a", *given)), tmp_path, "cpu")
     (micro,) = job.batches(0)
-    places, length = job.batches.places, len(job.batches.text(0)[0])
+    places, length = job.batches.num_image_tokens, len(job.batches.text(0)[0])
     assert micro.pixels.shape[0] == 4 and [c[2] for c in micro.counts] == [2, 2]
     assert job.batches.size(job.batches.text(0)[0]) == length - 2 + 2 * places
-    assert job.work(micro)[0] == 2 * (length - 2 + 2 * places)          # tokens of the log
+    assert job.count_flops(micro)[0] == 2 * (length - 2 + 2 * places)          # tokens of the log
     size = length - 2 + 2 * places
     assert run(flags(tmp_path / "b", *given, "--pack", size, steps=2)).code == 0
     refused(run(flags(tmp_path / "c", *given, "--pack", size - 1, steps=2)), 3, f"{size:,} tokens",
@@ -247,7 +248,7 @@ def test_a_step_without_a_usable_sample_moves_nothing(flags, album, tmp_path):
             kept[step] = [p.detach().clone() for p in job.trained().values()]
             return real(step)
         job.batches = batches
-        assert train.train_loop(job, out, args) == 0
+        assert train.train_loop(job, Run(out, args)) == 0
         kept[8] = [p.detach().clone() for p in job.trained().values()]
         same = [all(map(torch.equal, kept[i], kept[i + 1])) for i in range(8)]
         assert same[at] == still and not any(same[:at] + same[at + 1:])
@@ -377,13 +378,14 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import train
+from trainer.loader import Samples
 
 def own():
     found = open("/proc/self/smaps_rollup").read()
     return 1024 * sum(map(int, re.findall(r"Private_\\w+: +(\\d+)", found)))
 
 class Looker(torch.utils.data.Dataset):
-    samples = train.Samples(train.arguments(json.loads(sys.argv[2])))
+    samples = Samples(train.parse_args(json.loads(sys.argv[2])))
 
     def __getitem__(self, many):
         before = own()

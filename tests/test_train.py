@@ -37,8 +37,8 @@ class Operations:
     """Counts what a run does to the disk, and SIGKILLs it before number k (0: only counts).
 
     Half-done writes count too: a file just opened is empty, and safetensors' file is cut in half
-    once it is written. since, until: the calls of train.py's functions that open and close the
-    stretch that is counted."""
+    once it is written. since, until: the calls of functions that open and close the stretch that
+    is counted."""
 
     def __init__(self, k, log):
         self.k, self.log, self.seen, self.on = k, log, [], False
@@ -54,9 +54,9 @@ class Operations:
             self.operation(f"write {file}")
             return handle
         io.open = __builtins__.open = opened
-        import data
-        import train
-        for module in (train, data):
+        from formats import checkpoints
+        from trainer import checkpoint, rows
+        for module in (checkpoint, rows, checkpoints):
             self.wrap_save(module)
 
     def operation(self, what, before=lambda: None):
@@ -96,26 +96,26 @@ class Operations:
         module.save_file = counted
 
 
-def before_call(train, name, number, action):
-    """Have `action` happen before call `number` (from 1) of train.<name>."""
-    real, calls = getattr(train, name), []
+def before_call(module, name, number, action):
+    """Have `action` happen before call `number` (from 1) of module.<name>."""
+    real, calls = getattr(module, name), []
 
     def watched(*a, **more):
         calls.append(1)
         if len(calls) == number:
             action()
         return real(*a, **more)
-    setattr(train, name, watched)
+    setattr(module, name, watched)
 
 
 def before_batch(train, step, action):
     """Have action(model) happen when the batch of `step` is asked for."""
-    real = train.make_batches
+    real = train.MicroBatches
 
-    def made(samples, model, args, out):
-        batches = real(samples, model, args, out)
+    def made(samples, model, args, *ranks):
+        batches = real(samples, model, args, *ranks)
         return lambda s: (action(model) if s == step else None, batches(s))[1]
-    train.make_batches = made
+    train.MicroBatches = made
 
 
 def refuse(*a, **more):
@@ -124,13 +124,14 @@ def refuse(*a, **more):
 
 def inject(train, fault):
     """What goes wrong in this child."""
+    from trainer import run_folder, schedules
     if "kill_save" in fault:                # from the second save to the end of the run
         operations = Operations(*fault["kill_save"])
-        before_call(train, "save", 2, lambda: setattr(operations, "on", True))
+        before_call(run_folder, "save_checkpoint", 2, lambda: setattr(operations, "on", True))
     if "kill_start" in fault:               # from the start to the first batch
         operations = Operations(*fault["kill_start"])
         operations.on = True
-        before_call(train, "cosine", 1, lambda: setattr(operations, "on", False))
+        before_call(schedules, "cosine", 1, lambda: setattr(operations, "on", False))
     if "signal" in fault:
         step, number = fault["signal"]
         before_batch(train, step, lambda model: os.kill(os.getpid(), number))
@@ -142,7 +143,7 @@ def inject(train, fault):
     if "file_limit" in fault:
         limit = (fault["file_limit"], resource.RLIM_INFINITY)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        before_call(train, "save", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        before_call(run_folder, "save_checkpoint", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     if "errno" in fault:                    # (name in os or "write", part of a path, errno)
         name, part, number = fault["errno"]
         real = io.open if name == "write" else getattr(os, name)
@@ -173,8 +174,9 @@ def child(train, data, order):
     if not order["fault"].get("no_socket"):     # 20 descriptions a run would take most of its time
         train.generate = lambda *a, **more: iter((5, 6, 7))
     inject(train, order["fault"])
-    args = train.arguments(order["argv"])
-    return exit_status(lambda: train.train(args))
+    from formats.errors import exit_status
+    args = train.parse_args(order["argv"])
+    return exit_status(lambda: train.main(args))
 
 
 def serve():
@@ -183,6 +185,7 @@ def serve():
 
     import data
     import train
+    from trainer.run_folder import plot_loss
     torch.set_num_threads(1)
     # What is slow the first time is done once here, not in every child: imports, a first plot.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -225,12 +228,15 @@ import llama
 import projector
 import train
 from formats.checkpoints import save_weights
+from formats.errors import UsageError
 from toy.parts import llama_tokenizer
 from toy.texts import training_sample
 from toy.world import SIDE
 from train import parse_args as parse
+from trainer import loader
+from trainer.build import new_vlm
 from trainer.loader import Samples
-from trainer.run_folder import plot_loss
+from trainer.run_folder import Run
 from trainer.schedules import cosine
 
 
@@ -359,7 +365,7 @@ def test_frozen_stays_frozen_and_the_rest_moves(flags, tmp_path, stage, learns):
     args = parse(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
     job = train.vlm_job(args, tmp_path, "cpu")
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
-    assert train.train_loop(job, tmp_path, args) == 0
+    assert train.train_loop(job, Run(tmp_path, args)) == 0
     for name, p in job.model.named_parameters():
         assert torch.equal(p, before[name]) == (not name.startswith(learns)), name
 
@@ -435,9 +441,9 @@ def test_accumulation_and_packing_change_nothing_and_groups_do(flags, tmp_path, 
             return picture, [talk[0], {"from": "gpt", "value": "red " * length(a[2])}]
         return sample
     for length, same in ((lambda index: 9, True), (lambda index: 2 + 9 * (index % 4 > 1), False)):
-        monkeypatch.setattr(train, "toy_sample", of_length(length))
+        monkeypatch.setattr(loader, "training_sample", of_length(length))
         ways = {f"{same}{i}": losses(flags, tmp_path / f"{same}{i}", *way) for i, way in enumerate(
-            ((), ("--accum", 2), ("--accum", 4), ("--pack", 64), ("--groups", 2)))}
+            ((), ("--accum", 2), ("--accum", 4), ("--pack", 64), ("--loss-groups", 2)))}
         first, *rest = ways.values()
         equal = [first == [(pytest.approx(a, rel=1e-5), pytest.approx(b, abs=2e-4))
                            for a, b in other] for other in rest]
@@ -687,7 +693,7 @@ def test_a_step_inside_backward_frees_each_gradient_and_is_the_step_at_the_end(f
                 sum(q.grad is not None for q in weights)))
         out = tmp_path / str(clip)
         out.mkdir()
-        assert train.train_loop(job, out, args) == 0
+        assert train.train_loop(job, Run(out, args)) == 0
         ends[clip], alive[clip] = [p.detach().clone() for p in weights], max(most)
     assert all(map(torch.equal, ends[0], ends[1e9]))
     assert alive[0] <= 1 and alive[1e9] == len(weights) > 10, alive
@@ -816,7 +822,7 @@ COMMAND_LINES = {
     "lr nan": ["--stage", "1", "--lr", "nan"], "negative steps": ["--stage", "1", "--steps", "-1"],
     "batch and accum": ["--stage", "1", "--batch", "3", "--accum", "2"],
     "abbreviation": ["--stage", "1", "--rec", "llava"], "no part": ["--stage", "1", "--train", ""],
-    "aspect": ["--stage", "1", "--aspect", "round"],
+    "aspect": ["--stage", "1", "--image-aspect", "round"],
     "huge seed": ["--stage", "1", "--seed", "9" * 30],
     "warm-up": ["--stage", "1", "--warmup", "inf"], "text": ["--stage", "1", "--batch", "two"],
     "samples": ["--stage", "1", "--show-batch", "-1"]}
@@ -919,7 +925,7 @@ def test_epochs_see_every_sample_once_in_an_order_of_their_own(flags, album):
     assert samples[4][0].size == samples[4][0].size         # whatever was asked before
 
 
-@pytest.mark.parametrize("trains", ["projector", "bridge,llm"])
+@pytest.mark.parametrize("trains", ["projector", "projector,llm"])
 def test_a_batch_of_text_alone_is_no_trouble(flags, run, album, tmp_path, trains):
     argv = flags(tmp_path / "run", *album(lambda rows: rows.__delitem__(slice(3))),
                  "--train", trains, "--accum", 2, steps=2)
@@ -999,7 +1005,7 @@ def test_every_recipe_takes_its_own_defaults(base):
     for recipe in train.RECIPES:
         for stage in (1, 2):
             args = parse(["--stage", str(stage), "--recipe", recipe, "--base", base])
-            assert args.row.losses or args.row.batch % args.row.groups == 0
+            assert args.row.losses or args.row.batch % args.row.loss_groups == 0
 
 
 def test_a_whole_number_of_warm_up_steps():
@@ -1011,9 +1017,8 @@ def test_a_whole_number_of_warm_up_steps():
 
 def test_a_list_of_parts_passes_over_names_that_are_no_numbers(parts):
     import train
-    from projector import VLM
-    model = VLM.from_parts(parts / "clip", parts / "llama")
-    with pytest.raises(train.data.Usage, match="no such part"):
+    model = new_vlm(parts / "clip", parts / "llama")
+    with pytest.raises(UsageError, match="no such part"):
         train.set_trainable(model, ("vision.2+",))
     assert {n.split(".")[2] for n in train.set_trainable(model, ("vision.blocks.1+",))} == {"1"}
 

@@ -1,10 +1,12 @@
-"""TODO"""
+"""From samples to micro-batches: which samples stand in a step, what their tokens weigh, workers.
+
+    Samples         the toy world, or the file of --data, in the order of the epochs
+    MicroBatches    step -> this rank's micro-batches, for a model with a LLaMA"""
 
 import math
 import os
 import random
 import signal
-import time
 from array import array
 from collections import Counter
 from typing import NamedTuple
@@ -17,37 +19,34 @@ from formats.errors import NothingToLearn, UsageError, UserError
 from formats.pictures import picture_path
 from toy.texts import DESCRIBE, training_sample
 from trainer.distributed import gathered
-from trainer.rows import BAD, NOTHING, Rows
+from trainer.rows import BAD, Journal, NOTHING, Rows
+from trainer.samples import encode_sample, lesson, sample_pieces
 
 
-def with_last(batches, step):
-    """(micro-batch, is it the step's last?, seconds that it was waited for)."""
-    began, held = time.perf_counter(), None
-    following = iter(batches(step))
-    while True:
-        micro = next(following, None)
-        waited = time.perf_counter() - began
-        if held:
-            yield held[0], micro is None, held[1]
-        if micro is None:
-            return
-        held, began = (micro, waited), time.perf_counter()
-
+# -------------------------------------------------------------------------------------- the samples
 
 class Samples:
     """Where samples come from: the toy world, without end, or a file in LLaVA's format.
 
+    index: the sample's number in the run, from 0, all epochs counted.
+    number: its place in the file; of the toy world the index itself.
+    out: the run's folder, for the journal; None where nothing is written (--plan, --show-batch).
     Without --on-bad-sample skip a file with bad samples is refused here, before anything loads."""
 
-    def __init__(self, args):
-        self.args = args
-        self.rows = Rows(args.data, self.check) if args.data else None
-        self.epoch, self.order, self.drawn = -1, (), {}
-        self.ahead = self.journal = None        # micro-batches that workers make ahead
+    def __init__(self, args, out=None):
+        self.args, self.rows = args, None
+        if args.data:
+            self.rows = Rows(args.data, self.check)
+        self.epoch, self.order, self.cache = -1, (), {}
+        self.prefetched = None                  # micro-batches that workers make ahead of time
         if self.rows and args.on_bad_sample == "error":
             self.rows.refuse()
+        self.journal = None
+        if out is not None:
+            self.journal = Journal(self, out, args.most_bad)
 
     def steps(self):
+        """The number of steps of the run."""
         row = self.args.row
         if row.steps:
             return row.steps
@@ -63,24 +62,23 @@ class Samples:
         return steps
 
     def number(self, index):
-        """Where the run's sample number `index` is in the file; every epoch has an order of its
-        own. Of the toy world: the index."""
+        """Where sample `index` of the run is in the file; every epoch has an order of its own."""
         if not self.rows:
             return index
-        epoch, at = divmod(index, len(self.rows))
+        epoch, place = divmod(index, len(self.rows))
         if epoch != self.epoch:
-            dice, row = torch.Generator().manual_seed(self.args.seed * 1000 + epoch), self.args.row
+            row, rng = self.args.row, torch.Generator().manual_seed(self.args.seed * 1000 + epoch)
             if row.order == "modality":
-                order = data.modality_order(self.rows.words, row.batch // row.groups, row.groups,
-                                            dice)
+                group = row.batch // row.loss_groups
+                order = data.modality_order(self.rows.words, group, row.loss_groups, rng)
             else:
-                order = torch.randperm(len(self.rows), generator=dice).tolist()
+                order = torch.randperm(len(self.rows), generator=rng).tolist()
             self.epoch, self.order = epoch, array("q", order)
-        return self.order[at]
+        return self.order[place]
 
     def close(self):
-        """The workers go."""
-        self.ahead = None
+        """End the workers."""
+        self.prefetched = None
 
     def used(self, step):
         """Numbers of the samples that the first `step` steps have drawn."""
@@ -88,7 +86,8 @@ class Samples:
 
     def fault(self, index):
         """What was found wrong with the sample when the file was read, or None."""
-        return self.rows.bad.get(self.number(index)) if self.rows else None
+        if self.rows:
+            return self.rows.bad.get(self.number(index))
 
     def id(self, index):
         return self.rows[self.number(index)]["id"] if self.rows else index
@@ -97,52 +96,52 @@ class Samples:
         return f"sample {self.id(index)}" if self.rows else f"toy sample {index}"
 
     def sample(self, index):
-        """Number `index` of the run, whatever the epoch: a row of the file, or of the toy world
-        {image: the picture itself, conversations}."""
+        """A row of the file; of the toy world {image: the picture itself, conversations}."""
         if self.rows is not None:
             return self.rows[self.number(index)]
-        if index not in self.drawn:             # asked for its words, then for its picture
-            if len(self.drawn) > 2 * self.args.row.batch:
-                self.drawn.clear()
-            self.drawn[index] = training_sample(self.args.seed, self.args.stage, index,
-                                           self.args.row.told)
-        picture, talk = self.drawn[index]
-        return {"image": picture, "conversations": talk}
+        if index not in self.cache:             # a sample is asked for its text, then its picture
+            if len(self.cache) > 2 * self.args.row.batch:
+                self.cache.clear()
+            self.cache[index] = training_sample(self.args.seed, self.args.stage, index,
+                                                self.args.row.caption_style)
+        picture, conversation = self.cache[index]
+        return {"image": picture, "conversations": conversation}
 
-    def asked(self, index):
+    def instruction(self, index):
         """MiniGPT-4's instruction. quirk: one for a batch, not for a sample."""
         if self.args.row.template != "minigpt4":
             return ""
-        dice = random.Random(f"{self.args.seed}-{index // self.args.row.batch}")
-        # the toy LLaMA knows the words of its own
-        return dice.choice(DESCRIBE if self.rows is None else MINIGPT4_INSTRUCTIONS)
+        rng = random.Random(f"{self.args.seed}-{index // self.args.row.batch}")
+        # the toy LLaMA knows only the toy world's instructions
+        return rng.choice(DESCRIBE if self.rows is None else MINIGPT4_INSTRUCTIONS)
 
     def check(self, sample):
         """Raises data.BadData for a row that cannot be trained on, without counting its tokens."""
         row = self.args.row
         if row.template:
-            data.sample_pieces(sample, row.template)
+            sample_pieces(sample, row.template)
         elif len(images_of(sample)) != 1:
-            many = len(images_of(sample)) or "no"
-            raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
+            count = len(images_of(sample)) or "no"
+            raise data.BadData(f"{count} pictures; BLIP-2 learns from one and its caption: correct "
                                "the row")
         elif not blip_caption(sample["conversations"][-1]["value"]):
             raise data.BadData("its caption has no words: correct the row, or take it out")
 
     def read(self, index):
-        """(picture, conversation) as its template learns it; of a file the picture's name. Text
-        alone has None, and a sample of several pictures their list."""
+        """(image, conversation as the template has it). image: of a file its name; of the toy
+        world the picture; None for text alone; a list if there are several."""
         sample, template = self.sample(index), self.args.row.template
-        talk = data._lesson(sample, template, self.qformer_text(index)) if template else (
-            sample["conversations"])
-        return sample.get("image"), talk
+        conversation = sample["conversations"]
+        if template:
+            conversation = lesson(sample, template, self.instruction(index))
+        return sample.get("image"), conversation
 
     def pictures(self, sample):
-        """The pictures themselves, in order. Raises data.Failure."""
+        """The pictures themselves, in order. Raises formats.errors.UserError."""
         if self.rows is None:
             return images_of(sample)
-        links = getattr(self.args, "follow_links", False)
-        return [data.load_image(picture_path(self.args.images, name, links))
+        follow_links = getattr(self.args, "follow_links", False)
+        return [data.load_image(picture_path(self.args.images, name, follow_links))
                 for name in images_of(sample)]
 
     def __getitem__(self, index):
@@ -151,186 +150,245 @@ class Samples:
         return pictures[0] if len(pictures) == 1 else pictures, self.read(index)[1]
 
 
+# -------------------------------------------------------------------------------- the micro-batches
+
 class MicroBatch(NamedTuple):
     """A micro-batch: what VLM.loss takes, and the sizes of its texts after splicing."""
     ids: torch.Tensor               # (B, T); packed, (1, T): all texts in one row
     labels: torch.Tensor            # (B, T)
     pixels: torch.Tensor | None     # (n, 3, S, S)
-    attention_mask: torch.Tensor | None       # (B, T); packed, None
-    weights: torch.Tensor | None    # (B, T); None: the mean over what is learned
+    attention_mask: torch.Tensor | None     # (B, T); packed, None
+    weights: torch.Tensor | None    # (B, T); None: the mean over tokens with loss
     lengths: list | None            # packed: ids of each text
-    counts: list                    # of each text: its tokens, learned ones, pictures
+    counts: list                    # of each text: tokens of text, tokens with loss, pictures
     questions: list | None          # of each picture, for a Q-Former that reads; None: reads not
     left_out: list                  # (BAD or NOTHING, number in the file, why) of samples
+
+
+class Planned(NamedTuple):
+    """A sample that has its place in a micro-batch."""
+    index: int
+    ids: list
+    labels: list
+    weight: float                   # of each of its tokens with loss
+
+
+def count_learned(labels):
+    """How many tokens have loss."""
+    return sum(label != data.IGNORE for label in labels)
+
+
+def token_weights(learned, groups):
+    """The weight of a token with loss, for each sample of a step; learned: tokens with loss of each.
+
+    Officially the loss is the mean over the tokens of one GPU's samples (a group: 16 in a row,
+    stage 1: 32), then the mean over 8 GPUs. So a token weighs 1 / (groups x tokens of its group),
+    and a step's loss is a plain sum, however it is cut into rows, micro-batches or ranks."""
+    size, weights = len(learned) // groups, []
+    for first in range(0, len(learned), size):
+        group = learned[first:first + size]
+        for _ in group:
+            weights.append(1 / (groups * sum(group)) if sum(group) else 0.)
+    return weights
 
 
 class MicroBatches(torch.utils.data.Dataset):
     """step -> this rank's micro-batches, one after the other.
 
-    A step is planned from its texts alone: which samples stand in which micro-batch, and what each
-    learned token of theirs weighs. Officially the loss is the mean over the learned tokens of one
-    rank's 16 samples (stage 1: 32), then the mean over 8 ranks. So
+    A step is planned from its texts alone: which samples stand in which micro-batch, and what
+    their tokens weigh (`token_weights`). Pictures are read when a micro-batch is made. A
+    micro-batch depends only on (step, number), so a worker may prepare it ahead of time and the
+    result is the same.
 
-        weight of a token = 1 / (groups · learned tokens of its group)      group: 16 in a row
-
-    and a step's loss is a plain sum, however it is cut into rows, micro-batches or ranks. Pictures
-    are read when a micro-batch is made, by workers ahead of time if there are any: it is a function
-    of (step, its number) alone, whoever makes it.
-
-    A sample that cannot be used, or teaches nothing, has no place in a micro-batch. One micro-batch
-    in which nobody is left is passed over; among several ranks it becomes a `blank` one, so that
-    all come to the same places."""
+    A sample that cannot be used, or has no token with loss, has no place in a micro-batch. A
+    micro-batch without a sample is passed over; with several ranks it becomes a `blank` one, so
+    that all ranks take part in every collective."""
 
     def __init__(self, samples, model, args, rank=0, ranks=1):
         self.samples, self.args, self.rank, self.ranks = samples, args, rank, ranks
-        self.left_out = []
-        self.tokenizer, self.side, self.places = model.tokenizer, model.image_size, model.num_image_tokens()
-        self.reads = model.qformer_tokenizer is not None
-        self.device, self.planned = model.llm.embed.weight.device, (None, None)
+        self.tokenizer, self.image_size = model.tokenizer, model.image_size
+        self.num_image_tokens = model.num_image_tokens()
+        # an InstructBLIP's Q-Former reads the question, too
+        self.reads = getattr(model, "qformer_tokenizer", None) is not None
+        self.device = model.llm.embed.weight.device
+        self.planned, self.left_out = (None, None), []          # of the last step planned
         if not args.pack and args.row.batch % (args.accum * ranks):
             raise UsageError(f"--batch {args.row.batch} does not divide into --accum {args.accum} "
                              f"micro-batches on each of {ranks} ranks; give another, or --pack")
 
     def text(self, index):
-        """(ids, labels) of a sample. Raises data.Failure with its name; data.NothingToLearn, which
-        says why, where no token of it is learned."""
+        """(ids, labels) of a sample. Raises UserError with its name, or NothingToLearn with the
+        reason where no token has loss."""
         args, samples = self.args, self.samples
         try:
-            return data.encode_sample(
-                samples.sample(index), args.row.template, self.tokenizer, self.places, args.pack,
-                args.max_length, args.official_quirks, asked=samples.asked(index))
+            return encode_sample(
+                samples.sample(index), args.row.template, self.tokenizer, self.num_image_tokens,
+                args.pack, args.max_length, args.official_quirks, asked=samples.instruction(index))
         except UserError as error:
             raise type(error)(f"{samples.name(index)}: {error}") from None
 
     def size(self, ids):
-        return len(ids) + (self.places - 1) * ids.count(data.IMAGE)
+        """Tokens after splicing."""
+        return len(ids) + (self.num_image_tokens - 1) * ids.count(data.IMAGE)
 
-    def plan(self, step):
-        """[[(index, ids, labels, weight)]]: the samples of each micro-batch of all ranks.
-
-        Samples with nothing to learn are left out."""
-        if self.planned[0] == step:
-            return self.planned[1]
-        row, first = self.args.row, step * self.args.row.batch
-        texts, left_out, causes = [], [], Counter()
+    def texts(self, step):
+        """[(ids, labels)] of a step's samples, in their order; ([], []) for one that is left out.
+        Fills self.left_out."""
+        row, skip = self.args.row, self.args.on_bad_sample == "skip"
+        first, texts, causes = step * row.batch, [], Counter()
+        self.left_out = []
         for index in range(first, first + row.batch):
             text = [], []
             try:
                 if self.samples.fault(index) is None:       # else it was listed at the start
                     text = self.text(index)
             except NothingToLearn as error:
-                left_out.append((NOTHING, self.samples.number(index), str(error)))
+                self.left_out.append((NOTHING, self.samples.number(index), str(error)))
                 causes[str(error).removeprefix(f"{self.samples.name(index)}: ")] += 1
             except UserError as error:
-                if self.args.on_bad_sample == "error":
+                if not skip:
                     raise
-                left_out.append((BAD, self.samples.number(index), str(error)))
+                self.left_out.append((BAD, self.samples.number(index), str(error)))
             texts.append(text)
-        learned = [sum(x != data.IGNORE for x in labels) for _, labels in texts]
-        if not any(learned) and self.args.on_bad_sample == "error":
+        if not skip and not any(count_learned(labels) for _, labels in texts):
             why = "; ".join(f"{n} of them: {cause}" for cause, n in causes.most_common())
             raise data.BadData(f"{self.samples.name(first)} and the {row.batch - 1} after it have "
                                f"nothing to train on: {why}")
-        group = row.batch // row.groups
-        sums = [sum(learned[i:i + group]) for i in range(0, row.batch, group)]
-        taught = [(first + i, *text, 1 / (row.groups * sums[i // group]))
-                  for i, text in enumerate(texts) if learned[i]]
+        return texts
+
+    def plan(self, step):
+        """[[Planned]]: the samples of each micro-batch, of all ranks."""
+        if self.planned[0] == step:
+            return self.planned[1]
+        row, first = self.args.row, step * self.args.row.batch
+        texts = self.texts(step)
+        learned = [count_learned(labels) for _, labels in texts]
+        samples = []
+        for i, weight in enumerate(token_weights(learned, row.loss_groups)):
+            if learned[i]:
+                samples.append(Planned(first + i, *texts[i], weight))
         if self.args.pack:
-            rows = data.pack([self.size(t[1]) for t in taught], self.args.pack)
-            micros = [[taught[i] for i in row] for row in rows]
+            rows = data.pack([self.size(sample.ids) for sample in samples], self.args.pack)
+            micros = [[samples[i] for i in places] for places in rows]
         else:
             size = row.batch // (self.args.accum * self.ranks)
-            micros = [[t for t in taught if (t[0] - first) // size == m]
-                      for m in range(row.batch // size)]
-        self.planned, self.left_out = (step, [m for m in micros if m]), left_out
+            micros = [[] for _ in range(row.batch // size)]
+            for sample in samples:
+                micros[(sample.index - first) // size].append(sample)
+        self.planned = step, [micro for micro in micros if micro]
         return self.planned[1]
 
     def __getitem__(self, at):
-        """Micro-batch (step, number), or the data.Failure that it met: a worker must not raise."""
+        """Micro-batch (step, number), or the UserError that it met: a worker must not raise."""
         step, number = at
         try:
-            planned = self.plan(step)
+            micros = self.plan(step)
             left_out = list(self.left_out) if number == 0 else []
-            # a rank that is dealt one less, or nobody who can be used, gets a blank one
-            dealt = planned[number] if number < len(planned) else []
+            # a rank with one micro-batch fewer gets a blank one
+            wanted = micros[number] if number < len(micros) else []
             chosen, pixels = [], []
-            for sample in dealt:
+            for sample in wanted:
                 try:
-                    pictures = self.pictures(sample)
-                except UserError as error:       # what it weighs is lost: the others are planned
-                    if self.args.on_bad_sample == "error":
+                    images = self.pixels(sample.index)
+                except UserError as error:      # its share of the loss is dropped: the others
+                    if self.args.on_bad_sample == "error":      # keep their weights
                         raise
-                    left_out.append((BAD, self.samples.number(sample[0]), str(error)))
+                    left_out.append((BAD, self.samples.number(sample.index), str(error)))
                     continue
                 chosen.append(sample)
-                pixels += pictures
+                pixels += images
         except UserError as error:
             return error
         if not chosen:
             return self.blank(left_out)
-        texts = [(ids, labels) for _, ids, labels, _ in chosen]
-        lengths = [len(ids) for ids, _ in texts]
-        weights = torch.tensor([t[-1] for t in chosen])
+        is_whole_step = len(micros) == 1 and chosen == wanted
+        return self.assemble(chosen, pixels, is_whole_step, left_out)
+
+    def assemble(self, chosen, pixels, is_whole_step, left_out):
+        """A MicroBatch of planned samples and their pictures."""
+        lengths = [len(sample.ids) for sample in chosen]
+        weights = torch.tensor([sample.weight for sample in chosen])
         if self.args.pack:
-            ids, labels = (torch.tensor([[x for t in texts for x in t[i]]]) for i in (0, 1))
-            weights, attention_mask = weights.repeat_interleave(torch.tensor(lengths))[None], None
+            row, targets = [], []
+            for sample in chosen:
+                row += sample.ids
+                targets += sample.labels
+            ids, labels, attention_mask = torch.tensor([row]), torch.tensor([targets]), None
+            weights = weights.repeat_interleave(torch.tensor(lengths))[None]        # (1, T)
         else:
-            ids, labels = data.collate(texts, self.tokenizer.pad)
+            ids, labels = data.collate([(sample.ids, sample.labels) for sample in chosen],
+                                       self.tokenizer.pad)
             attention_mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
-            weights = weights[:, None].expand(ids.shape)
-            if len(planned) == self.args.row.groups == self.ranks == 1 and chosen == dealt:
+            weights = weights[:, None].expand(ids.shape)                            # (B, T)
+            if is_whole_step and self.args.row.loss_groups == self.ranks == 1:
                 weights = None              # one group in one micro-batch: the plain mean
-        counts = [(sum(x != data.IMAGE for x in ids), sum(x != data.IGNORE for x in labels),
-                   ids.count(data.IMAGE)) for ids, labels in texts]
-        return MicroBatch(ids, labels, torch.cat(pixels) if pixels else None, attention_mask, weights,
-                     lengths if self.args.pack else None, counts,
-                     [data.question(self.samples.read(i)[1]) for i, ids, _, _ in chosen
-                      if data.IMAGE in ids] if self.reads else None, left_out)
+        counts, questions = [], []
+        for sample in chosen:
+            images = sample.ids.count(data.IMAGE)
+            counts.append((len(sample.ids) - images, count_learned(sample.labels), images))
+            if self.reads and images:
+                questions.append(data.question(self.samples.read(sample.index)[1]))
+        return MicroBatch(ids, labels, torch.cat(pixels) if pixels else None, attention_mask,
+                          weights, lengths if self.args.pack else None, counts,
+                          questions if self.reads else None, left_out)
 
     def blank(self, left_out):
         """A micro-batch without a sample: two tokens that weigh nothing."""
         ids = torch.full((1, 2), self.tokenizer.pad)
         labels = torch.tensor([[data.IGNORE, self.tokenizer.pad]])
-        packed = bool(self.args.pack)
-        return MicroBatch(ids, labels, None, None if packed else torch.ones(1, 2, dtype=torch.bool),
-                     torch.zeros(1, 2), [2] if packed else None, [], None, left_out)
+        mask, lengths = torch.ones(1, 2, dtype=torch.bool), None
+        if self.args.pack:
+            mask, lengths = None, [2]
+        return MicroBatch(ids, labels, None, mask, torch.zeros(1, 2), lengths, [], None, left_out)
 
-    def pictures(self, planned):
-        """[pixels (1, 3, S, S)] of a planned sample. Raises data.Failure with its name."""
+    def pixels(self, index):
+        """[pixels (1, 3, S, S)] of a sample. Raises UserError with its name."""
         try:
-            return [data.preprocess(picture, self.side, self.args.row.aspect)
-                    for picture in self.samples.pictures(self.samples.sample(planned[0]))]
+            pictures = self.samples.pictures(self.samples.sample(index))
+            return [data.preprocess(picture, self.image_size, self.args.row.image_aspect)
+                    for picture in pictures]
         except UserError as error:
-            raise type(error)(f"{self.samples.name(planned[0])}: {error}") from None
+            raise type(error)(f"{self.samples.name(index)}: {error}") from None
 
-    def numbers(self, first, last):
-        """Of this rank's micro-batches in steps first .. last-1, all ranks having as many."""
+    def places(self, first, last):
+        """(step, number) of this rank's micro-batches in steps first .. last-1. All ranks have as
+        many."""
         for step in range(first, last):
             try:
-                many = -(-max(1, len(self.plan(step))) // self.ranks) * self.ranks
+                count = max(1, len(self.plan(step)))
             except UserError:
-                many = self.ranks           # __getitem__ will meet it and hand it over
-            yield from ((step, number) for number in range(self.rank, many, self.ranks))
+                count = 1                   # __getitem__ will meet it and hand it over
+            whole = math.ceil(count / self.ranks) * self.ranks
+            for number in range(self.rank, whole, self.ranks):
+                yield step, number
+
+    def start_workers(self, step):
+        """An iterator over the micro-batches from `step` to the end of the run."""
+        return iter(torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=self.places(step, self.samples.steps()),
+            num_workers=self.args.workers, worker_init_fn=worker_init, generator=torch.Generator(),
+            multiprocessing_context="fork",     # they share the block of `Rows`
+            pin_memory=self.device.type == "cuda"))
 
     def __call__(self, step):
-        if self.args.workers and self.samples.ahead is None:
-            self.samples.ahead = iter(torch.utils.data.DataLoader(
-                self, batch_size=None, sampler=self.numbers(step, self.samples.steps()),
-                num_workers=self.args.workers, worker_init_fn=worker_init, generator=torch.Generator(),
-                multiprocessing_context="fork",     # they share the block of `Rows`
-                pin_memory=self.device.type == "cuda"))
+        if self.args.workers and self.samples.prefetched is None:
+            self.samples.prefetched = self.start_workers(step)
         left_out = []
-        for at in self.numbers(step, step + 1):
-            micro = next(self.samples.ahead) if self.args.workers else self[at]
+        for at in self.places(step, step + 1):
+            micro = next(self.samples.prefetched) if self.args.workers else self[at]
             if isinstance(micro, UserError):
                 raise micro
             left_out += micro.left_out
-            if not micro.counts and self.ranks == 1:
-                continue
-            yield micro._replace(**{name: t.to(self.device, non_blocking=True)
-                                    for name, t in micro._asdict().items() if torch.is_tensor(t)})
+            if micro.counts or self.ranks > 1:
+                yield to_device(micro, self.device)
         if self.samples.journal:
             self.samples.journal.add(step + 1, gathered(left_out))
+
+
+def to_device(micro, device):
+    tensors = {name: value.to(device, non_blocking=True)
+               for name, value in micro._asdict().items() if torch.is_tensor(value)}
+    return micro._replace(**tensors)
 
 
 def worker_init(worker):

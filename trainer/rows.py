@@ -7,11 +7,12 @@
 Some samples teach nothing. There are two kinds, and each has a file of its own:
 
     bad_samples.jsonl         samples that cannot be used; only with --on-bad-sample skip
-    nothing_to_learn.jsonl    samples that can be read, but no answer of theirs is learned
+    nothing_to_learn.jsonl    samples that can be read, but none of their tokens has loss
 
 Both hold a line for each sample, not for each time that it is met: {"step", "sample", "where",
 "why"}. `sample` is its number in the file, from 0; `where` its row; `step` is when it was met,
 0: before the run began."""
+
 import hashlib
 import json
 import os
@@ -24,17 +25,19 @@ from safetensors.torch import save_file
 
 from formats.conversations import images_of, read_rows
 from formats.errors import BadData, NothingToLearn
+from formats.files import atomic_write, fsync_path
 
 BAD, NOTHING = "bad_samples.jsonl", "nothing_to_learn.jsonl"
 LISTS = BAD, NOTHING
-ABOUT = "id", "where", "field"          # keys of a sample that say where it stands
-TAUGHT = "image", "system", "conversations"         # what is learned; other keys are let go
-_written = json.JSONEncoder(ensure_ascii=False).encode
+DIGESTS = "rows.safetensors"
+# the keys of a sample that are kept: where it stands, and what a run is trained on
+WHERE_KEYS, TRAINED_KEYS = ("id", "where", "field"), ("image", "system", "conversations")
 SHOWN = 3                               # samples that a line on stderr names
+to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Rows:
-    """The samples of a data file. rows[i] is a dict {id, image, conversations, where}.
+    """The samples of a data file. rows[i] is a dict {id, where, field, image, conversations}.
 
     Python objects would be copied into every worker, little by little: whoever looks at an object
     changes its reference count, and so writes to the page of memory that it lies in. One block of
@@ -48,19 +51,19 @@ class Rows:
         self.path, self.bad = path, {}
         self.block, self.ends = bytearray(), array("q", [0])
         self.words, self.digests = array("i"), array("q")
-        for _, where, got in read_rows(path):
-            if isinstance(got, BadData):
-                if str(got).endswith("what follows was not read"):
-                    raise BadData(f"{where}: {got}")        # nobody can say what is left out
-                self.bad[len(self)] = f"{where}: {got}"
-                got = [{"id": where, "where": where, "conversations": []}]
-            for sample in got:
-                self._add(sample, check)
+        for _, where, found in read_rows(path):
+            if isinstance(found, BadData):
+                if str(found).endswith("what follows was not read"):
+                    raise BadData(f"{where}: {found}")      # nobody can say what is left out
+                self.bad[len(self)] = f"{where}: {found}"
+                found = [{"id": where, "where": where, "conversations": []}]
+            for sample in found:
+                self.append(sample, check)
         if not len(self):
             raise BadData(f"{path}: holds no samples: expected a list of conversations")
 
-    def _add(self, sample, check):
-        number, talk, images = len(self), sample["conversations"], images_of(sample)
+    def append(self, sample, check):
+        number, words = len(self), 0
         if number not in self.bad:
             try:
                 check(sample)
@@ -68,109 +71,132 @@ class Rows:
                 pass                                        # is counted when its turn comes
             except BadData as error:
                 self.bad[number] = f"sample {sample['id']}: {error}"
-        # an empty row counts as one word: data.modality_order takes no 0
-        count = max(1, sum([len(turn["value"].split()) for turn in talk]))
-        self.words.append(count if images else -count)
-        about, taught = (_written({key: sample[key] for key in keys if key in sample}).encode()
-                         for keys in (ABOUT, TAUGHT))
-        digest = hashlib.blake2b(taught, digest_size=8).digest()
+        for turn in sample["conversations"]:
+            words += len(turn["value"].split())
+        words = max(1, words)           # of an empty row, too: data.modality_order takes no 0
+        self.words.append(words if images_of(sample) else -words)
+        where = to_json(select(sample, WHERE_KEYS)).encode()
+        trained = to_json(select(sample, TRAINED_KEYS)).encode()
+        digest = hashlib.blake2b(trained, digest_size=8).digest()
         self.digests.append(int.from_bytes(digest, "little", signed=True))
-        self.block += b"[%b,%b]" % (about, taught)
+        self.block += b"[%b,%b]" % (where, trained)
         self.ends.append(len(self.block))
 
     def __len__(self):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        about, taught = json.loads(self.block[self.ends[i]:self.ends[i + 1]])
-        return {**about, **taught}
-
-    def _told(self, number):
-        why, where = self.bad[number], self[number]["where"]
-        return why if why.startswith(where) else f"{where}, {why}"
+        where, trained = json.loads(self.block[self.ends[i]:self.ends[i + 1]])
+        return {**where, **trained}
 
     def refuse(self):
         """Raises BadData, if there are bad samples, that names the first of them."""
-        if self.bad:
-            first = "; ".join(self._told(number) for number in list(self.bad)[:SHOWN])
-            more = f"; and {len(self.bad) - SHOWN:,} more" if len(self.bad) > SHOWN else ""
-            raise BadData(f"{len(self.bad):,} of {len(self):,} samples cannot be trained on: "
-                          f"{first}{more}: correct them, or leave them out with --on-bad-sample "
-                          "skip")
+        if not self.bad:
+            return
+        first = []
+        for number in list(self.bad)[:SHOWN]:
+            why, where = self.bad[number], self[number]["where"]
+            first.append(why if why.startswith(where) else f"{where}, {why}")
+        raise BadData(f"{len(self.bad):,} of {len(self):,} samples cannot be trained on: "
+                      f"{'; '.join(first)}{and_more(self.bad)}: correct them, or leave them out "
+                      "with --on-bad-sample skip")
+
+
+def select(sample, keys):
+    return {key: sample[key] for key in keys if key in sample}
+
+
+def and_more(items):
+    """What a line says of those that it does not name."""
+    if len(items) <= SHOWN:
+        return ""
+    return f"; and {len(items) - SHOWN:,} more"
 
 
 class Journal:
-    """What a run writes down about its samples. All ranks keep the books, the first one writes.
+    """What a run writes down about its samples. All ranks keep it, the first one writes.
 
-    samples: train.Samples; out: the run's folder; most_bad: more bad samples end the run."""
+    samples: trainer.loader.Samples; out: the run's folder; most_bad: more bad samples end the
+    run. met: {file: {number of the sample: why}}."""
 
     def __init__(self, samples, out, most_bad):
         self.samples, self.rows, self.out, self.most_bad = samples, samples.rows, out, most_bad
-        self.met = {name: {} for name in LISTS}             # number -> why
+        self.met = {name: {} for name in LISTS}
         self.writes = False
 
     def begin(self, step, writes):
         """A run begins, or goes on after `step` steps. Raises BadData if the file has changed."""
         self.writes = writes
         for name in LISTS:
-            self.met[name] = {x["sample"]: x["why"] for x in self._lines(name) if x["step"] <= step}
+            for line in self.read(name, step):
+                self.met[name][line["sample"]] = line["why"]
         if not self.rows:
             return
         self.compare(step)
+        # what the file itself says now, and what was met since the run began; a row that has been
+        # corrected is bad no more
+        lines = [self.line(0, number, why) for number, why in self.rows.bad.items()]
+        lines += [line for line in self.read(BAD, step) if line["step"] > 0]
         if writes:
-            save_numbers(self.out / "rows.safetensors", digest=self.rows.digests,
-                         words=self.rows.words)
-            # a row that has been corrected is bad no more
-            later = [x for x in self._lines(BAD) if 0 < x["step"] <= step]
-            now = [self._line(0, number, why) for number, why in self.rows.bad.items()]
-            if now or later or (self.out / BAD).exists():
-                text = "".join(json.dumps(x) + "\n" for x in now + later)
-                replace_file(self.out / BAD, lambda path: path.write_text(text))
-        self.met[BAD] = {**self.rows.bad, **{
-            x["sample"]: x["why"] for x in self._lines(BAD) if 0 < x["step"] <= step}}
-        self._judge()
+            save_numbers(self.out / DIGESTS, digest=self.rows.digests, words=self.rows.words)
+            if lines or (self.out / BAD).exists():
+                text = [json.dumps(line) + "\n" for line in lines]
+                atomic_write(self.out / BAD, "".join(text))
+        self.met[BAD] = {line["sample"]: line["why"] for line in lines}
+        self.judge()
 
-    def _line(self, step, number, why):
+    def line(self, step, number, why):
         where = self.rows[number]["where"] if self.rows else "the toy world"
         return {"step": step, "sample": number, "where": where, "why": why}
 
-    def _lines(self, name):
-        path = self.out / name
-        texts = path.read_text().splitlines(True) if path.exists() else ()
-        return [json.loads(x) for x in texts if x.endswith("}\n")]
+    def read(self, name, step):
+        """The lines of a file up to a step; one that was cut short is left out."""
+        path, found = self.out / name, []
+        if path.exists():
+            for text in path.read_text().splitlines(True):
+                if text.endswith("}\n") and json.loads(text)["step"] <= step:
+                    found.append(json.loads(text))
+        return found
 
     def compare(self, step):
-        """Refuses a file in which a sample has changed that the first `step` steps have learned
-        from."""
-        path, rows = self.out / "rows.safetensors", self.rows
+        """Refuses a file in which a sample has changed that the first `step` steps trained on."""
+        rows = self.rows
         if not step:
             return
-        if not path.exists():                   # of a run that an older version began
-            print(f"{path} is missing: nobody can tell whether --data is still the file that the "
-                  "run began with", file=sys.stderr)
+        if not (self.out / DIGESTS).exists():       # of a run that an older version began
+            print(f"{self.out / DIGESTS} is missing: nobody can tell whether --data is still the "
+                  "file that the run began with", file=sys.stderr)
             return
-        try:
-            with safe_open(path, "pt") as file:
-                digests, words = file.get_tensor("digest"), file.get_tensor("words")
-        except SafetensorError as error:
-            raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of "
-                          "the data, or --overwrite to start anew") from None
+        digests, words = self.load_digests()
         again = "put the old one back, or --overwrite to start anew"
         refused = f"{self.out}: --resume with another --data file"
         if len(digests) != len(rows):
             raise BadData(f"{refused}: {rows.path} has {len(rows):,} samples now, and had "
                           f"{len(digests):,}; {again}")
-        # the order of the samples is a function of these: it goes on as it began
+        # the order of the samples depends on these: it goes on as it began
         rows.words, self.samples.epoch = array("i", words.tolist()), -1
-        same = digests == torch.frombuffer(rows.digests, dtype=torch.int64)
-        changed = (~same).nonzero().flatten().tolist()
-        left_out = {x["sample"] for name in LISTS for x in self._lines(name) if x["step"] <= step}
-        used = self.samples.used(step) - left_out if changed else ()
+        is_other = digests != torch.frombuffer(rows.digests, dtype=torch.int64)
+        changed = is_other.nonzero().flatten().tolist()
+        if not changed:
+            return
+        used = self.samples.used(step)
+        for name in LISTS:
+            used -= {line["sample"] for line in self.read(name, step)}
         for number in changed:
             if number in used:
                 row = rows[number]
                 raise BadData(f"{refused}: {row['where']}, sample {row['id']}, has changed, and "
                               f"the run has learned from it; {again}")
+
+    def load_digests(self):
+        """(digests, words) of the samples that the run began with."""
+        path = self.out / DIGESTS
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor("digest"), file.get_tensor("words")
+        except SafetensorError as error:
+            raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of "
+                          "the data, or --overwrite to start anew") from None
 
     def add(self, step, found):
         """found: [(file, number of the sample, why)] of all ranks, met in this step (from 1).
@@ -182,11 +208,11 @@ class Journal:
             self.met[name][number] = why
             if self.writes:
                 with open(self.out / name, "a") as f:
-                    f.write(json.dumps(self._line(step, number, why)) + "\n")
+                    f.write(json.dumps(self.line(step, number, why)) + "\n")
         if found:
-            self._judge()
+            self.judge()
 
-    def _judge(self):
+    def judge(self):
         bad, path = self.met[BAD], self.out / BAD
         if len(bad) > self.most_bad:
             raise BadData(f"{path}: {len(bad)} samples left out, more than --most-bad "
@@ -201,23 +227,16 @@ class Journal:
         for name, what in ((BAD, "left out as bad"), (NOTHING, "that taught nothing")):
             whys = list(self.met[name].values())
             if whys:
-                more = f"; and {len(whys) - SHOWN:,} more" if len(whys) > SHOWN else ""
-                yield (f"samples {what}: {len(whys):,} ({'; '.join(whys[:SHOWN])}{more}), listed "
-                       f"in {self.out / name}")
-
-
-def replace_file(path, write):
-    """Write a file whole or not at all: aside, to the disk, then under its name."""
-    tmp = path.with_name(path.name + ".tmp")
-    write(tmp)
-    with open(tmp, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(tmp, path)
+                yield (f"samples {what}: {len(whys):,} ({'; '.join(whys[:SHOWN])}{and_more(whys)}), "
+                       f"listed in {self.out / name}")
 
 
 def save_numbers(path, **arrays):
-    """Arrays of integers as a .safetensors file."""
-    kinds = {"i": torch.int32, "q": torch.int64}
-    tensors = {name: torch.frombuffer(numbers, dtype=kinds[numbers.typecode])
-               for name, numbers in arrays.items()}
-    replace_file(path, lambda tmp: save_file(tensors, tmp))
+    """Arrays of integers as a .safetensors file, whole or not at all."""
+    dtypes, tensors = {"i": torch.int32, "q": torch.int64}, {}
+    for name, numbers in arrays.items():
+        tensors[name] = torch.frombuffer(numbers, dtype=dtypes[numbers.typecode])
+    tmp = path.with_name(path.name + ".tmp")
+    save_file(tensors, tmp)
+    fsync_path(tmp)
+    os.replace(tmp, path)
