@@ -10,18 +10,17 @@ Prefill is one pass over all positions of the prompt, the picture's included. Ea
 pass over one position: the keys and values of those before it are in the cache. The picture is seen
 once. Prompts of different lengths share a batch by padding on the left:
 
-    . . . <s> USER : Hi                attention_mask  0 0 0 1 1 1 1    padding is never attended to
-    <s> USER : What is this            position_ids    0 0 0 0 1 2 3    from the first real token
+    prompts                      attention_mask    position_ids
+    . . . <s> USER : Hi          0 0 0 1 1 1 1     0 0 0 0 1 2 3        0: never attended to
+    <s> USER : What is this      1 1 1 1 1 1 1     0 1 2 3 4 5 6        from the first real token
 
     temperature 0    the likeliest token, always         top-k   of the k likeliest only
     temperature t    drawn from softmax(logits / t)      top-p   of the likeliest that sum to p
     beams n          the n best beginnings side by side; the best mean log-probability wins
 
-Decoding reads every weight once a token, so it is bound by memory and not by arithmetic; a batch
-shares the reading. A character may be several tokens: a stream waits until it is whole.
-
+Decoding reads every weight once a token, so memory limits it and not arithmetic; a batch shares the
+reading. Beams, stop texts, CUDA graphs, attention maps and the chat are rooms: decoding/.
 Letters: B batch, T tokens of a prompt, T' with the picture's, C width, V vocabulary.
-Behind this file: decoding/ (prompt.py, stopping.py, beam.py, cuda_graph.py, chat.py ...).
 Next: python -m evaluate, which keeps the score.
 """
 
@@ -48,7 +47,7 @@ from decoding.flags import check_settings
 from decoding.loading import load_model, speed_line
 from decoding.logits import ids_seen, nan_error, repetition_penalty
 from decoding.pictures import check_context, check_pictures, find_pictures
-from decoding.pictures import image_turns, join_pictures, load_pictures
+from decoding.pictures import image_turns, join_batch, join_pictures, load_pictures
 from decoding.prompt import answer_length, build_prompt, prompt_length, typed_questions
 from decoding.stopping import AnswerEnd, cut_reason, limit_reason, Stops
 from decoding.streaming import stream_text
@@ -57,20 +56,18 @@ from llama import KVCache
 
 # ------------------------------------------------------------------------------------- prefill
 
-
 def prefill_inputs(model, prompts, pictures, max_new_tokens, sizes=None):
-    """Prompts side by side, padded on the left, with the pictures' vectors in their places.
+    """Prompts side by side, padded on the left, each image id replaced by its picture's vectors.
 
     -> the language model, x (B, T', C), attention_mask (B, T'), how many ids may follow each.
     Raises BadData, UserError where a prompt and its pictures do not fit."""
-    sizes = sizes or [None] * len(prompts)
-    max_new = []
+    sizes, max_new = sizes or [None] * len(prompts), []
     for ids, pixels, size in zip(prompts, pictures, sizes, strict=True):
         max_new.append(answer_length(model, ids, pixels, size, max_new_tokens))
-    llm = getattr(model, "llm", model)              # a bare llama.Llama: text alone
-    weight = llm.embed.weight                       # its dtype and device are the inputs', too
+    llm = getattr(model, "llm", model)              # a bare llama.Llama is its own: text alone
+    weight = llm.embed.weight                       # the inputs get its dtype and device
 
-    T = max(len(ids) for ids in prompts)
+    T = max(map(len, prompts))
     padded = torch.zeros(len(prompts), T, dtype=torch.long)
     attention_mask = torch.zeros(len(prompts), T, dtype=torch.bool)
     for row, ids in enumerate(prompts):
@@ -80,14 +77,10 @@ def prefill_inputs(model, prompts, pictures, max_new_tokens, sizes=None):
     if llm is model:
         return llm, llm.embed(padded), attention_mask, max_new
 
-    pixels = [p for p in pictures if p is not None]
-    pixels = torch.cat(pixels).to(weight) if pixels else None       # (pictures or tiles, 3, S, S)
-    tiled_sizes = []
-    for row in sizes:
-        tiled_sizes += row or []
+    pixels, sizes = join_batch(pictures, sizes, weight)             # (pictures or tiles, 3, S, S)
     x, _, attention_mask = model.embed(padded, pixels, None, attention_mask, left=True,
-                                       sizes=tiled_sizes, questions=typed_questions(prompts))
-    return llm, x, attention_mask, max_new
+                                       sizes=sizes, questions=typed_questions(prompts))
+    return llm, x, attention_mask, max_new                          # x is longer: T' > T
 
 
 # -------------------------------------------------------------------------------------- decode
@@ -95,9 +88,8 @@ def prefill_inputs(model, prompts, pictures, max_new_tokens, sizes=None):
 def decode_steps(llm, x, attention_mask, cache, sampler, count):
     """Yield the ids of `count` steps, a list of B each. x (B, T', C): the prompt's embeddings.
 
-    A step attends to the filled part of the cache only. `cuda_graph.decode_graph`, which GPUs take,
-    attends to the whole buffer behind a mask; a CPU would need 1.1 to 1.4 times as long that way
-    (160M weights, one core, 32 and 256 new tokens)."""
+    A step reads the filled part of the cache only. `decode_graph`, which GPUs take, reads all of it
+    behind a mask: on a CPU 1.1 to 1.4 times slower (160M weights, one core, 32 to 256 tokens)."""
     lengths = attention_mask.sum(1, keepdim=True)                           # (B, 1), real tokens
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)              # (B, T')
     for step in range(count):
@@ -120,7 +112,7 @@ def uniforms(seed, rows, count):
     batch draws the same as it would alone."""
     columns = []
     for row in range(rows):
-        rng = torch.Generator().manual_seed(seed + row)
+        rng = torch.Generator().manual_seed(seed + row)     # on the CPU: GPUs draw other numbers
         columns.append(torch.randint(2 ** 50, (count,), generator=rng))
     return torch.stack(columns, 1).double() / 2 ** 50
 
@@ -131,8 +123,8 @@ def sample(logits, u=None, temperature=0.0, top_p=1.0, top_k=0):
     Inverse-CDF sampling: the first id whose cumulative probability exceeds u, () or (B) in [0, 1).
     fp64, so one seed gives one answer on every device, without a sync. [top-p: 1904.09751]"""
     if not temperature:
-        return logits.argmax(-1)
-    x = logits.double()
+        return logits.argmax(-1)                         # greedy
+    x = logits.double()                                  # fp32 sums would depend on the device
     x = (x - x.amax(-1, keepdim=True)) / temperature     # at most 0: small temperatures are safe
     if 0 < top_k < x.shape[-1]:
         x = x.masked_fill(x < x.topk(top_k).values[..., -1:], -math.inf)
@@ -142,12 +134,13 @@ def sample(logits, u=None, temperature=0.0, top_p=1.0, top_k=0):
         x = x.masked_fill(late.scatter(-1, order, late), -math.inf)
     # whole multiples of 2^-50: sums are exact in any order, and what is left out has no share
     cdf = (x.softmax(-1) * 2 ** 50).long().cumsum(-1)
+    # the number of ids whose cdf is at most u is the index of the first above it
     return (cdf <= (u * cdf[..., -1]).long()[..., None]).sum(-1)
 
 
 class Sampler:
     """Chooses the next id in every row. All its state is on the device, and the random numbers of
-    the whole answer are drawn up front: a CUDA graph can replay it."""
+    the whole answer are drawn up front, so a CUDA graph can replay it."""
 
     def __init__(self, llm, prompts, count, seed=0, temperature=0.0, top_p=1.0, top_k=0,
                  penalty=1.0):
@@ -166,66 +159,64 @@ class Sampler:
         logits = logits.masked_fill(broken[:, None], 0)
         if self.seen is not None:
             logits = repetition_penalty(logits, self.seen, self.penalty)
-        u = None
-        if self.u is not None:
-            u = self.u.index_select(0, self.step)[0]    # (B,); the device knows which step it is
+        # (B,); the device counts the steps
+        u = None if self.u is None else self.u.index_select(0, self.step)[0]
         ids = sample(logits, u, *self.settings)
         self.step += 1
         if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
+            self.seen.scatter_(1, ids[:, None], True)   # from now on this id is penalized
         return ids.masked_fill(broken, -1)
 
 
 # ------------------------------------------------------------------------------------- generate
 
-@torch.inference_mode()
-def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0,
-                  top_k=0, num_beams=1, seed=0, eos=None, use_cache=True, sizes=None,
-                  repetition_penalty=1.0, stop=(), answers=None):
-    """Yield, for each step, the list of ids that each row adds: one, none when the row has ended
-    or waits until it is clear whether a stop text has begun, and then several.
-
-    answers: an `Answer` for each row, which gets finish_reason and rest: see `Generation`."""
-    check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty, stop)
-    stops = Stops(model, eos, stop)
-    answers = answers or [Answer() for _ in prompts]
-    if num_beams > 1:
-        yield beam_rows(model, prompts, pictures, max_new_tokens, num_beams, stops,
-                        sizes or [None] * len(prompts), repetition_penalty, answers)
-        return
-    llm, x, attention_mask, max_new = prefill_inputs(model, prompts, pictures, max_new_tokens,
-                                                     sizes)
-    longest = max(max_new)
-    cache, decode = None, decode_steps
-    if use_cache:
-        cache = KVCache(llm.config, len(x), x.shape[1] + longest, x, attention_mask)
-        decode = decode_graph if can_capture(x) else decode_steps
-    sampler = Sampler(llm, prompts, longest, seed, temperature, top_p, top_k, repetition_penalty)
-    ends = []
-    for count, answer in zip(max_new, answers):
-        ends.append(AnswerEnd(stops, count, max_new_tokens, answer))
-    for ids in decode(llm, x, attention_mask, cache, sampler, longest):
-        if min(ids) < 0:
-            raise nan_error(llm)
-        new = [end.add(token) for end, token in zip(ends, ids)]
-        done = all(end.done for end in ends)
-        if any(new) or not done:
-            yield new
-        if done:
-            return
-
-
-def beam_rows(model, prompts, pictures, max_new_tokens, num_beams, stops, sizes, penalty, answers):
-    """The best answer of each prompt by beam search, one prompt after the other."""
-    rows = []
+def beam_rows(model, prompts, pictures, max_new_tokens, sizes, num_beams, stops, penalty, answers):
+    """The best answer to each prompt by beam search, one prompt after the other."""
+    rows, sizes = [], sizes or [None] * len(prompts)
     for ids, pixels, size, answer in zip(prompts, pictures, sizes, answers, strict=True):
         llm, x, _, (count,) = prefill_inputs(model, [ids], [pixels], max_new_tokens, [size])
-        cache = KVCache(llm.config, 1, x.shape[1] + count, x)
+        cache = KVCache(llm.config, 1, x.shape[1] + count, x)       # it grows to num_beams rows
         best = beam_search(llm, x, cache, ids, count, stops, num_beams, penalty,
                            limit_reason(count, max_new_tokens))
         answer.finish_reason, answer.rest = best.reason, best.rest
         rows.append(best.tokens)
     return rows
+
+
+@torch.inference_mode()
+def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0,
+                  top_k=0, num_beams=1, seed=0, eos=None, use_cache=True, sizes=None,
+                  repetition_penalty=1.0, stop=(), answers=None):
+    """Yield, for each step, the list of ids that each row adds: one; none when the row has ended,
+    or waits until it is clear whether a stop text has begun; and then several.
+
+    answers: an `Answer` for each row, which gets its finish_reason and rest."""
+    check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty, stop)
+    stops = Stops(model, eos, stop)                 # stop ids and stop texts
+    answers = answers or [Answer() for _ in prompts]
+    if num_beams > 1:
+        yield beam_rows(model, prompts, pictures, max_new_tokens, sizes, num_beams, stops,
+                        repetition_penalty, answers)
+        return
+    llm, x, attention_mask, max_new = prefill_inputs(model, prompts, pictures, max_new_tokens,
+                                                     sizes)
+    longest, cache, decode = max(max_new), None, decode_steps
+    if use_cache:                                   # without: the same, and slow
+        cache = KVCache(llm.config, len(x), x.shape[1] + longest, x, attention_mask)
+        decode = decode_graph if can_capture(x) else decode_steps
+    sampler = Sampler(llm, prompts, longest, seed, temperature, top_p, top_k, repetition_penalty)
+    ends = []                                       # rows of a batch end one by one
+    for count, answer in zip(max_new, answers):
+        ends.append(AnswerEnd(stops, count, max_new_tokens, answer))
+    for ids in decode(llm, x, attention_mask, cache, sampler, longest):
+        if min(ids) < 0:                            # the sampler's word for NaN
+            raise nan_error(llm)
+        new = [end.add(token) for end, token in zip(ends, ids)]
+        done = all(end.done for end in ends)
+        if any(new) or not done:                    # the last step may add nothing: its end token
+            yield new
+        if done:
+            return
 
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
@@ -238,7 +229,8 @@ def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p
     eos: an id or a set that ends the answer, instead of the model's own. stop: texts before which
     the answer ends. Beams come all at once, and always use the cache.
     Raises, with the first token, UsageError, BadModel for NaN, and as `prefill_inputs` does."""
-    answer, sizes = Answer(), None if sizes is None else [sizes]
+    answer = Answer()
+    sizes = None if sizes is None else [sizes]      # a batch of one row
     rows = generate_rows(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k,
                          num_beams, seed, eos, use_cache, sizes, repetition_penalty, stop,
                          [answer])
@@ -250,13 +242,12 @@ def generate_batch(model, prompts, pictures=None, **settings):
 
     pictures: for each prompt pixels (n, 3, S, S) or None; sizes: for each prompt a list or None;
     settings as for `generate`."""
-    answers = [Answer() for _ in prompts]
+    answers, pictures = [Answer() for _ in prompts], pictures or [None] * len(prompts)
     if not prompts:
         return answers
-    pictures = pictures or [None] * len(prompts)
     for rows in generate_rows(model, prompts, pictures, **settings, answers=answers):
         for answer, new in zip(answers, rows):
-            answer += new
+            answer += new                           # an Answer is a list of ids
     return answers
 
 
@@ -277,33 +268,30 @@ def print_answer(model, turns, groups, args):
     answer = generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings)
     text = ""
     for piece in stream_text(answer, model.tokenizer):
-        print(piece, end="", flush=True)
+        print(piece, end="", flush=True)            # piece by piece, as it is written
         text += piece
     print(flush=True)
-    text = text.strip()
     if why := cut_reason(answer.finish_reason, model, args.max_new_tokens):
         note(f"note: the answer is {why}")
-    if args.attention and text:
+    if args.attention:                              # computed again from the whole answer
         save_attention(args.attention, model, args.image, ids, answer.tokens, pixels, args.layer)
-    elif args.attention:
-        note(f"note: the answer has no words: {args.attention} is not drawn")
     if args.verbose:
-        length = prompt_length(model, ids, sizes)
-        note(speed_line(model, length, start, answer.times, args.num_beams))
-    return text
+        note(speed_line(model, prompt_length(model, ids, sizes), start, answer.times,
+                        args.num_beams))
+    return text.strip()
 
 
 def main(args):
     """Cheap checks first: the pictures, and only then the model."""
     accept_any_bytes()
     if os.path.isdir(args.image):
-        files = find_pictures(args.image)
+        files = find_pictures(args.image)           # a folder: the same question about all
         return caption_folder(load_model(args, args.quantize), files, args, generate_batch)
     check_pictures(args.images)
     model = load_model(args, args.quantize)
     pictures = load_pictures(model, args.images)
     check_context(model, pictures)
-    if args.prompt is None:
+    if args.prompt is None:                         # no question: a chat
         return chat(model, pictures, args, print_answer)
     print_answer(model, [args.prompt], {0: pictures}, args)
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 import data
 from decoding.streaming import inner_decode, whole_groups
-from formats.errors import UsageError, UserError
+from formats.errors import note, UsageError, UserError
 from kernels import mask_rule, rope, rope_table
 from kernels.attention import visible
 
@@ -36,7 +36,7 @@ def check_model(model, ids, layer):
 def attention_weights(c, block, x, cos, sin, hidden):
     """(n, T): the last n positions' attention to all T in one block, the mean over heads.
 
-    c: the llama.Config; x (1, T, C): the block's input; hidden (n, T) bool: what the mask forbids."""
+    c: the llama.Config; x (1, T, C): the block's input; hidden (n, T) bool: not attended to"""
     T, n = x.shape[1], len(hidden)
     H, G, D = c.heads, c.kv_heads, c.head_dim
     qkv = block.qkv(block.norm1(x)).view(1, T, H + 2 * G, D)
@@ -125,14 +125,15 @@ def draw(model, image, words, grids):
 
 
 def save_attention(path, model, image, ids, tokens, pixels, layer=None):
-    """Draw what each word of the answer attended to, into `path`. image: its file."""
-    words, grids = [], []
+    """Draw what each word of the answer attended to, into `path`. image: the picture's file."""
+    words = tokens_by_word(tokens, model.tokenizer)
+    if not words:
+        note(f"note: the answer has no words: {path} is not drawn")
+        return
     side = int(model.patches ** .5)
     weights = attention_to_patches(model, ids, tokens, pixels, layer).view(-1, side, side)
-    for word, indices in tokens_by_word(tokens, model.tokenizer):
-        words.append(word)
-        grids.append(weights[indices].mean(0))
-    sheet = draw(model, data.load_image(image), words, grids)
+    grids = [weights[indices].mean(0) for _, indices in words]          # the mean of its tokens
+    sheet = draw(model, data.load_image(image), [word for word, _ in words], grids)
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:          # no such folder; no such kind of picture

@@ -1,7 +1,8 @@
 """decoding/beam.py: beam search keeps several beginnings of an answer and extends them together.
 
-    beams 2     a  -0.4     a b -0.9     a b </s> -1.1  done: mean -0.37    (sums of log-probabilities)
-                c  -1.1     a d -1.2     a d e    -1.9  runs: mean -0.63    the best mean wins
+    step        1           2            3              sums of log-probabilities, 2 beams
+                a  -0.4     a b -0.9     a b </s> -1.1      ended: mean -0.37
+                c  -1.1     a d -1.2     a d e    -1.9      runs:  mean -0.63
 
 transformers' rule (length_penalty 1, early_stopping False): of the likeliest continuations of the
 running beams, those that end are put aside, and the best `num_beams` others run on, until

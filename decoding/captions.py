@@ -24,7 +24,7 @@ def sort_by_length(model, files):
         try:
             return model.num_image_tokens(data.load_image(path).size), path
         except data.BadImage:
-            return 0, path                          # it is skipped, with a line, when its turn comes
+            return 0, path                          # it is skipped, with a line, later
     return sorted(files, key=length)
 
 

@@ -66,30 +66,36 @@ def add_picture(model, groups, turn, path):
 
 def relative_names(paths):
     """The folder that holds all the files, and their names in it."""
-    paths = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return root, [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+    paths = list(map(os.path.abspath, paths))
+    root = os.path.commonpath(list(map(os.path.dirname, paths)))
+    return root, [Path(path).relative_to(root).as_posix() for path in paths]
 
 
 def save_conversation(path, turns, groups):
     """Write LLaVA JSON, with the pictures of the turns that have been asked."""
-    asked = {turn: group for turn, group in groups.items() if turn < len(turns)}
-    paths = [name for turn in sorted(asked) for name in asked[turn][2]]
+    asked, paths = {}, []
+    for turn in sorted(groups):
+        if turn < len(turns):                       # the next question has pictures already
+            asked[turn] = groups[turn]
+            paths += groups[turn][2]
     root, names = relative_names(paths)
-    several = len(names) > 1
-    image = names if several else names[0]
-    write_json(path, [llava_row(image, turns, image_turns(asked))])
-    where = f", its pictures are in {root}" if several else ""
-    note(f"saved: {path}{where}")
+    if len(names) == 1:                             # one picture: LLaVA's form, a name and no list
+        write_json(path, [llava_row(names[0], turns, image_turns(asked))])
+        note(f"saved: {path}")
+    else:
+        write_json(path, [llava_row(names, turns, image_turns(asked))])
+        note(f"saved: {path}, its pictures are in {root}")
 
 
 class Chat:
-    """A conversation: `turns` of person and model alternately, `groups` {turn: picture group}."""
+    """A conversation: `turns` of person and model alternately, `groups` {turn: picture group}.
+
+    A method for each command; each takes what stands behind the command's name."""
 
     def __init__(self, model, group, args, reply):
         """reply(model, turns, groups, args) prints an answer and returns it."""
         self.model, self.args, self.reply = model, args, reply
-        self.turns, self.groups = [], {0: group}
+        self.turns, self.groups = [], {0: group}    # the first question has its pictures
         self.commands = {"/image": self.image, "/reset": self.reset, "/save": self.save}
 
     def image(self, path):

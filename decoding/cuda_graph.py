@@ -3,7 +3,7 @@
 A 7B step is 14 kernel launches a layer and 30 around the layers, 480 in all (counted in the code).
 Launched one by one they take longer on the host than on the GPU. A CUDA graph is one launch, but
 it repeats exactly the same kernels on the same addresses, so a step may not depend on a number
-that the host holds. `DecodeStep` keeps everything that changes in tensors and updates them itself."""
+that the host holds. `DecodeStep` keeps all that changes in tensors and updates them itself."""
 
 import functools
 

@@ -28,6 +28,19 @@ def join_pictures(groups):
     return torch.cat(pixels), sizes or None
 
 
+def join_batch(pictures, sizes, like):
+    """The pictures of a batch's rows, some None -> all pixels (None if there are none), in the
+    dtype and on the device of the tensor `like`, and all sizes."""
+    all_pixels, all_sizes = [], []
+    for pixels, row_sizes in zip(pictures, sizes):
+        if pixels is not None:
+            all_pixels.append(pixels)
+        all_sizes += row_sizes or []
+    if not all_pixels:
+        return None, all_sizes
+    return torch.cat(all_pixels).to(like), all_sizes
+
+
 def load_pictures(model, paths):
     """The group of one turn."""
     groups = {i: load_picture(model, path) for i, path in enumerate(paths)}

@@ -24,7 +24,7 @@ class Prompt(list):
 
 def check_image_count(template, counts):
     """counts: pictures in each turn. Raises UsageError for more than the template allows."""
-    style = data.TEMPLATES[template].style if template in data.TEMPLATES else None
+    style = data.template_of(template).style
     if style in ("plain", "instruct") and sum(counts) > 1:
         raise UsageError(f"a model with the template {template} takes one picture: give one")
     if style == "minigpt4" and max(counts) > 1:
@@ -83,7 +83,9 @@ def answer_length(model, ids, pixels, sizes, max_new_tokens):
     Raises BadData if pictures and image ids differ, UserError for a prompt that is empty or fills
     the context."""
     llm = getattr(model, "llm", model)              # a bare llama.Llama is its own language model
-    given = len(pixels if sizes is None else sizes) if pixels is not None else 0
+    given = 0
+    if pixels is not None:                          # with sizes, pixels are tiles
+        given = len(pixels) if sizes is None else len(sizes)
     if ids.count(data.IMAGE) != given or given and llm is model:
         raise data.BadData(f"{ids.count(data.IMAGE)} <image> places in a prompt, {given} "
                            "pictures; give one for each place, to a model that can see")
@@ -102,5 +104,6 @@ def typed_questions(prompts):
         images = prompt.count(data.IMAGE)
         if images and not isinstance(prompt, Prompt):
             return None
-        questions += [prompt.typed] * images if images else []
+        if images:
+            questions += [prompt.typed] * images
     return questions

@@ -37,10 +37,11 @@ class Stops:
         if stop and self.tokenizer is None:
             raise UsageError("stop texts need a model with a tokenizer: give a VLM, or eos")
         self.ids = dict.fromkeys(stop_ids(model, eos), "end")
-        self.texts = dict.fromkeys([stop] if type(stop) is str else stop, "stop")
+        stop = [stop] if type(stop) is str else stop
+        self.texts = dict.fromkeys(stop, "stop")
         if eos is None and self.tokenizer is not None:
-            # the template's end, where that is no token
-            if end := data.stop_text(model.template, self.tokenizer):
+            end = data.stop_text(model.template, self.tokenizer)    # where it is no token
+            if end:
                 self.texts[end] = "end"
         # decoding leaves out special tokens, so a text that is a token is looked for by its id
         for text in list(self.texts):
@@ -87,7 +88,9 @@ class StopTexts:
 
     def finish(self):
         """`add` when no token follows: nothing has to wait."""
-        return self._hand_out(over=True) if self.texts else ([], None)
+        if not self.texts:
+            return [], None
+        return self._hand_out(over=True)
 
     def _hand_out(self, over):
         text = "".join(text for _, text in self.pending)
@@ -96,7 +99,9 @@ class StopTexts:
         # the first stop text that is whole: it ends the answer at `end`
         found = [(text.find(stop), stop) for stop in self.texts if stop in text]
         end, stop = min(found, default=(len(text), None))
-        may_begin = len(text) if over else self._may_begin(text)
+        may_begin = len(text)
+        if not over:
+            may_begin = self._may_begin(text)
         if end > may_begin:                         # an earlier one may yet become whole
             end, stop = may_begin, None
 
@@ -106,7 +111,9 @@ class StopTexts:
             tokens, length = tokens + group, length + len(piece)
             self.begun = self.begun or bool(piece)
         if stop:
-            self.rest = text[length:end] if self.begun else self._as_first(text[:end])
+            self.rest = text[length:end]
+            if not self.begun:
+                self.rest = self._as_first(text[:end])
             if self.texts[stop] == "end":           # the space of " ###" is no part of the answer
                 self.rest = self.rest.rstrip()
         elif over:
@@ -123,7 +130,9 @@ class StopTexts:
 
     def _as_first(self, rest):
         """The rest, if nothing stands before it: without the space that decoding drops."""
-        group = self.pending[0][0] if self.pending else self.incomplete
+        group = self.incomplete
+        if self.pending:
+            group = self.pending[0][0]
         dropped = len(self.decode(group)) - len(self.tokenizer.decode(group))
         return rest[max(dropped, 0):]
 
@@ -132,7 +141,7 @@ class AnswerEnd:
     """Decides for one row of a batch what is handed out and when its answer has ended."""
 
     def __init__(self, stops, max_new, max_new_tokens, answer):
-        """max_new: how many tokens fit, at most max_new_tokens. answer: gets finish_reason, rest."""
+        """max_new: how many tokens fit; answer: an `Answer`, gets finish_reason and rest."""
         self.stops, self.answer, self.max_new = stops, answer, max_new
         self.texts = StopTexts(stops.texts, stops.tokenizer)
         self.count, self.done = 0, False

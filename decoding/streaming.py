@@ -26,10 +26,13 @@ def whole_groups(tokens, decode):
     last_character = range(max(1, len(tokens) - 4), len(tokens))    # UTF-8: at most 4 bytes
     for start in (0, *last_character):
         text = decode(tokens[start:])
-        if not text.endswith("\ufffd") and (text or start == 0):
-            group = (tokens[start:], text)
+        if text.endswith("\ufffd"):
+            continue
+        if start == 0:
+            return [(tokens, text)], []         # the usual case
+        if text:                                # the bytes before it will never be a character
             stray = (tokens[:start], decode(tokens[:start]))
-            return [stray, group] if start else [group], []
+            return [stray, (tokens[start:], text)], []
     return [], tokens
 
 
@@ -38,13 +41,17 @@ def stream_text(tokens, tokenizer):
 
     Bytes that never become a character are U+FFFD inside a text and nothing at its end.
     tokens: any iterable; the `rest` of a `Generation` or an `Answer` is the last piece."""
-    decode, begun, incomplete = inner_decode(tokenizer), False, []
+    decode = tokenizer.decode                   # until the text has begun: drops a first space
+    inner, incomplete = inner_decode(tokenizer), []
     for token in tokens:
-        groups, incomplete = whole_groups(incomplete + [token], decode)
+        groups, incomplete = whole_groups(incomplete + [token], inner)
         for group, text in groups:
-            yield text if begun else tokenizer.decode(group)
-            begun = begun or bool(text)
-    # `rest` is known only now, when the answer has ended
-    rest = getattr(tokens, "rest", "")
-    text = decode(incomplete) if begun else tokenizer.decode(incomplete)
-    yield text + rest if rest else text.rstrip("\ufffd")
+            yield decode(group)
+            if text:
+                decode = inner
+    text = decode(incomplete)
+    rest = getattr(tokens, "rest", "")          # known only now, when the answer has ended
+    if rest:
+        yield text + rest
+    else:
+        yield text.rstrip("\ufffd")             # half a character at the end is nothing

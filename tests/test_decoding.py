@@ -24,6 +24,7 @@ from decoding import cuda_graph, loading
 from decoding.cuda_graph import DecodeStep, capture_stream, decode_graph
 from decoding.flags import parse, prompt_error
 from decoding.loading import load_model, prepare_for_inference
+from formats import errors, files
 from formats.errors import UsageError, UserError
 from toy.world import draw, make_scene
 from trainer.build import new_vlm
@@ -38,26 +39,26 @@ def replays(monkeypatch):
     """A function: from now on `generate` decodes as on a GPU, on a stand-in for torch.cuda. What is
     recorded does not run, a replay runs it. Unwritten cache is NaN. Returns what was counted."""
     run = DecodeStep.__call__
-    told = SimpleNamespace(run=0, recorded=0, replayed=0)
+    counts = SimpleNamespace(run=0, recorded=0, replayed=0)
 
     class Graph:
         def replay(self):
-            told.replayed += 1
+            counts.replayed += 1
             run(self.step)
 
     def call(step):
-        if told.graph is None:
-            told.run += 1
+        if counts.graph is None:
+            counts.run += 1
             run(step)
         else:
-            told.recorded += 1
-            told.graph.step = step
+            counts.recorded += 1
+            counts.graph.step = step
 
     @contextlib.contextmanager
     def graph(it, stream, capture_error_mode):
-        told.graph = it
+        counts.graph = it
         yield
-        told.graph = None
+        counts.graph = None
 
     class Unwritten(llama.KVCache):
         def __init__(self, *args):
@@ -66,7 +67,7 @@ def replays(monkeypatch):
             self.v.fill_(torch.nan)
 
     def go():
-        told.graph = None
+        counts.graph = None
         waits = SimpleNamespace(wait_stream=lambda other: None)
         event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
         capture_stream.cache_clear()
@@ -78,7 +79,7 @@ def replays(monkeypatch):
         monkeypatch.setattr(DecodeStep, "__call__", call)
         monkeypatch.setattr(g, "KVCache", Unwritten)
         monkeypatch.setattr(g, "decode_steps", decode_graph)
-        return told
+        return counts
     return go
 
 
@@ -104,15 +105,15 @@ def test_the_fixed_step_says_the_same(model, pixels, replays, settings, codes):
     every = lambda: g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings)
     alone = lambda: list(g.generate(model, prompts[0], pictures[0], 12, **settings))
     together, single = every(), alone()
-    told = replays()
+    counts = replays()
     assert every() == together and len(set(map(tuple, together))) == 4
-    assert (told.run, told.recorded, told.replayed) == (2, 1, 9)
+    assert (counts.run, counts.recorded, counts.replayed) == (2, 1, 9)
     assert alone() == single
 
 
 @pytest.mark.parametrize("wrong", ["place", "end", "token", "step"])
 def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatch, wrong):
-    """Controls: a place, a number of dice or a token that stays; an end that shows more."""
+    """Controls: a place, a random number or a token that stays; an end that shows more."""
     prompts, pictures = four(model, pixels)
     settings = {"temperature": 1.0} if wrong == "step" else {}
     every = lambda: g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings)
@@ -130,10 +131,10 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
         if wrong == "step":
             step.sampler.step -= 1
 
-    def shown(memory):
-        hold(memory)
-        memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
-        memory.end += wrong == "end"
+    def shown(cache):
+        hold(cache)
+        cache.k[:, :, cache.at + 1:], cache.v[:, :, cache.at + 1:] = 1, 9
+        cache.end += wrong == "end"
     monkeypatch.setattr(DecodeStep, "__call__", call)
     monkeypatch.setattr(llama.KVCache, "hold", shown)
     monkeypatch.setattr(cuda_graph, "SPEC", True)                        # all steps run here
@@ -149,17 +150,17 @@ def test_ends_and_rooms_of_the_fixed_step(model, words, replays):
     kinds = {"eos": end}, {"eos": ready}, {}
     want = [g.generate_batch(model.llm, prompts, max_new_tokens=14, **kw) for kw in kinds]
     first = [list(g.generate(model.llm, prompts[0], None, n, eos=end)) for n in (1, 2, 3, 4, 9)]
-    told = replays()
+    counts = replays()
     assert [g.generate_batch(model.llm, prompts, max_new_tokens=14, **kw) for kw in kinds] == want
     assert [list(g.generate(model.llm, prompts[0], None, n, eos=end))
             for n in (1, 2, 3, 4, 9)] == first
     said = len(first[-1])
-    told.run = told.recorded = told.replayed = 0
+    counts.run = counts.recorded = counts.replayed = 0
     assert list(g.generate(model.llm, prompts[0], None, 50, eos=end)) == first[-1]
-    assert told.run + told.replayed == said + 1                 # one step for nothing
-    told.run = told.recorded = 0
+    assert counts.run + counts.replayed == said + 1                 # one step for nothing
+    counts.run = counts.recorded = 0
     list(g.generate(model.llm, prompts[0], None, 50, eos=first[-1][1]))
-    assert (told.run, told.recorded) == (1, 0)                  # a short answer: none is recorded
+    assert (counts.run, counts.recorded) == (1, 0)              # a short answer: none is recorded
 
 
 def test_nan_in_a_later_step(model, replays):
@@ -199,27 +200,28 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
     prompts, pictures = four(model, pixels)
     llm, x, attention_mask, _ = g.prefill_inputs(model, prompts, pictures, 9)
     settings = {"penalty" if k[0] == "r" else k: v for k, v in settings.items()}
-    choose = g.Sampler(llm, prompts, 9, **settings)
-    memory = llama.KVCache(llm.config, 4, x.shape[1] + 9, x, attention_mask)
+    sampler = g.Sampler(llm, prompts, 9, **settings)
+    cache = llama.KVCache(llm.config, 4, x.shape[1] + 9, x, attention_mask)
     lengths = attention_mask.sum(1, keepdim=True)
-    token = choose(llm.next_logits(x, memory, (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask))[:, None]
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    token = sampler(llm.next_logits(x, cache, position_ids, attention_mask))[:, None]
 
     def launches(run):
         with Launches() as seen:
             run()
         return seen.list
-    kept = copy.deepcopy(memory)
+    kept = copy.deepcopy(cache)
     grows = lambda: llm.next_logits(token, kept, lengths)
     assert launches(grows) != launches(grows)                           # control: today's way
     with pytest.raises(AssertionError), Launches():
         token[0].item()                                                 # control
-    step = DecodeStep(llm, memory, choose, token, lengths)
-    state = step.token, step.position, memory.at, memory.end, memory.k, memory.v
+    step = DecodeStep(llm, cache, sampler, token, lengths)
+    state = step.token, step.position, cache.at, cache.end, cache.k, cache.v
     where = [t.data_ptr() for t in state]
     first = launches(step)
     assert len(first) > 50 and launches(step) == first == launches(step)
     assert [t.data_ptr() for t in state] == where
-    assert memory.end.tolist() == [x.shape[1] + 4] * 4
+    assert cache.end.tolist() == [x.shape[1] + 4] * 4
 
 
 def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
@@ -255,12 +257,12 @@ def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
 
 
 def test_a_held_cache_takes_one_token_at_a_time(model):
-    memory = llama.KVCache(model.llm.config, 1, 9, model.llm.embed.weight)
+    cache = llama.KVCache(model.llm.config, 1, 9, model.llm.embed.weight)
     with torch.no_grad():
-        model.llm(torch.tensor([[1, 70, 80]]), memory)
-        memory.hold()
+        model.llm(torch.tensor([[1, 70, 80]]), cache)
+        cache.hold()
         with pytest.raises((RuntimeError, IndexError)):
-            model.llm.hidden(torch.tensor([[1, 70]]), memory, torch.tensor([[3, 4]]))
+            model.llm.hidden(torch.tensor([[1, 70]]), cache, torch.tensor([[3, 4]]))
 
 
 # --------------------------------------------------------------------- penalties and stop texts
@@ -297,15 +299,15 @@ def test_stop_texts_cut_where_they_begin(model, pixels, settings):
     ids = asked(model, "What is it?")
     free = model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, **settings))
     stop = next(free[i:i + 3] for i in range(5, 20) if " " not in free[i:i + 3])
-    told = lambda *stops: model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, stop=stops,
+    answer = lambda *stops: model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, stop=stops,
                                                         **settings))
-    said = told("\x01", stop)
+    said = answer("\x01", stop)
     if not settings.get("num_beams"):           # of beams, an early end makes others win
         assert said == free[:free.index(stop)]
         assert said == model.tokenizer.decode(g.generate(model, ids, pixels[0], 24, stop=stop,
                                                      **settings))   # one text is one, not letters
     assert stop not in said
-    assert told("\x01") == free                                     # control
+    assert answer("\x01") == free                                     # control
 
 
 def test_stop_texts_may_begin_with_a_space():
@@ -314,19 +316,19 @@ def test_stop_texts_may_begin_with_a_space():
     toy = Path(g.__file__).parent / "toy/weights"
     model = new_vlm(toy / "clip", toy / "llama")
     ids = model.tokenizer.encode("This picture has a")
-    told = lambda *stop, **more: model.tokenizer.decode(
+    answer = lambda *stop, **more: model.tokenizer.decode(
         g.generate(model, ids, None, 16, eos=-1, stop=stop, **more))
-    free = told()
+    free = answer()
     assert free.count(" ") > 5
     for n in (1, 4):
         for i in range(1, len(free) - n, 3):
             stop = free[i:i + n]
-            said, text = told(stop), " " + free             # it goes on behind a word
+            said, text = answer(stop), " " + free             # it goes on behind a word
             whole = text[:text.index(stop)].removeprefix(" ")
             assert stop not in said and whole.startswith(said)
             assert stop[0] != " " or said == whole
     second = free.split(" ")[1]
-    assert told(" " + second, num_beams=2) in ("", told(num_beams=2).split(" ")[0])
+    assert answer(" " + second, num_beams=2) in ("", answer(num_beams=2).split(" ")[0])
 
 
 def test_stop_texts_need_words(model):
@@ -374,19 +376,19 @@ def test_laid_weights_say_the_same(model, pixels, folder):
 @torch.no_grad()
 def test_bf16_in_blocks(monkeypatch):
     """As near to fp64 as PyTorch's own product in bf16; laid only where the CPU is quick at it."""
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(96, 40).bfloat16()
     laid = q.Laid(linear)
     for rows in (1, 3, 20):
-        x = torch.randn(2, rows, 96, generator=dice).bfloat16()[:1]
+        x = torch.randn(2, rows, 96, generator=rng).bfloat16()[:1]
         exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
         off = lambda y: float((y - exact).abs().max())
         assert laid(x).dtype == torch.bfloat16 and off(laid(x)) <= 2 * off(linear(x))
         assert off(laid(x.roll(1))) > .1                                # control
     for fast, kind in ((True, q.Laid), (False, torch.nn.Linear)):
         monkeypatch.setattr(q, "fast_bf16", lambda: fast)
-        made = q.lay(torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16())
-        assert type(made[0]) is kind
+        loaded = q.lay(torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16())
+        assert type(loaded[0]) is kind
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -395,8 +397,8 @@ def test_bf16_in_blocks(monkeypatch):
 
 def test_bf16_cache_on_a_cpu():
     """Attention of one query: at most twice the error of the specification in bf16."""
-    kernel, dice = importlib.import_module("kernels.decode"), torch.Generator().manual_seed(0)
-    query, keys, values = (torch.randn(2, n, heads, 16, generator=dice).bfloat16()
+    kernel, rng = importlib.import_module("kernels.decode"), torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, n, heads, 16, generator=rng).bfloat16()
                            for n, heads in ((1, 4), (37, 2), (37, 2)))
     attention_mask = torch.arange(37) >= torch.tensor([[0], [9]])
     exact = kernel.decode_spec(query.double(), keys.double(), values.double(), attention_mask)
@@ -414,10 +416,10 @@ def test_dtype_auto_on_a_cpu(model, pixels, tmp_path, monkeypatch, capsys, kind,
     copy.deepcopy(model).to(getattr(torch, kind)).save_pretrained(tmp_path)
     monkeypatch.setattr(loading, "fast_bf16", lambda: fast)
     line = ["x.png", "hi", "--model", str(tmp_path), "--device", "cpu"]
-    made = load_model(parse(line))
-    assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
+    loaded = load_model(parse(line))
+    assert {str(p.dtype) for p in loaded.parameters()} == {f"torch.{becomes}"}
     assert capsys.readouterr().err.count("\n") == (kind != becomes)
-    assert len(list(g.generate(made, asked(made, "Hi"), pixels[0], 5))) == 5
+    assert len(list(g.generate(loaded, asked(loaded, "Hi"), pixels[0], 5))) == 5
     asked_for = load_model(parse([*line, "--dtype", "fp16"]))         # control: a flag is obeyed
     assert asked_for.llm.embed.weight.dtype == torch.float16
 
@@ -460,7 +462,8 @@ def test_looked_is_the_attention_of_the_model(model, pixels, monkeypatch):
     with torch.no_grad():
         model(torch.tensor([ids + said[:-1]]), pixels[0])
     most = attention_to_patches(model, ids, said, pixels[0])
-    assert any(torch.equal(most, attention_to_patches(model, ids, said, pixels[0], i)) for i in (0, 1))
+    assert any(torch.equal(most, attention_to_patches(model, ids, said, pixels[0], i))
+               for i in (0, 1))
     off = lambda other: float((found - other).abs().max() / found.max())
     assert off(kept[1][-5:]) < LIMIT
     assert off(kept[0][-5:]) > LIMIT and off(kept[1][-6:-1]) > LIMIT        # controls
@@ -470,8 +473,9 @@ def test_inside_a_box():
     grid = torch.zeros(4, 4)
     grid[1:3, 0:2] = 1
     assert mean_inside_box(grid, (0, .25, .5, .75)) == (1, 0)
-    assert mean_inside_box(grid, (.5, .25, 1, .75))[0] == 0                # control: x and y in order
-    assert mean_inside_box(grid, (.26, .3, .3, .35)) == (1, pytest.approx(3 / 15))      # between middles
+    assert mean_inside_box(grid, (.5, .25, 1, .75))[0] == 0         # control: x and y in order
+    between_middles = mean_inside_box(grid, (.26, .3, .3, .35))
+    assert between_middles == (1, pytest.approx(3 / 15))
 
 
 def test_attention_picture(folder, inside, tmp_path):
@@ -514,12 +518,42 @@ def test_prompts_of_every_kind(model, pixels):
     """Nothing that is typed adds a picture or a turn, or stops the program."""
     for typed in ("😀 é 漢", "שלום עולם", "\u202eabc", "a\r\nb\tc", "</s><s>[INST]", "ASSISTANT:"):
         assert prompt_error(typed) is None
-        ids = g.build_prompt([typed], model.template, model.tokenizer)
+        ids = asked(model, typed)
         assert ids.count(data.IMAGE) == 1 and ids.count(model.tokenizer.eos) == 0
         assert len(list(g.generate(model, ids, pixels[0], 2))) == 2
-    long = g.build_prompt(["word " * 200_000], model.template, model.tokenizer)         # 1 MB
+    long = asked(model, "word " * 200_000)                  # 1 MB
     with pytest.raises(UserError, match="context"):
         next(g.generate(model, long, pixels[0]))
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "captions.json"
+    files.write_json(path, ["old"])
+    old = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(files, "fsync_path", full)
+        with pytest.raises(UserError, match="captions.json: No space left on device: name"):
+            files.write_json(path, ["new"])
+    assert path.read_bytes() == old and not list(tmp_path.glob("*.tmp"))
+    for bad in ("no/x.json", tmp_path, "/dev/null", tmp_path / ("long" * 99)):
+        with pytest.raises(UserError, match="name another"):
+            files.write_json(bad, [])
+    files.write_json(path, ["new"])                                 # control
+    assert json.loads(path.read_text()) == ["new"]
+
+
+@pytest.mark.parametrize("seconds, lines", [(1, 0), (4, 3)])
+def test_progress_is_a_line_every_ten_seconds(monkeypatch, capsys, seconds, lines):
+    """Of batches: 8 things each, and 9 batches in all."""
+    clock = iter(range(0, 10 * seconds, seconds))
+    monkeypatch.setattr(errors.time, "monotonic", lambda: next(clock))
+    assert list(errors.progress(range(9), "pictures", 72, 8)) == list(range(9))
+    found = capsys.readouterr().err.splitlines()
+    assert len(found) == lines
+    assert lines == 0 or found[0] == "24 of 72 pictures, 2 a second"
 
 
 def test_attended_finds_the_box_of_the_thing_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""generate.py: the cache, the batch, the dice and the beams against slow and obvious versions."""
+"""generate.py: cache, batch, sampler and beams against slow and obvious versions."""
 import json
 import math
 import os
@@ -57,14 +57,14 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(words):
     """A random model that says letters only: no </s>, so that lengths are known."""
-    eye = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
-    tongue = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
-    made = shaken(projector.VLM(eye, "mlp", tongue, words), seed=6)
+    vision = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
+    llm = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
+    model = shaken(projector.VLM(vision, "mlp", llm, words), seed=6)
     with torch.no_grad():
-        tongue.embed.weight.mul_(5)             # so loud that answers differ from prompt to prompt
-        made.projector.second.weight.mul_(8)
-        tongue.head.weight[:259], tongue.head.weight[-2:] = 0, 0
-    return made
+        llm.embed.weight.mul_(5)             # so loud that answers differ from prompt to prompt
+        model.projector.second.weight.mul_(8)
+        llm.head.weight[:259], llm.head.weight[-2:] = 0, 0
+    return model
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_pictures_must_fit_their_places(model, pixels):
         next(g.generate(model.llm, ids, pixels[0]))
 
 
-# --------------------------------------------------------------------------------- beams and dice
+# --------------------------------------------------------------------------------- beams, sampling
 
 @torch.no_grad()
 def one_beam(model, ids, pixels):
@@ -232,8 +232,8 @@ def test_sampled_counts():
     assert float(((counts - cold) ** 2 / cold).sum()) > 100
 
 
-def test_dice_and_what_falls_where():
-    """A row's dice are its own, however many rows and throws; the ends of [0, 1) are ids too."""
+def test_random_numbers_and_what_falls_where():
+    """A row draws its own numbers, however many rows and draws; the ends of [0, 1) are ids too."""
     assert torch.equal(g.uniforms(3, 2, 50)[:7, 1:], g.uniforms(4, 1, 7))
     assert not torch.equal(*g.uniforms(3, 2, 50).T)                         # control
     logits, ends = torch.tensor([-math.inf, 0., 1., -80., 2., -math.inf]), [0., .5, 1 - 2 ** -50]
@@ -277,7 +277,7 @@ def test_stream_never_breaks_a_character(words):
     cut = list(g.stream_text(ids[:ids.index(3 + 0xF0) + 2], words))           # ends inside the 😀
     assert "".join(cut) == "A " and "\ufffd" not in "".join(cut)
     stray = ids[:1] + [3 + 0xF0] + words.encode("b", bos=False)[-1:]
-    assert "".join(g.stream_text(stray, words)) == "A\ufffdb"                 # not swallowed in silence
+    assert "".join(g.stream_text(stray, words)) == "A\ufffdb"       # not swallowed in silence
 
 
 def test_stream_is_generate(model, pixels):
@@ -423,8 +423,8 @@ def test_folder(folder, inside, model):
     for row in rows:
         first, said = (turn["value"] for turn in row["conversations"])
         assert first == "<image>\nWhat < image>?"
-        single = g.stream(model, asked(model, "What <image>?"),
-                          load_picture(model, folder / "photos" / row["image"])[0], max_new_tokens=8)
+        seen = load_picture(model, folder / "photos" / row["image"])[0]
+        single = g.stream(model, asked(model, "What <image>?"), seen, max_new_tokens=8)
         assert said == "".join(single).strip()
     assert not list(folder.glob("*.tmp"))
 

@@ -566,8 +566,8 @@ def test_beams_end_at_a_text_as_at_a_token(folders):
     ids = generate.build_prompt(["Hi"], "minigpt4", ours.tokenizer)
     free = list(generate.generate(ours, ids, PIXELS[:1], 40, eos=-1))
     token = next(i for i in free[3:] if ours.tokenizer.decode([i]).isalpha())       # a letter it says
-    found = lambda ends, stop=(): list(generate.generate(ours, ids, PIXELS[:1], 40, num_beams=3, eos=ends,
-                                                         stop=stop))
+    found = lambda ends, stop=(): list(generate.generate(ours, ids, PIXELS[:1], 40, num_beams=3,
+                                                         eos=ends, stop=stop))
     assert found({2}, ours.tokenizer.decode([token])) == found({2, token})
     assert token in found({2}) and token not in found({2, token})   # control: it matters
 

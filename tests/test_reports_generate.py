@@ -77,8 +77,9 @@ class Script:
     def __init__(self, words, rows, monkeypatch, template="v1", room=None):
         self.tokenizer, self.template, self.rows, self.steps = words, template, rows, 0
         rooms = lambda count: [min(count, room or 999)] * len(rows)
-        monkeypatch.setattr(g, "prefill_inputs", lambda model, prompts, pictures, count, sizes=None, *_: (
-            self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), rooms(count)))
+        inputs = self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool()
+        monkeypatch.setattr(g, "prefill_inputs", lambda model, prompts, pictures, count, *_: (
+            *inputs, rooms(count)))
         monkeypatch.setattr(g, "KVCache", lambda *_: SimpleNamespace(reorder=lambda parents: None))
         self.config = SimpleNamespace(vocab=len(words), context=999)
         self.embed = SimpleNamespace(weight=torch.zeros(1))
@@ -133,11 +134,11 @@ def test_stop_texts_in_any_script(either, monkeypatch, text, stops):
 
 def test_drawn_texts_and_stops(either, monkeypatch):
     """Every cut of a text into tokens gives the text before the first stop text, to the letter."""
-    dice, found = random.Random(0), 0
+    rng, found = random.Random(0), 0
     for _ in range(150):
-        text = "x" + "".join(dice.choice("ab!cat lo😀漢字é.끝") for _ in range(14))
-        stops = [text[i:i + dice.randint(1, 4)] for i in (dice.randint(1, 13), dice.randint(1, 13))]
-        stops.append("".join(dice.choice("ab😀漢") for _ in range(3)))
+        text = "x" + "".join(rng.choice("ab!cat lo😀漢字é.끝") for _ in range(14))
+        stops = [text[i:i + rng.randint(1, 4)] for i in (rng.randint(1, 13), rng.randint(1, 13))]
+        stops.append("".join(rng.choice("ab😀漢") for _ in range(3)))
         ids = either.encode(text, bos=False)
         pieces, answer = Script(either, [ids], monkeypatch).say(stop=stops)
         # SentencePiece's first space, which nobody sees, is text: it goes on behind a word
@@ -153,11 +154,11 @@ def test_no_piece_is_taken_back(either, monkeypatch):
     """What has been handed out stays, and no more is held than may become a stop text."""
     text = "see lo😀 lo漢 lo漢字 cat"
     script = Script(either, [either.encode(text, bos=False)], monkeypatch)
-    heard = ""
+    shown = ""
     for piece in g.stream(script, [1], max_new_tokens=99, stop="漢字"):
-        heard += piece
-        assert text.startswith(heard)
-    assert heard == "see lo😀 lo漢 lo"
+        shown += piece
+        assert text.startswith(shown)
+    assert shown == "see lo😀 lo漢 lo"
     script.steps, seen = 0, []
     for piece in g.stream(script, [1], max_new_tokens=99, stop="cat"):
         seen.append((piece, script.steps))
@@ -218,6 +219,8 @@ def test_a_stop_text_that_is_a_token(byte_words, monkeypatch):
     pieces, answer = script.say(stop="<|eot_id|>")
     assert "".join(pieces) == "hi" and answer.finish_reason == "stop"
     assert "".join(script.say(stop="<|nothing|>")[0]) == "hiyou"
+    pieces, answer = script.say(stop="<|eot_id|>", num_beams=2)
+    assert "".join(pieces) == "hi" and answer.finish_reason == "stop"
 
 
 def test_hashes_of_a_template_are_an_end(words, monkeypatch):
@@ -245,7 +248,8 @@ def test_ask_with_several_pictures_in_a_turn(words):
     for template in ("llava_llama_2", "mpt", "llava_v0", "mistral_instruct"):
         assert g.build_prompt(["?"], template, words, (0, 0, 0)).count(data.IMAGE) == 3
     assert g.build_prompt(["<image>"], "v1", words, ()).count(data.IMAGE) == 0
-    assert g.build_prompt(["?"], "v1", words, {0: None}) == g.build_prompt(["?"], "v1", words)    # as before
+    one = g.build_prompt(["?"], "v1", words)
+    assert g.build_prompt(["?"], "v1", words, {0: None}) == one             # as before
 
 
 @pytest.mark.parametrize("template", ["plain", "blip2", "minigpt4_caption", "instructblip",
@@ -386,9 +390,9 @@ def test_pictures_that_fill_the_context(folder, inside, tmp_path, model):
 
 def test_tiles_of_several_pictures(words, tmp_path, monkeypatch, inside):
     """LLaVA-NeXT: each picture is cut by its own size."""
-    eye = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
-    tongue = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
-    tiles = shaken(projector.LlavaNext(eye, "mlp", tongue, words), seed=3)
+    vision = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
+    llm = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
+    tiles = shaken(projector.LlavaNext(vision, "mlp", llm, words), seed=3)
     paths = [tmp_path / "wide.png", tmp_path / "tall.png", tmp_path / "small.png"]
     for path, size in zip(paths, ((60, 20), (25, 70), (24, 24))):
         Image.effect_noise(size, 90).convert("RGB").save(path)

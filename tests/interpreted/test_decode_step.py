@@ -10,12 +10,13 @@ from decoding.cuda_graph import DecodeStep
 SIZE = dict(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
 
-def fixed(llm, x, attention_mask, memory, choose, count):
+def fixed(llm, x, attention_mask, cache, sampler, count):
     """`decode_graph`, every step run."""
-    memory.k.fill_(torch.nan)
-    memory.v.fill_(torch.nan)
-    first = choose(llm.next_logits(x, memory, (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask))[:, None]
-    step = DecodeStep(llm, memory, choose, first, attention_mask.sum(1, keepdim=True))
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    first = sampler(llm.next_logits(x, cache, position_ids, attention_mask))[:, None]
+    step = DecodeStep(llm, cache, sampler, first, attention_mask.sum(1, keepdim=True))
     for n in range(count):
         if n:
             step()
@@ -31,9 +32,9 @@ def test_fixed_step_with_kernels(monkeypatch):
     assert every() == want and len(set(map(tuple, want))) == 3
     hold = llama.KVCache.hold
 
-    def shown(memory):
-        hold(memory)
-        memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
-        memory.end += 1
+    def shown(cache):
+        hold(cache)
+        cache.k[:, :, cache.at + 1:], cache.v[:, :, cache.at + 1:] = 1, 9
+        cache.end += 1
     monkeypatch.setattr(llama.KVCache, "hold", shown)
     assert every() != want                                      # control: an unwritten place
