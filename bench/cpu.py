@@ -49,7 +49,7 @@ def small_llava(deep):
 def written(generate, model, ids, pixels, new):
     """Tokens (B, new) of ours, and the second at which each column was there."""
     times, rows = [], [[] for _ in pixels]
-    for step in generate.decode(model, [ids] * len(rows), list(pixels[:, None]), new, eos=-1):
+    for step in generate.generate_rows(model, [ids] * len(rows), list(pixels[:, None]), new, eos=-1):
         if any(step):                   # the last has nothing left to say
             times.append(time.thread_time())
         for row, some in zip(rows, step):

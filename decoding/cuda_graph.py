@@ -1,4 +1,9 @@
-"""TODO"""
+"""decoding/cuda_graph.py: on a GPU one decoding step is captured and replayed for each token.
+
+A 7B step is 14 kernel launches a layer and 30 around the layers, 480 in all (counted in the code).
+Launched one by one they take longer on the host than on the GPU. A CUDA graph is one launch, but
+it repeats exactly the same kernels on the same addresses, so a step may not depend on a number
+that the host holds. `DecodeStep` keeps everything that changes in tensors and updates them itself."""
 
 import functools
 
@@ -7,95 +12,103 @@ import torch
 from formats.errors import UserError
 from kernels.launch import SPEC
 
+WARMUP_STEPS = 3    # steps before the capture: they compile the kernels, and an answer of a word or
+                    # two has ended by then
+
 
 class DecodeStep:
-    """One token more in every row: a step that is the same every time, to the address.
+    """One token more in every row: every time the same kernels, shapes and addresses.
 
-        token (B, 1) -> embed -> blocks -> head -> choose --+
-          ^                        |                        |      place (B, 1), the cache's at
-          |              writes place `at`, reads           |      and end, the dice's number: + 1
-          |              what lies before `end`             |
+        token (B, 1) -> embed -> blocks -> head -> sampler -+
+          ^                        |                        |      position (B, 1), the cache's `at`
+          |              writes row `at` of the cache,      |      and `end`, the sampler's step:
+          |              reads the rows before `end`        |      each + 1
           +-------------------------------------------------+
+    """
 
-    A 7B step is 14 launches a layer and 30 around the layers, 480 in all (counted in the code). A
-    GPU that gets them one by one waits for the host, which says with each where the cache ends.
-    Here all that changes lies in tensors that the step itself moves on. So a GPU is told once what
-    to do, in a CUDA graph; from then on a token is one call, and a text writes itself without a
-    word from the host."""
-
-    def __init__(self, llm, memory, choose, token, place):
-        """After the prompt: token (B, 1) chosen from its logits, place (B, 1) in its text."""
-        memory.hold()
-        self.llm, self.memory, self.choose = llm, memory, choose
-        self.token, self.place = token.clone(), place.clone()
+    def __init__(self, llm, cache, sampler, token, position):
+        """After the prompt: token (B, 1) chosen from its logits, position (B, 1) in its text."""
+        cache.hold()                                # from here on the GPU counts its rows
+        self.llm, self.cache, self.sampler = llm, cache, sampler
+        self.token, self.position = token.clone(), position.clone()
 
     def __call__(self):
-        # a row that is damaged says -1 from then on, and reads some token: nobody looks at it
-        new = self.choose(self.llm.next_logits(self.token.clamp(min=0), self.memory, self.place))
+        # -1 means that a row's logits were NaN: the caller stops at it, here it needs a valid id
+        ids = self.token.clamp(min=0)
+        new = self.sampler(self.llm.next_logits(ids, self.cache, self.position))    # (B,)
         self.token.copy_(new[:, None])
-        self.place += 1
+        self.position += 1
 
 
-WARMUP_STEPS = 3           # steps run before one is recorded: they compile all that is launched, and the
-                    # answer of a word or two is over by then
+def capture(step, stream):
+    """The CUDA graph of step(). step has run before: the first run compiles its kernels.
 
-
-def capture(step, side):
-    """The CUDA graph of step(), which has run before: the first time kernels are compiled. side: a
-    stream, on which nothing else runs. Raises data.Failure."""
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream: one on which nothing else runs. Raises UserError."""
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # nothing runs: it is written down; other threads (a loader's) may go on meanwhile
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        # kernels are written down and not run; other threads (a data loader's) may go on meanwhile
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
     except torch.OutOfMemoryError:
-        torch.cuda.set_stream(here)
+        torch.cuda.set_stream(current)
         raise
     except RuntimeError as error:
         # quirk: after an error torch.cuda.graph stays on its stream, and hides the step's own error
-        torch.cuda.set_stream(here)
-        error = error.__context__ or error
-        raise UserError("a step cannot be recorded as a CUDA graph "
-                           f"({str(error).strip().splitlines()[0]}): set KERNELS=spec in the "
-                           "environment, which is slow, and report this") from None
+        torch.cuda.set_stream(current)
+        reason = str(error.__context__ or error).strip().splitlines()[0]
+        raise UserError(f"a step cannot be recorded as a CUDA graph ({reason}): set KERNELS=spec "
+                        "in the environment, which is slow, and report this") from None
     return graph
 
 
 @functools.cache
 def capture_stream(device):
-    """The stream to record on: one a device, for PyTorch keeps cuBLAS's scratch for each."""
+    """The stream to capture on: one a device, because PyTorch keeps cuBLAS's workspace for each."""
     return torch.cuda.Stream(device)
 
 
-def decode_graph(llm, x, attention_mask, memory, choose, count):
-    """`one_by_one`'s ids by `Step`, recorded once and replayed; with KERNELS=spec, only run.
+def can_capture(x):
+    """Does decoding from x go by a CUDA graph? Not under FSDP: it gathers weights on a stream of
+    its own, which a graph cannot capture."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return x.is_cuda and not distributed
 
-    The host reads a step's ids while the next is running, so the GPU never waits for it:
+
+def decode_graph(llm, x, attention_mask, cache, sampler, count):
+    """The ids of generate.decode_steps, by a captured `DecodeStep`; with KERNELS=spec not captured.
+
+    The host reads a step's ids while the next step is running, so the GPU never waits for it:
 
         GPU     step 4 | step 5 | step 6 | step 7        host   reads 4 | reads 5 | reads 6
 
-    At an end one step has run for nothing. Raises as `record` does."""
-    lengths, position_ids = attention_mask.sum(1, keepdim=True), (attention_mask.cumsum(1) - 1).clamp(min=0)
-    step = DecodeStep(llm, memory, choose, choose(llm.next_logits(x, memory, position_ids, attention_mask))[:, None],
-                lengths)
+    When all answers have ended, one step has run for nothing. Raises as `capture` does."""
+    lengths = attention_mask.sum(1, keepdim=True)                           # (B, 1)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)              # (B, T)
+    first = sampler(llm.next_logits(x, cache, position_ids, attention_mask))
+    step = DecodeStep(llm, cache, sampler, first[:, None], lengths)
     yield step.token[:, 0].tolist()
-    side, here = capture_stream(x.device), torch.cuda.current_stream(x.device)
-    eager = count if SPEC else min(count, WARMUP_STEPS)
-    for _ in range(1, eager):
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+
+    stream, current = capture_stream(x.device), torch.cuda.current_stream(x.device)
+    warmup = count if SPEC else min(count, WARMUP_STEPS)
+    for _ in range(1, warmup):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             step()
-        here.wait_stream(side)
+        current.wait_stream(stream)
         yield step.token[:, 0].tolist()
-    if eager == count:
+    if warmup == count:
         return
-    graph, told = capture(step, side), torch.empty(2, len(x), dtype=torch.long).pin_memory()
-    there = torch.cuda.Event(), torch.cuda.Event()
-    for n in range(eager, count + 1):
+
+    graph = capture(step, stream)
+    # two buffers on the host: one is read while the GPU copies into the other
+    ids = torch.empty(2, len(x), dtype=torch.long).pin_memory()
+    copied = torch.cuda.Event(), torch.cuda.Event()
+    for n in range(warmup, count + 1):
         if n < count:
             graph.replay()
-            told[n % 2].copy_(step.token[:, 0], non_blocking=True)
-            there[n % 2].record(here)
-        if n > eager:
-            there[(n - 1) % 2].synchronize()
-            yield told[(n - 1) % 2].tolist()
+            ids[n % 2].copy_(step.token[:, 0], non_blocking=True)
+            copied[n % 2].record(current)
+        if n > warmup:
+            previous = (n - 1) % 2
+            copied[previous].synchronize()
+            yield ids[previous].tolist()

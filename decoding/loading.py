@@ -1,4 +1,7 @@
-"""TODO"""
+"""decoding/loading.py: a folder or hub id becomes a model that is ready to write, on its device.
+
+Also here: how fast it wrote, against the speed at which this machine can read its weights. One
+token reads every weight of the language model once, so that is the limit of decoding alone."""
 
 import math
 import time
@@ -14,10 +17,13 @@ from formats.errors import note, UsageError
 from kernels.quantize import fast_bf16, lay, quantize
 from projector import VLM
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def prepare_for_inference(model, codes=None):
-    """The model with its weights as decoding reads them best, or coded: kernels/quantize.py.
-    Not to be trained or saved after."""
+    """The model with its weights as decoding reads them best, or quantized (kernels/quantize.py).
+
+    codes: "int8", "int4" or None. The model is not to be trained or saved after this."""
     if codes:
         if model.llm.embed.weight.device.type == "cpu":
             note("note: --quantize saves memory; on a CPU the weights are written out again for "
@@ -30,45 +36,55 @@ def prepare_for_inference(model, codes=None):
 
 
 def cast_for_cpu(model, device):
-    """The model in the numbers that this device is good at. A CPU: 16 bits stay 16 if it multiplies
-    bf16. A GPU that has bf16: not fp16, in which some models overflow."""
+    """The model in the dtype that its device computes well, with a note where it changes.
+
+    A CPU: 16 bits become bf16 if it multiplies bf16 in hardware, else fp32. A GPU that has bf16:
+    fp16 becomes bf16, because some models overflow in fp16."""
     here = model.llm.embed.weight.dtype
-    if device.type == "cuda" and here == torch.float16 and torch.cuda.is_bf16_supported(
-            including_emulation=False):
+    if device.type == "cuda" and here == torch.float16:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return model
         note("note: the weights are float16, in which some models overflow: they become bf16, 3 "
              "bits fewer of each number (--dtype keeps or chooses)")
         return model.to(torch.bfloat16)
     if device.type != "cpu":
         return model
-    best = torch.bfloat16 if fast_bf16() else torch.float32
-    if here in (best, torch.float32):
+    if fast_bf16():
+        best, name, price = torch.bfloat16, "bf16", "3 bits fewer of each number"
+    else:
+        best, name, price = torch.float32, "fp32", "twice the memory"
+    if here in (best, torch.float32):               # fp32 is exact: it is never made smaller
         return model
-    name, price = ("bf16", "3 bits fewer of each number") if best == torch.bfloat16 else (
-        "fp32", "twice the memory")
     note(f"note: the weights are {dtype_name(here)}, which this CPU is slow at: they become "
          f"{name}, {price} (--dtype keeps or chooses)")
     return model.to(best)
 
 
-def load_model(args, codes=None):
-    """The model, on its device, `ready`. Raises data.BadModel, data.Offline, data.Usage."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if args.device == "auto" else args.device
+def find_device(name):
+    """torch.device of --device. Raises UsageError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        there = torch.zeros(1, device=device)
-        there.item()
-    except (RuntimeError, AssertionError) as error:      # what torch raises for a device not there
+        probe = torch.zeros(1, device=name)
+        probe.item()                                # "meta" is a device without values
+    except (RuntimeError, AssertionError) as error:         # what torch raises for no such device
         why = str(error).strip().split("\n")[0]
-        raise UsageError(f"--device {device}: {why}: try --device cpu") from None
+        raise UsageError(f"--device {name}: {why}: try --device cpu") from None
+    return probe.device
+
+
+def load_model(args, codes=None):
+    """The model of --model, ready for inference. Raises BadModel, Offline, UsageError."""
+    device = find_device(args.device)
     if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
-        raise data.BadModel(f"{DEFAULT_MODEL}: no model yet: run `make demo`, or train.py --stage 1 and "
-                            "--stage 2, or name a model with --model")
-    if there.is_cuda:
-        torch.cuda.set_device(there.device)             # kernels start on the current one
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
+        raise data.BadModel(f"{DEFAULT_MODEL}: no model yet: run `make demo`, or train.py "
+                            "--stage 1 and --stage 2, or name a model with --model")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)               # kernels start on the current one
+    dtype = DTYPES.get(args.dtype)                  # None: auto
     model = VLM.from_pretrained(args.model, dtype, getattr(args, "model_base", None))
     if dtype is None:
-        model = cast_for_cpu(model, there.device)
+        model = cast_for_cpu(model, device)
     if args.template and args.template not in data.TEMPLATES:
         raise UsageError(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
@@ -89,21 +105,35 @@ def memory_bandwidth(device):
     return x.nbytes / best / 1e9
 
 
-def speed_line(model, taken, start, times, width=1):
-    """One line: the prompt's tokens a second, the answer's, and those against what reading the
-    weights once a token would allow. Beams come all at once: of those the whole time."""
+def read_per_token(llm):
+    """The tensors that one token reads: weights of the blocks and of the head, or their codes."""
+    tensors = []
+    for part in (llm.blocks, llm.head):
+        for layer in part.modules():
+            for name in ("weight", "codes", "scales"):
+                tensor = getattr(layer, name, None)
+                if torch.is_tensor(tensor):
+                    tensors.append(tensor)
+    return tensors
+
+
+def speed_line(model, prompt_length, start, times, num_beams=1):
+    """One line: the prompt's tokens a second, the answer's, and these against the limit.
+
+    start, times: when the prompt began and when each token came. Beams come all at once: of those
+    the whole time."""
     first = (times[0] if times else time.perf_counter()) - start
-    if width > 1:
-        return (f"prompt: {taken} places; answer: {len(times)} tokens, {first:.2f} s for both with "
-                f"{width} beams")
-    line = f"prompt: {taken} places in {first:.2f} s, {taken / first:,.0f}/s"
-    times = times[WARMUP_STEPS if model.llm.embed.weight.is_cuda else 0:]      # those compile and record
+    if num_beams > 1:
+        return (f"prompt: {prompt_length} places; answer: {len(times)} tokens, {first:.2f} s for "
+                f"both with {num_beams} beams")
+    line = f"prompt: {prompt_length} places in {first:.2f} s, {prompt_length / first:,.0f}/s"
+    if model.llm.embed.weight.is_cuda:
+        times = times[WARMUP_STEPS:]                # those compile and capture
     if len(times) > 1 and times[-1] > times[0]:
         rate = (len(times) - 1) / (times[-1] - times[0])
-        coded = [t for part in (model.llm.blocks, model.llm.head) for layer in part.modules()
-                 for t in (getattr(layer, "weight", None), getattr(layer, "codes", None),
-                           getattr(layer, "scales", None)) if torch.is_tensor(t)]
-        ceiling = memory_bandwidth(coded[0].device) * 1e9 / sum(t.nbytes for t in coded)
+        tensors = read_per_token(model.llm)
+        bandwidth = memory_bandwidth(tensors[0].device) * 1e9
+        ceiling = bandwidth / sum(tensor.nbytes for tensor in tensors)
         line += (f"; answer: {rate:,.1f} tokens/s, {100 * rate / ceiling:.0f} % of the "
                  f"{ceiling:,.0f} that reading the weights allows")
     return line

@@ -9,6 +9,8 @@ from pathlib import Path
 import data
 import generate
 from decoding.loading import load_model
+from decoding.pictures import load_picture
+from decoding.prompt import prompt_length
 from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import note, UsageError
@@ -279,11 +281,11 @@ def asked_of(args, model, job):
     if job.image:
         row = generate.build_prompt([job.request], model.template, model.tokenizer)
         path = picture_path(args.images, job.image, args.follow_links)
-        picture = generate.encode_images(path, model)
+        picture = load_picture(model, path)
     else:
         row, picture = data.prompt_tokens([{"from": "human", "value": job.request}], model.template,
                                      model.tokenizer, pictures=0), (None, None)
-    if generate.num_image_tokens(model, row, picture[1]) >= model.llm.config.context:
+    if prompt_length(model, row, picture[1]) >= model.llm.config.context:
         raise data.BadData("longer than the model's context: take another model")
     return row, picture
 

@@ -83,6 +83,13 @@ class BertTokenizer:
     def __len__(self):
         return self.size
 
+    def check_fits(self, rows):
+        """Returns self. Raises BadModel if an embedding of `rows` rows is too small for the ids."""
+        if len(self) > rows:
+            raise BadModel(f"the tokenizer has {len(self)} tokens, the Q-Former {rows} rows; take "
+                           "both from one place")
+        return self
+
     def encode(self, texts, length=32, left=False):
         """Texts to ids (B, T) and mask (B, T) bool, False at padding: [CLS] words [SEP], of which
         `length` tokens are kept, the last words if left. Official lengths: 32 in training, 35 in

@@ -1,12 +1,17 @@
 """formats/configs.py: config.json of the Hugging Face layout -> the sizes of our models, and back.
 
-A reader returns a plain dict, and a model does `Config(**configs.vit(c))`. Fields that old files leave
-out get the values that transformers documents. What cannot be a model's sizes is refused before any
-memory is taken. A writer (..._to_hf) takes a Config and returns what transformers would write.
+Functions of a folder (read_...) and of a parsed config.json return plain dicts, and a model does
+`Config(**configs.read_llama(folder))`. Fields that old files leave out get the values that
+transformers documents. What cannot be a model's sizes is refused before any memory is taken. A
+writer (..._to_hf) takes a Config and returns what transformers would write.
 """
+
 import math
 
+from formats import names, unused
 from formats.errors import BadModel
+from formats.processors import Processor
+from formats.strict_json import read_config
 
 TAKE = "take the config.json of the weights"
 
@@ -30,6 +35,21 @@ def require_object(c, what):
 
 
 # ---------------------------------------------------------------------------------- CLIP and EVA
+
+def read_vision_tower(folder):
+    """clip.Config of the vision tower in a folder whose pictures are shown in a way known here."""
+    c = read_config(folder)
+    out = vision_tower(c)
+    Processor(folder, c.get("model_type")).aspect(out["image_size"])
+    return out
+
+
+def read_clip(folder):
+    """(vision, text: clip.Config; width of the shared space) of a CLIP's folder."""
+    out = clip(read_config(folder))
+    Processor(folder, "clip").aspect(out[0]["image_size"])
+    return out
+
 
 def vit_from_hf(c, text=False):
     """clip.Config of `vision_config` or (text) `text_config` of a CLIP's or BLIP-2's config.json."""
@@ -108,6 +128,20 @@ def vit_to_hf(c, text=False):
 
 
 # ---------------------------------------------------------------------------- LLaMA and Mistral
+
+def read_llama(folder, weights):
+    """llama.Config of a LLaMA's or Mistral's folder, and the weights in it."""
+    return untie(llama_from_hf(read_config(folder)), weights,
+                 names.LLAMA["embed.weight"], names.LLAMA["head.weight"])
+
+
+def untie(out, weights, embed, head):
+    """llama.Config, no longer tied where the weights' head is not their embedding. embed, head:
+    their names in the file."""
+    if out["tie_embeddings"] and not unused.head_is_embedding(weights, embed, head):
+        return {**out, "tie_embeddings": False}
+    return out
+
 
 def llama_from_hf(c):
     """llama.Config of a Hugging Face config.json (or its `text_config`)."""
@@ -229,6 +263,36 @@ def llama_to_hf(c):
 
 # ----------------------------------------------------------------------------------- the Q-Former
 
+def read_qformer(folder, text=True):
+    """qformer.Config of a BLIP-2's or InstructBLIP's folder; text=False: without its text branch."""
+    out = qformer(read_config(folder))
+    return out if text else {**out, "vocab": 0}
+
+
+def read_stage1(folder, weights):
+    """(clip.Config, qformer.Config, width of the shared space, ln_vision's eps) of BLIP-2's first
+    stage and the weights beside it."""
+    c = read_config(folder)
+    vision, config = vision_tower(c), qformer(c)
+    Processor(folder, c["model_type"]).expect(vision["image_size"], "squash",
+                                              "a Q-Former's are squashed")
+    shared, eps = c.get("image_text_hidden_size", 256), c.get("ln_vision_eps")
+    if eps is None:                     # quirk: PyTorch's default in LAVIS, whatever the tower has
+        eps = 1e-5 if names.is_lavis(weights) else vision["eps"]
+    if type(shared) is not int or not 1 <= shared <= 2 ** 15 or not is_positive(eps):
+        raise BadModel(f"{folder}: config.json says image_text_hidden_size {shared!r} and "
+                       f"ln_vision_eps {eps!r}; take the config.json of the weights")
+    return vision, config, shared, eps
+
+
+def check_stage1(vision, config):
+    """Raises BadModel where a clip.Config and a qformer.Config cannot be one first stage."""
+    if config.vision_width != vision.width or not config.vocab:
+        raise BadModel(f"a Q-Former for features of width {config.vision_width} with "
+                       f"{config.vocab} text tokens, and a vision tower of width {vision.width}: "
+                       "config.json must give one width, and a vocabulary")
+
+
 def qformer_from_hf(c, queries=32, vision=1408):
     """qformer.Config of `qformer_config`; number of queries and feature width stand outside it."""
     require_object(c, "qformer_config")
@@ -261,6 +325,22 @@ def qformer(c):
     if type(vision) is dict:
         vision = vision.get("hidden_size", 1408)
     return qformer_from_hf(c.get("qformer_config", {}), c.get("num_query_tokens", 32), vision)
+
+
+def check_qformer_call(config, features, ids, past):
+    """Raises ValueError where QFormer.forward's arguments do not go together."""
+    if features is None and ids is None or past is not None and features is not None:
+        raise ValueError("QFormer: give features, ids or both; with past, ids alone")
+    room = config.context if config.vocab else 0
+    if ids is not None and ids.shape[1] > room:
+        raise ValueError(f"QFormer: {ids.shape[1]} text tokens for a Q-Former with room for {room}")
+
+
+def check_losses(only):
+    """Raises ValueError where `only` names no loss of BLIP-2's first stage."""
+    unknown = set(only) - {"itc", "itm", "itg"}
+    if unknown:
+        raise ValueError(f"losses: {', '.join(sorted(unknown))} is none of itc, itm, itg")
 
 
 def qformer_to_hf(c, instruct=False):

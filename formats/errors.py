@@ -52,14 +52,26 @@ def exit_status(main, debug: bool = False) -> int:
         return code
 
 
-def progress(things, what):
-    """The things; every ten seconds a line on stderr tells how many there were."""
-    start = told = time.monotonic()
-    for n, thing in enumerate(things, 1):
+def progress(things, what, total=None, step=1):
+    """The things. On a terminal a bar, elsewhere every ten seconds a line, says how far it is.
+
+    what: their name; total: how many there will be; step: how many of them each thing is."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit=f" {what}") as bar:
+            for thing in things:
+                yield thing
+                bar.update(step)
+        return
+    start = last = time.monotonic()
+    n = 0
+    for thing in things:
         yield thing
-        if (now := time.monotonic()) - told > 10:
-            print(f"{n:,} {what}, {n / (now - start):,.0f} a second", file=sys.stderr)
-            told = now
+        n += step
+        now = time.monotonic()
+        if now - last > 10:
+            of_all = f" of {total:,}" if total else ""
+            print(f"{n:,}{of_all} {what}, {n / (now - start):,.0f} a second", file=sys.stderr)
+            last = now
 
 
 def printable(text: str) -> str:

@@ -1,12 +1,14 @@
-"""TODO"""
+"""formats/files.py: files that are whole or not there, and text in whatever Unicode it is saved.
 
+Write aside, fsync, rename: whatever moment the power fails at, the old file is whole or the new
+one is. A rename is the only step that others can see."""
+
+import json
 import os
 from pathlib import Path
 
-from formats.errors import BadData
+from formats.errors import BadData, UserError
 
-# Write aside, fsync, rename, then prune: whatever moment the power fails at, either the old
-# checkpoint is whole or the new one is. A rename is the only step that others can see.
 
 def fsync_path(path):
     """Make a file, or the names in a folder, survive a power cut."""
@@ -27,11 +29,31 @@ def rename_into_place(aside, final):
 
 
 def atomic_write(path, text):
-    """Write a small file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    fsync_path(aside)
-    os.replace(aside, path)
+    """Write a small file (UTF-8) whole or not at all. Raises OSError, or UnicodeEncodeError."""
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")        # a fixed name: a next run overwrites it
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        fsync_path(tmp)
+        os.replace(tmp, path)
+    except (OSError, UnicodeEncodeError):
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, rows):
+    """A file that the user named, whole or not at all. Raises UserError."""
+    folder = os.path.dirname(path) or "."
+    # a rename would replace /dev/stdout itself
+    if not os.path.isdir(folder) or os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a file in a folder that exists: name another")
+    try:
+        atomic_write(path, json.dumps(rows, ensure_ascii=False, indent=1))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: name another file") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: not written: a picture's name is not valid UTF-8: rename "
+                        "it") from None
 
 
 def other_unicode(raw: bytes) -> str:

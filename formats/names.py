@@ -259,9 +259,14 @@ def llama(weights, config):
     return table, ignore
 
 
+def is_lavis(weights):
+    """Are these the tensors of a LAVIS checkpoint?"""
+    return any(name.startswith("Qformer.bert.") for name in weights)
+
+
 def qformer(weights):
     """The table in whose spelling a file holds a Q-Former."""
-    if any(name.startswith("Qformer.bert.") for name in weights):
+    if is_lavis(weights):
         return QFORMER_LAVIS
     if "qformer.embeddings.layernorm.weight" in weights:
         return QFORMER_INSTRUCT

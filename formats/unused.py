@@ -98,6 +98,11 @@ def llama(config):
     return {r".*rotary_emb\.inv_freq": Claim("recomputed from rope_theta", holds)}
 
 
+def qformer(text):
+    """For a Q-Former; text=False: its text branch is left out."""
+    return QFORMER if text else {**QFORMER, **QFORMER_TEXT}
+
+
 def bert(prefix):
     """For a BERT whose names begin with `prefix`."""
     return {

@@ -7,12 +7,13 @@ import torch
 
 import data
 from decoding.loading import load_model
+from decoding.pictures import load_picture
 from formats.checkpoints import resolve
 from formats.errors import note, UsageError
 from formats.pictures import picture_path
 from formats.strict_json import read_config
 from formats.templates import end_ids
-from generate import build_prompt, generate_batch, see, stream_text
+from generate import build_prompt, generate_batch, stream_text
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
     cache_key,
@@ -108,8 +109,8 @@ def from_vlm(args, jobs, journal):
         for job in some:
             try:
                 job.image.encode()                          # a name may be no text
-                good.append((job, see(picture_path(
-                    args.source, job.image, args.follow_links), model)))
+                good.append((job, load_picture(model, picture_path(
+                    args.source, job.image, args.follow_links))))
             except (data.BadImage, data.BadData, UnicodeEncodeError) as error:
                 note(f"skipped: {error}")
                 bad.append((job, "", "not a usable picture"))

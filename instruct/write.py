@@ -3,7 +3,7 @@ from collections import Counter
 
 import data
 from formats.conversations import llava_row
-from generate import write
+from formats.files import write_json
 from instruct.answerers import curate, describe_folder, generate_texts
 from instruct.journal import Journal
 from instruct.parsing import to_turns
@@ -32,10 +32,10 @@ def main(args):
             dropped.append({key: value.encode(errors="replace").decode() for key, value in
                             (("id", job.name), ("reason", str(error)), ("text", text))})
     why = counted(row["reason"] for row in dropped)
-    write(f"{args.out}.dropped.json", dropped)
+    write_json(f"{args.out}.dropped.json", dropped)
     if not samples:
         raise data.BadData(f"{args.out}: not written: none of {len(said)} can be used ({why})")
-    write(args.out, samples)
+    write_json(args.out, samples)
     print(f"{args.out}: {len(samples):,} of {len(said):,} kept, {len(samples) / len(said):.1%}"
           + f"; dropped: {why}" * bool(dropped))
     if args.what == "curate":

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import generate
 from decoding.attention_map import attention_to_patches, mean_inside_box
 from decoding.flags import DEFAULT_MODEL
+from decoding.prompt import build_prompt
+from projector import VLM
 from toy.texts import DESCRIBE, description
 from toy.world import draw, make_scene
 
@@ -32,7 +33,7 @@ def named(tokens, words, names):
 def attended(model, scenes, layer):
     """Means over all things named: (inside the box, outside, inside the mirrored box)."""
     found, side = [], int(model.patches ** .5)
-    ids = generate.build_prompt([DESCRIBE[0]], model.template, model.tokenizer)
+    ids = build_prompt([DESCRIBE[0]], model.template, model.tokenizer)
     for scene in scenes:
         tokens = model.tokenizer.encode(description(scene), bos=False)
         pixels = model.pixels(draw(scene))
@@ -48,7 +49,7 @@ def attended(model, scenes, layer):
 
 
 if __name__ == "__main__":
-    model = generate.VLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_MODEL)
+    model = VLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_MODEL)
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
     scenes = [make_scene(i, "test") for i in range(count)]
     print(f"{count} scenes; attention a patch, times the number of patches")

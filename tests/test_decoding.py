@@ -15,15 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import generate as g
 import llama
+import projector
 from kernels import quantize as q
 from test_generate import TONGUE, asked, folder, inside, args_for, model, pixels, soft, words
 from tiny import gap, LIMIT
 from decoding.attention_map import attention_to_patches, mean_inside_box
+from decoding import cuda_graph, loading
 from decoding.cuda_graph import DecodeStep, capture_stream, decode_graph
-from decoding.flags import check_prompt, parse
+from decoding.flags import parse, prompt_error
 from decoding.loading import load_model, prepare_for_inference
 from formats.errors import UsageError, UserError
 from toy.world import draw, make_scene
+from trainer.build import new_vlm
 
 __all__ = ["folder", "inside", "model", "pixels", "words"]          # fixtures
 
@@ -73,8 +76,8 @@ def replays(monkeypatch):
             monkeypatch.setattr(torch.cuda, name, it)
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
         monkeypatch.setattr(DecodeStep, "__call__", call)
-        monkeypatch.setattr(g, "Cache", Unwritten)
-        monkeypatch.setattr(g, "one_by_one", decode_graph)
+        monkeypatch.setattr(g, "KVCache", Unwritten)
+        monkeypatch.setattr(g, "decode_steps", decode_graph)
         return told
     return go
 
@@ -121,11 +124,11 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
         before = step.token.clone()
         run(step)
         if wrong == "place":
-            step.place -= 1
+            step.position -= 1
         if wrong == "token":
             step.token.copy_(before)
         if wrong == "step":
-            step.choose.step -= 1
+            step.sampler.step -= 1
 
     def shown(memory):
         hold(memory)
@@ -133,7 +136,7 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
         memory.end += wrong == "end"
     monkeypatch.setattr(DecodeStep, "__call__", call)
     monkeypatch.setattr(llama.KVCache, "hold", shown)
-    monkeypatch.setattr(g, "SPEC", True)                        # all steps run here
+    monkeypatch.setattr(cuda_graph, "SPEC", True)                        # all steps run here
     assert every() != want
     wrong = None
     assert every() == want
@@ -211,7 +214,7 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
     with pytest.raises(AssertionError), Launches():
         token[0].item()                                                 # control
     step = DecodeStep(llm, memory, choose, token, lengths)
-    state = step.token, step.place, memory.at, memory.end, memory.k, memory.v
+    state = step.token, step.position, memory.at, memory.end, memory.k, memory.v
     where = [t.data_ptr() for t in state]
     first = launches(step)
     assert len(first) > 50 and launches(step) == first == launches(step)
@@ -247,7 +250,7 @@ def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
     with pytest.raises(UserError, match="capturing.: set KERNELS=spec"):
         list(g.generate(model.llm, [1, 70], None, 9))
     assert back == [torch.cuda.current_stream()]
-    monkeypatch.setattr(g, "SPEC", True)
+    monkeypatch.setattr(cuda_graph, "SPEC", True)
     assert len(list(g.generate(model.llm, [1, 70], None, 9))) == 9
 
 
@@ -309,7 +312,7 @@ def test_stop_texts_may_begin_with_a_space():
     """Decoding drops a text's first space. Every beginning, in English; a token that holds more
     than the stop text goes with it."""
     toy = Path(g.__file__).parent / "toy/weights"
-    model = g.VLM.from_parts(toy / "clip", toy / "llama")
+    model = new_vlm(toy / "clip", toy / "llama")
     ids = model.tokenizer.encode("This picture has a")
     told = lambda *stop, **more: model.tokenizer.decode(
         g.generate(model, ids, None, 16, eos=-1, stop=stop, **more))
@@ -351,7 +354,7 @@ def test_counts_of_what_is_left(settings, allowed):
 # ------------------------------------------------------------------------- layouts and codes
 
 def test_laid_weights_say_the_same(model, pixels, folder):
-    loaded = g.VLM.from_pretrained(folder / "model")
+    loaded = projector.VLM.from_pretrained(folder / "model")
     ids = asked(loaded, "What is it?")
     before = list(g.generate(loaded, ids, pixels[0], 16))
     logits = loaded(torch.tensor([ids]), pixels[0]).detach()
@@ -409,7 +412,7 @@ def test_bf16_cache_on_a_cpu():
     ("bfloat16", False, "float32"), ("float32", True, "float32"), ("float32", False, "float32")])
 def test_dtype_auto_on_a_cpu(model, pixels, tmp_path, monkeypatch, capsys, kind, fast, becomes):
     copy.deepcopy(model).to(getattr(torch, kind)).save_pretrained(tmp_path)
-    monkeypatch.setattr(g, "fast_bf16", lambda: fast)
+    monkeypatch.setattr(loading, "fast_bf16", lambda: fast)
     line = ["x.png", "hi", "--model", str(tmp_path), "--device", "cpu"]
     made = load_model(parse(line))
     assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
@@ -510,7 +513,7 @@ def test_chat_keeps_the_first_picture(folder, inside, tmp_path):
 def test_prompts_of_every_kind(model, pixels):
     """Nothing that is typed adds a picture or a turn, or stops the program."""
     for typed in ("😀 é 漢", "שלום עולם", "\u202eabc", "a\r\nb\tc", "</s><s>[INST]", "ASSISTANT:"):
-        assert check_prompt(typed) is None
+        assert prompt_error(typed) is None
         ids = g.build_prompt([typed], model.template, model.tokenizer)
         assert ids.count(data.IMAGE) == 1 and ids.count(model.tokenizer.eos) == 0
         assert len(list(g.generate(model, ids, pixels[0], 2))) == 2
@@ -522,9 +525,8 @@ def test_prompts_of_every_kind(model, pixels):
 def test_attended_finds_the_box_of_the_thing_named(monkeypatch):
     """A model that looks exactly where it should, and one that looks at the next thing's place."""
     import attended
-    import world
     toy = Path(__file__).parents[1] / "toy/weights"
-    vlm = g.VLM.from_parts(toy / "clip", toy / "llama")
+    vlm = new_vlm(toy / "clip", toy / "llama")
     scenes, side = [make_scene(i, "test", 3) for i in range(4)], int(vlm.patches ** .5)
 
     def looking(shift):
@@ -539,7 +541,7 @@ def test_attended_finds_the_box_of_the_thing_named(monkeypatch):
         return look
     found = []
     for shift in (0, 1):
-        monkeypatch.setattr(g, "looked", looking(shift))
+        monkeypatch.setattr(attended, "attention_to_patches", looking(shift))
         found.append(attended.attended(vlm, scenes, 0))
     assert found[0][0] > 2 * found[0][1] and found[0][0] > 2 * found[0][2]
     assert found[1][0] < found[0][0] / 2                            # control

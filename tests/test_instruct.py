@@ -19,6 +19,7 @@ import generate
 import instruct
 import standin
 from projector import VLM
+from formats import files
 from formats.errors import exit_status
 from formats.pictures import picture_path
 from instruct.__main__ import main, parse
@@ -703,7 +704,7 @@ def test_final_file_is_whole_or_not_there(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(generate.json, "dump", full)
+        m.setattr(files, "fsync_path", full)
         assert run(*words[:2], 5, *words[3:]) == 3
     assert (folder / "o.json").read_bytes() == old and len(lines(folder / "o.json")) == 5
     assert run(*words[:2], 5, *words[3:]) == 0 and len(rows(folder / "o.json")) == 5

@@ -20,7 +20,9 @@ import projector
 from test_generate import TONGUE, args_for, asked, folder, inside, model, pixels, words
 from tiny import shaken
 from decoding.attention_map import attention_to_patches, tokens_by_word
+from decoding.chat import add_picture
 from decoding.flags import parse
+from decoding.pictures import image_turns, load_picture, load_pictures
 from formats.errors import UsageError
 from formats.pictures import picture_path
 from instruct.answerers import from_llama, from_vlm
@@ -75,14 +77,13 @@ class Script:
     def __init__(self, words, rows, monkeypatch, template="v1", room=None):
         self.tokenizer, self.template, self.rows, self.steps = words, template, rows, 0
         rooms = lambda count: [min(count, room or 999)] * len(rows)
-        monkeypatch.setattr(g, "begin", lambda model, prompts, pictures, count, sizes=None, *_: (
+        monkeypatch.setattr(g, "prefill_inputs", lambda model, prompts, pictures, count, sizes=None, *_: (
             self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), rooms(count)))
-        monkeypatch.setattr(g, "Cache", lambda *_: SimpleNamespace(pick=lambda parents: None))
-        monkeypatch.setattr(g, "predict", self.predict)
+        monkeypatch.setattr(g, "KVCache", lambda *_: SimpleNamespace(reorder=lambda parents: None))
         self.config = SimpleNamespace(vocab=len(words), context=999)
         self.embed = SimpleNamespace(weight=torch.zeros(1))
 
-    def predict(self, llm, x, *_):
+    def next_logits(self, x, *_):
         row = [(row + [self.tokenizer.eos] * 400)[self.steps] for row in self.rows]
         self.steps += 1
         row = row * (len(x) // len(row))                    # beams: all hear the same
@@ -119,11 +120,11 @@ def test_stop_texts_in_any_script(either, monkeypatch, text, stops):
     pieces, answer = script.say(stop=stops)
     assert "".join(pieces) == before(text, stops) and answer.finish_reason == "stop"
     assert "\ufffd" not in "".join(pieces) and all(pieces)
-    assert ids[:len(answer.said)] == answer.said
+    assert ids[:len(answer.tokens)] == answer.tokens
     assert script.steps <= len(either.encode(text, bos=False))
     script.steps = 0
     (row,) = g.generate_batch(script, [[1]], max_new_tokens=99, stop=stops)
-    assert row == answer.said and row.rest == answer.rest and row.finish_reason == "stop"
+    assert row == answer.tokens and row.rest == answer.rest and row.finish_reason == "stop"
     assert "".join(g.stream_text(row, either)) == before(text, stops)
     if len(stops) == 1:
         pieces, beams = script.say(stop=stops[0], num_beams=2)
@@ -173,7 +174,7 @@ def test_a_stream_of_broken_bytes(words, byte_words, monkeypatch):
         for stop in ([], ["😀😀"], ["zz"]):
             pieces, answer = script.say(stop=stop)
             assert "".join(pieces) == "a😀" and answer.finish_reason == "end"
-            assert answer.said == [*a, *smile, *smile[:cut]]            # the ids are all there
+            assert answer.tokens == [*a, *smile, *smile[:cut]]            # the ids are all there
     script = Script(words, [[*a, *smile, *smile[:2]]], monkeypatch)
     assert "".join(script.say(stop="😀")[0]) == "a"
     letters = {c: b for b, c in unicode_bytes().items()}
@@ -263,7 +264,7 @@ def test_models_of_one_picture(words, template):
 
 def seen_by(model, paths, *turns, shown=None, new=8):
     """What the model says, by way of ids and pixels."""
-    images = [g.encode_images(path, model) for path in paths]
+    images = [load_picture(model, path) for path in paths]
     sizes = [size for _, some in images for size in some or ()]
     ids = g.build_prompt(list(turns), model.template, model.tokenizer, shown or [0] * len(paths))
     return "".join(g.stream(model, ids, torch.cat([x for x, _ in images]), max_new_tokens=new,
@@ -356,7 +357,7 @@ def test_saved_names_tell_folders_apart(folder, inside, tmp_path):
     (tmp_path / bad).write_bytes((tmp_path / "a/1.png").read_bytes())
     code, _, err = inside(args_for(folder, tmp_path / bad), "Hi", f"/save {tmp_path}/z.json")
     assert code == 0 and err.count("error") == 1 and "UTF-8" in err
-    assert not list(tmp_path.glob(".gen*")) and not (tmp_path / "z.json").exists()
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "z.json").exists()
 
 
 def test_a_model_of_one_picture_says_so(folder, inside, tmp_path, model):
@@ -393,11 +394,11 @@ def test_tiles_of_several_pictures(words, tmp_path, monkeypatch, inside):
         Image.effect_noise(size, 90).convert("RGB").save(path)
     args = SimpleNamespace(settings={"max_new_tokens": 8}, seed=0, max_new_tokens=8, num_beams=1,
                            attention=None, verbose=False)
-    picture = g.pictured(tiles, paths)
-    assert picture[1] == [(60, 20), (25, 70), (24, 24)] and g.numbers({0: picture}) == [0, 0, 0]
+    picture = load_pictures(tiles, paths)
+    assert picture[1] == [(60, 20), (25, 70), (24, 24)] and image_turns({0: picture}) == [0, 0, 0]
     said = g.print_answer(tiles, ["Same?"], {0: picture}, args)
     assert said == seen_by(tiles, paths, "Same?")
-    grown = g.with_picture(tiles, {0: g.pictured(tiles, paths[:2])}, 0, paths[2])
+    grown = add_picture(tiles, {0: load_pictures(tiles, paths[:2])}, 0, paths[2])
     assert torch.equal(grown[0][0], picture[0]) and grown[0][1:] == picture[1:]
 
 
@@ -439,7 +440,7 @@ def test_reasons_of_real_models(model, words, pixels):
     assert rows == [list(row) for row in rows]              # they are lists
     answer = g.generate(model.llm, words.encode("a"), max_new_tokens=5)     # text only
     assert len(list(answer)) == 5 and answer.finish_reason == "length"
-    end = answer.said[3]
+    end = answer.tokens[3]
     answer = g.generate(model.llm, words.encode("a"), max_new_tokens=5, eos=end)
     assert end not in list(answer) and answer.finish_reason == "end"
 
@@ -526,7 +527,7 @@ def test_verbose_says_something(folder, inside, tmp_path):
 
 def test_attention_of_an_empty_answer(folder, inside, tmp_path, model):
     red = folder / "photos/0.png"
-    first = "".join(g.stream(model, asked(model, "What?"), g.encode_images(red, model)[0],
+    first = "".join(g.stream(model, asked(model, "What?"), load_picture(model, red)[0],
                              max_new_tokens=1))
     code, _, err = inside(args_for(folder, red, "What?", "--stop", first, "--attention",
                                    tmp_path / "x.png", "--verbose"))

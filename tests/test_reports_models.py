@@ -27,7 +27,8 @@ from kernels.attention import document_spans
 from test_qformer_vlm import ASKED, PIXELS, READER, folders      # noqa: F401 (a fixture)
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
 from decoding.attention_map import attention_to_patches
-from decoding.chat import caption_folder
+from decoding.captions import caption_folder
+from evaluate import benchmarks
 from evaluate.benchmarks import model_answers
 from evaluate.toy import answers
 from formats.errors import UserError
@@ -262,7 +263,7 @@ def test_packed_documents_see_their_own_windows(mistral):
     theirs.zero_grad()
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache": False}])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_written_text_is_theirs(mistral, settings):
     _, ours, theirs = mistral
     ids = draw(1, 9)
@@ -426,7 +427,7 @@ def test_ids_do_not_give_back_what_was_typed(reads, text):
     assert given == [lost, lost]
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache": False}])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}])
 def test_generate_hands_on_what_was_typed(reads, settings):
     model, given = reads
     for text in TYPED:
@@ -454,13 +455,13 @@ def test_every_way_to_ask_hands_on_what_was_typed(reads, monkeypatch, tmp_path):
     generate.print_answer(model, ["a", "b", TYPED[0]], {0: (pixels, None)}, args)
     assert given == [TYPED[0]]                          # it knows one question: the last
     given.clear()
-    caption_folder(model, [tmp_path / "a.png"] * 2, args)
+    caption_folder(model, [tmp_path / "a.png"] * 2, args, generate.generate_batch)
     assert given == [TYPED[0]] * 2
     given.clear()
     answers(model, list(TYPED[:2]), PIXELS, 2)
     assert given == list(TYPED[:2])
     given.clear()
-    monkeypatch.setattr(generate, "load", lambda args: model)
+    monkeypatch.setattr(benchmarks, "load_model", lambda args: model)
     jobs = [Request(str(i), "a.png", str(i), text) for i, text in enumerate(TYPED)]
     asked = SimpleNamespace(model="m", batch_size=4, images=tmp_path, max_new_tokens=2,
                             follow_links=False)

@@ -463,7 +463,7 @@ def test_every_end_of_the_folder_ends_an_answer(tmp_path, monkeypatch, told, wan
     model = VLM.from_pretrained(folder)
     assert stop_ids(model) == want
     for end in want:
-        monkeypatch.setattr(g, "predict", said_by(model, [40, 41, end, 42, 43]))
+        monkeypatch.setattr(type(model.llm), "next_logits", said_by(model, [40, 41, end, 42, 43]))
         assert list(g.generate(model, [1, 5], None, 5)) == [40, 41]
     model.save_pretrained(tmp_path / "again")
     assert stop_ids(VLM.from_pretrained(tmp_path / "again")) == want
@@ -515,7 +515,7 @@ def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
     end = model.tokenizer.added("<|eot_id|>")
     row = [40, 41, end, 42, 43]
     for stop, want in (((), row), (["<|eot_id|>"], row[:2]), ("<|eot_id|>", row[:2])):
-        monkeypatch.setattr(g, "predict", said_by(model, row))
+        monkeypatch.setattr(type(model.llm), "next_logits", said_by(model, row))
         assert list(g.generate(model, [1, 5], None, 5, num_beams=beams, stop=stop)) == want
 
 

@@ -23,11 +23,12 @@ from formats.bert import BertTokenizer
 from formats.checkpoints import load_into
 from formats.errors import UsageError
 from formats.families import ln_vision_eps
+from formats.folders import init_weights
 from formats.hub import resolve
 from formats.strict_json import read_config
 from llama import Llama
 from projector import Blip2, QFormerProjector, VLM
-from qformer import Blip2Stage1, init_weights, LMHead, QFormer
+from qformer import Blip2Stage1, LMHead, QFormer
 from qformer import Config as QFormerConfig
 from toy import texts as toy_texts
 from toy.world import make_scene
@@ -87,7 +88,8 @@ def new_blip2_stage1(vision, tokenizer, config, seed=0, bert=None, shared=256):
         init_from_bert(model, bert)
     for block in model.qformer.blocks:                  # equal at first, as published
         block.mlp.load_state_dict(block.text_mlp.state_dict())
-    return model.fits(tokenizer).eval()
+    model.tokenizer = tokenizer.check_fits(config.vocab)
+    return model.eval()
 
 
 def init_from_bert(model, folder):
@@ -217,7 +219,7 @@ def load_qformer_parts(source, vision, dtype):
     tower = ViT.from_pretrained(vision or folder, dtype).without_final_block()
     weights, c = data.load_weights(folder), read_config(folder)
     with_text = c.get("model_type") == "instructblip"
-    qformer = QFormer.from_pretrained(folder, dtype, words=with_text)
+    qformer = QFormer.from_pretrained(folder, dtype, text=with_text)
     lavis = "ln_vision.weight" in weights
     eps = ln_vision_eps(folder, c, 1e-5 if lavis else configs.vision_tower(c)["eps"])
     norm = LayerNorm(qformer.config.vision_width, eps).to(qformer.query_tokens.dtype)

@@ -11,10 +11,10 @@ SIZE = dict(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64
 
 
 def fixed(llm, x, attention_mask, memory, choose, count):
-    """`replayed`, every step run."""
+    """`decode_graph`, every step run."""
     memory.k.fill_(torch.nan)
     memory.v.fill_(torch.nan)
-    first = choose(g.predict(llm, x, memory, (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask))[:, None]
+    first = choose(llm.next_logits(x, memory, (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask))[:, None]
     step = DecodeStep(llm, memory, choose, first, attention_mask.sum(1, keepdim=True))
     for n in range(count):
         if n:
@@ -27,7 +27,7 @@ def test_fixed_step_with_kernels(monkeypatch):
     prompts = [[1, 5, 7, 9, 30], [1, 8], [3, 3, 3]]
     every = lambda: g.generate_batch(llm, prompts, max_new_tokens=5)
     want = every()
-    monkeypatch.setattr(g, "one_by_one", fixed)
+    monkeypatch.setattr(g, "decode_steps", fixed)
     assert every() == want and len(set(map(tuple, want))) == 3
     hold = llama.KVCache.hold
 
