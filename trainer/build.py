@@ -210,11 +210,11 @@ def load_qformer_parts(source, vision, dtype):
     language model is not loaded) or InstructBLIP. vision: folder of another tower, or None."""
     if isinstance(source, Blip2Stage1):
         tower = ViT.from_pretrained(vision, dtype) if vision else source.vision
-        return tower.without_final_block(), source.ln_vision, source.qformer.drop_text_branch()
+        return tower.without_final_block(), source.ln_vision, drop_text_branch(source.qformer)
     if isinstance(source, QFormer):
         tower = ViT.from_pretrained(vision, dtype).without_final_block()
         norm = LayerNorm(tower.config.width, tower.config.eps)
-        return tower, norm, source.drop_text_branch()
+        return tower, norm, drop_text_branch(source)
     folder = resolve(source)
     tower = ViT.from_pretrained(vision or folder, dtype).without_final_block()
     weights, c = data.load_weights(folder), read_config(folder)
@@ -227,6 +227,16 @@ def load_qformer_parts(source, vision, dtype):
     table = {"weight": f"{prefix}weight", "bias": f"{prefix}bias"}
     load_into(norm, table, weights, {".*": "not of the norm"})
     return tower, norm, qformer
+
+
+def drop_text_branch(qformer):
+    """Remove what only text uses: in front of a language model there is none. Returns qformer."""
+    if qformer.config.vocab:
+        qformer.config = replace(qformer.config, vocab=0)
+        del qformer.token, qformer.position
+        for block in qformer.blocks:
+            block.text_mlp = None
+    return qformer
 
 
 def has_matching_projection(source, template, weight):
