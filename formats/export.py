@@ -228,7 +228,7 @@ def save_chat_template(folder, name, t, tokenizer):
 
 
 def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
-    """tokenizer.json and tokenizer_config.json of a data.Tokenizer; `extra` tokens get the next ids.
+    """tokenizer.json and tokenizer_config.json of a data.Tokenizer; `extra` tokens get new ids.
 
     own_template: the chat template is ours, in a file of its own. Then the language model's is left
     out, and other libraries shall tokenize what follows <image> as data.encode does."""
