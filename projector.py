@@ -164,7 +164,7 @@ class VLM(nn.Module):
     # With several ranks a text-only batch runs the vision tower on a blank picture, so that all
     # ranks issue the same collectives.
     always_run_vision = False
-    grids = None                            # how LlavaNext cuts pictures; others do not
+    grids, qformer_tokenizer = None, None   # of LlavaNext; of Blip2
     save_files = staticmethod(save_llava)
 
     def __init__(self, vision, projector, llm, tokenizer, template="v1", aspect="pad"):

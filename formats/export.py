@@ -66,8 +66,9 @@ def save_llava(model, folder, template, stop_ids):
     save_rest(model, folder, llava_config(model, kind), picture, processor, stop_ids)
 
 
-def save_blip2(model, folder, stop_ids):
-    """Save a Blip2. A chat template is not written: the format has one question and one answer."""
+def save_blip2(model, folder, template, stop_ids):
+    """Save a Blip2; arguments as in `save_llava`. No chat template is written: the format has one
+    question and one answer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder, model_tensors(model))
