@@ -191,7 +191,8 @@ class Llama(nn.Module):
         """Room for more tokens: new rows of embedding and head are the mean of the old ones."""
         old, C = self.config.vocab, self.config.width
         self.config = replace(self.config, vocab=rows)
-        for layer in (self.embed, self.head):
+        layers = (self.embed,) if self.config.tie_embeddings else (self.embed, self.head)
+        for layer in layers:
             weight = layer.weight.new_empty(rows, C)
             weight[:old] = layer.weight.data
             weight[old:] = layer.weight.data.float().mean(0)

@@ -78,8 +78,8 @@ RECIPES = {
     # is the script. Its stage 2 speaks through OPT or FlanT5, which are not LLaMAs: this one is our
     # composition, InstructBLIP-Vicuna its nearest official relative. Not run by us at full size.
     "blip2": (
-        Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "to_shared",
-              "text_to_shared", "match", "head", "temp"), "", "squash", 1e-4, 1600, 10, warmup=5000,
+        Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "vision_proj",
+              "text_proj", "itm_head", "lm_head", "temp"), "", "squash", 1e-4, 1600, 10, warmup=5000,
               decay=.05, schedule="lavis", warm_lr=1e-6, min_lr=1e-5,
               losses=("itc", "itm", "itg"), told="short"),
         Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("projector",), "blip2",

@@ -130,8 +130,8 @@ def generate():
                                  torch.full((B, 1), S, device=DEVICE))
 
             def token():
-                cache.at.fill_(S)               # the same token every time
-                cache.end.fill_(S + 1)
+                step.cache.at.fill_(S)          # the same token every time
+                step.cache.end.fill_(S + 1)
                 step()
 
             token()

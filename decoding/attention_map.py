@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import data
 from decoding.streaming import inner_decode, whole_groups
 from formats.errors import UsageError, UserError
-from kernels import causal, rope, rope_table
+from kernels import mask_rule, rope, rope_table
 from kernels.attention import visible
 
 SIDE, GAP, TITLE = 168, 8, 24       # pixels: a picture of the sheet, between two, above each
@@ -61,8 +61,8 @@ def attention_to_patches(model, ids, tokens, pixels, layer=None):
     T, n, c = x.shape[1], len(tokens), llm.config
     cos, sin = rope_table(torch.arange(T, device=x.device)[None], c.head_dim, c.rope_theta,
                           c.rope_scaling)
-    rule = {"allow": causal, **c.rule(T)}
-    hidden = ~visible(**rule, rows=n, columns=T, start=T - n, device=x.device)   # (n, T)
+    rule, window = mask_rule(c.window, T)
+    hidden = ~visible(rule, n, T, window, start=T - n, device=x.device)          # (n, T)
     found = []
     for i, block in enumerate(llm.blocks):
         if layer in (None, i):

@@ -11,9 +11,34 @@ import torch
 
 from formats.errors import UserError
 from kernels.launch import SPEC
+from llama import KVCache
 
 WARMUP_STEPS = 3    # steps before the capture: they compile the kernels, and an answer of a word or
                     # two has ended by then
+
+
+class StaticCache(KVCache):
+    """A KV cache, after the prompt, whose length lives on the GPU, so that every step has the same
+    shapes and addresses: one token at a time goes to row `at` (1,), and update() returns the whole
+    buffer, of which sample b sees the first `end[b]` rows."""
+
+    def __init__(self, cache):
+        """cache: a KVCache, whose memory this one uses from here on."""
+        self.k, self.v, self.attention_mask = cache.k, cache.v, cache.attention_mask
+        batch, device = self.k.shape[1], self.k.device
+        self.at = torch.full((1,), cache.length, device=device)
+        self.end = torch.full((batch,), cache.length + 1, dtype=torch.int32, device=device)
+        self.length = None                          # the host does not know it any more
+
+    def update(self, layer, k, v):
+        """Store (B, 1, G, D) at row `at`; returns the whole buffer. Raises if there are more."""
+        self.k[layer].index_copy_(1, self.at, k)
+        self.v[layer].index_copy_(1, self.at, v)
+        return self.k[layer], self.v[layer]
+
+    def advance(self, T):
+        self.at += T
+        self.end += T
 
 
 class DecodeStep:
@@ -28,8 +53,7 @@ class DecodeStep:
 
     def __init__(self, llm, cache, sampler, token, position):
         """After the prompt: token (B, 1) chosen from its logits, position (B, 1) in its text."""
-        cache.hold()                                # from here on the GPU counts its rows
-        self.llm, self.cache, self.sampler = llm, cache, sampler
+        self.llm, self.cache, self.sampler = llm, StaticCache(cache), sampler
         self.token, self.position = token.clone(), position.clone()
 
     def __call__(self):

@@ -42,7 +42,7 @@ def recall_at_k(model, scenes, k=16, itm=True):
         if itm:
             columns = best.indices.flatten()
             image, text = (columns, rows) if turned else (rows, columns)
-            match = torch.cat([model.matched(seen[i], ids[j], mask[j])[:, 1]
+            match = torch.cat([model.itm_logits(seen[i], ids[j], mask[j])[:, 1]
                                for i, j in zip(image.split(400), text.split(400))])
             order += match.view(-1, k)
         ranked = best.indices.gather(1, order.argsort(1, descending=True))
@@ -105,7 +105,7 @@ def pairwise_accuracy(model, scenes):
             return float((true > false).float().mean())
         cosine = lambda x, i, m: max_query_similarity(model.encode_image(x),
                                             model.encode_text(i, m)).diagonal()
-        match = lambda x, i, m: model.matched(x, i, m)[:, 1]
+        match = lambda x, i, m: model.itm_logits(x, i, m)[:, 1]
         rates[kind] = {"itc": rate(seen, cosine), "itm": rate(seen, match),
                        "itm, other picture": rate(wrong, match)}
     return rates

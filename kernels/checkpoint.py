@@ -49,8 +49,8 @@ no model here draws any: dropout in training is refused (F.dropout inside a func
 A KV cache would remember the first run. And one backward a forward: attention's own graph is gone
 after the first, so retain_graph fails with PyTorch's own message.
 
-A model takes part by calling `run` in place of its loop over layers. What a region should know of
-attention and of cheap functions it learns from `spared` and `cheap`, put around them once.
+A model takes part by calling `checkpointed` in place of its loop over layers. What a region should know of
+attention and of quick functions it learns from `keep_output` and `recompute`, put around them once.
 
 Alone: `python -m kernels.checkpoint` prints bytes kept and time of a small stack under each policy.
 Next: kernels/adamw.py, the optimizer's share of the memory.
@@ -413,7 +413,7 @@ def checkpointed(blocks, x, *args, policy=None, offload=False):
         return x
     if policy == "full":
         size = max(1, round(math.sqrt(len(blocks))))
-        blocks = [functools.partial(run, blocks[i:i + size], policy="attention")
+        blocks = [functools.partial(checkpointed, blocks[i:i + size], policy="attention")
                   for i in range(0, len(blocks), size)]
     host, region = hosting(x.device) if offload else None, None
     for block in blocks:

@@ -51,7 +51,7 @@ class Oracle:
             fits = fits and text.count(" in the ") == len(scene.things)
         return fits == self.right
 
-    def matched(self, features, ids, mask):
+    def itm_logits(self, features, ids, mask):
         yes = torch.tensor([float(self.truth(f, self.texts[int(i)]))
                             for f, i in zip(features, ids[:, 0])])
         return torch.stack((-yes, yes), 1) * self.scale

@@ -17,6 +17,7 @@ from llama import Config as LlamaConfig
 from llama import Llama
 from toy import texts as toy_texts
 from toy import world as toy_world
+from toy.induction import init_induction_heads
 from toy.texts import DESCRIBE, description, dialogue, is_true_of, notes, web_caption, word_picture
 from toy.world import (
     BACKGROUNDS,
@@ -57,6 +58,22 @@ def clip_tokenizer(folder):
     return len(ids)
 
 
+@torch.no_grad()
+def normalize_output_scale(vision, pixels):
+    """Scale the residual stream so that the second-last block's output has unit variance.
+
+    vision: clip.ViT. Every block reads the stream through a norm, so scaling everything that writes
+    into it changes no answer. Muon leaves outputs 26 times larger than the toy's embeddings; inputs
+    that large drown what each LLaMA block adds."""
+    factor = 1 / vision(pixels).std()
+    layers = [vision.norm_pre]
+    for block in vision.blocks:
+        layers += [block.out, block.down]
+    for layer in layers:
+        layer.weight.mul_(factor)
+        layer.bias.mul_(factor)
+
+
 def clip_job(out):
     """The eye: phrases to patches, and captions to the class token at a quarter of the weight.
 
@@ -86,7 +103,7 @@ def clip_job(out):
 
     def loss(micro):
         pixels, phrases, truth, links, captions, same = micro
-        seen, scale = model.patches(pixels), model.scale.clamp(max=math.log(100)).exp()
+        seen, scale = model.patches(pixels), model.logit_scale.clamp(max=math.log(100)).exp()
         fine = contrastive_loss(filip_scores(seen[:, 1:], model.encode_text(phrases)) * scale,
                                 truth, links)
         whole = contrastive_loss(seen[:, 0] @ model.encode_text(captions).T * scale, same,
@@ -94,7 +111,7 @@ def clip_job(out):
         return fine + .25 * whole
 
     def finish(folder):
-        model.vision.normalize_output_scale(batch(0)[0][0])
+        normalize_output_scale(model.vision, batch(0)[0][0])
         model.save_pretrained(folder)
         shutil.copy(out / "tokenizer.json", folder)
 
@@ -230,77 +247,3 @@ def llama_job(out):
         return min(1, (step + 1) / 50) * min(1, (steps - step) / (.64 * steps))
     return dict(model=model, optimizers=muon(model, .015, 2e-3, (.9, .95)), steps=steps, batches=batch,
                 loss=loss, factor=factor, finish=finish, clip=1.0, batch=size)
-
-
-@torch.no_grad()
-def init_induction_heads(model, seed=0):
-    """Starting values from which a small model learns to look things up in minutes.
-
-    "What colour is the star? The star is ..." has to find "star" in the text and copy the word
-    before it. That takes two layers: one writes into every position which words stand before it,
-    the next matches against those notes. Large models grow this circuit, the induction head
-    [Induction], suddenly, after a long plateau of loss. A toy of one million weights was still on
-    that plateau ("some colour that is present") after three million tokens from a vaguer layout
-    than this one, so it starts with the circuit laid out. Only starting values: everything trains,
-    and the model is plain LLaMA.
-
-    The width is four heads wide, C = 4 D, and each quarter of the residual stream gets a meaning:
-
-        x = [ word | note 1 | note 2 | note 3 ]          note i: the word i tokens back
-                                                          (note 3: those 3 and 4 back)
-
-    layer 0    head i looks i+1 back and copies `word` there into its note. Position alone decides:
-               channel 0 of every word is constant, and for a constant k, q = R(-i) k makes
-               q · R(j-i) k largest at the distance i
-    layer 1-3  a head compares one quarter of its own position with one of all others, in channels
-               that hardly rotate, and copies a quarter from where they agree into `word`, where
-               the output head reads it:   (note 1, word) -> note 1   is   "star is" -> "red"
-    """
-    c, D = model.config, model.config.head_dim
-    dice = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() == 2:
-            p.normal_(0, p.shape[1] ** -0.5, generator=dice)
-    for block in model.blocks:
-        block.out.weight.mul_((2 * c.depth) ** -0.5)
-        block.down.weight.mul_((2 * c.depth) ** -0.5)
-    model.embed.weight[:, :D].normal_(0, 2, generator=dice)        # rms 1 over the whole width
-    model.embed.weight[:, D:] = 0
-    model.embed.weight[:, 0] = 0
-    model.embed.weight.mul_(2 * (D - 1) ** .5 / model.embed.weight.norm(dim=1, keepdim=True))
-    model.embed.weight[:, 0] = 2            # equal lengths, so that RMSNorm leaves it a constant
-    quarter = [slice(i * D, (i + 1) * D) for i in range(4)]        # word, note 1, note 2, note 3
-    theta = c.rope_theta ** (-torch.arange(D // 2) * 2 / D)
-    fast, slow = torch.arange(4), torch.nonzero(theta < .005)[:, 0]
-    slow = torch.cat((slow, slow + D // 2))                        # both halves of a rotated pair
-
-    def rows(block, part, head):                # a view of one head's q, k or v rows
-        at = ({"q": 0, "k": c.heads, "v": c.heads + c.kv_heads}[part] + head) * D
-        block.qkv.weight[at:at + D] = 0
-        return block.qkv.weight[at:at + D]
-
-    first = model.blocks[0]
-    for head in range(4):                       # note 3 holds two words: 3 and 4 back
-        note = min(head, 2) + 1
-        back = (head + 1) * theta[fast]
-        rows(first, "k", head)[fast, 0] = 3.5
-        q = rows(first, "q", head)
-        q[fast, 0], q[fast + D // 2, 0] = 3.5 * torch.cos(back), -3.5 * torch.sin(back)
-        rows(first, "v", head)[:, quarter[0]] = torch.eye(D)
-        first.out.weight[:, quarter[head]] = 0
-        first.out.weight[quarter[note], quarter[head]] = torch.eye(D)
-    # (query, key, copied) quarters, for notes like "large red star top left; ..."
-    looks = (((1, 1, 0), (2, 2, 0),         # "red star is" -> top: where the same words went before
-              (0, 1, 0), (1, 2, 0)),        # "large red" -> star: the induction head, by two words
-             ((1, 0, 1), (1, 0, 2),         # "star is" -> red, and -> large
-              (2, 0, 3), (3, 1, 3)),        # "top left is a" -> large red: one note, by both words
-             ((0, 0, 0), (1, 0, 0),         # the same among vectors that hold all words of a note
-              (2, 0, 0), (3, 0, 0)))        # in one place, as a picture's do: find it, copy it
-    for block, plan in zip(model.blocks[1:4], looks):
-        for head, (asks, finds, copies) in enumerate(plan):
-            rows(block, "q", head)[slow, D * asks + slow] = 1.75
-            rows(block, "k", head)[slow, D * finds + slow] = 1.75
-            rows(block, "v", head)[:, quarter[copies]] = torch.eye(D)
-            block.out.weight[:, quarter[head]] = 0
-            block.out.weight[quarter[0], quarter[head]] = torch.eye(D)
-    model.head.weight.copy_(model.embed.weight / c.width ** 0.5)   # a copied word is a likely word
