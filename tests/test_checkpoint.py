@@ -43,9 +43,9 @@ def decoder(depth=DEPTH):
                                             mlp=172)))
     ids = torch.randint(0, 50, (2, T), generator=torch.Generator().manual_seed(0))
 
-    def loss(policy, keep=None, offload=False):
+    def loss(policy, attention_mask=None, offload=False):
         model.checkpoint, model.offload = policy, offload
-        return model(ids, keep=keep).square().mean()
+        return model(ids, attention_mask=attention_mask).square().mean()
 
     return model, loss
 
@@ -86,7 +86,7 @@ def padding():
 def test_gradients_are_bit_equal_and_attention_runs_once(launches, case):
     model, loss = towers() if case == "clip" else decoder()
     if case == "padded":
-        loss = functools.partial(loss, keep=padding())
+        loss = functools.partial(loss, attention_mask=padding())
     if case == "frozen":                # as in stage 1: only what is in front of the layers trains
         for p in (*model.blocks.parameters(), *model.norm.parameters(), *model.head.parameters()):
             p.requires_grad_(False)
@@ -133,10 +133,10 @@ def test_the_comparison_sees_a_second_run_that_differs(launches):
         return (x * weight * (1 + .1 * len(seen))).sin()
 
     x = torch.linspace(1, 2, 4)
-    run([drifting], x, policy=None).sum().backward()
+    checkpointed([drifting], x, policy=None).sum().backward()
     true, weight.grad = weight.grad, None
     seen.clear()
-    run([drifting], x, policy="attention").sum().backward()
+    checkpointed([drifting], x, policy="attention").sum().backward()
     assert len(seen) == 2 and not torch.equal(weight.grad, true)
 
     def shrinking(x):
@@ -144,7 +144,7 @@ def test_the_comparison_sees_a_second_run_that_differs(launches):
         return x * weight if len(seen) > 1 else (x * weight).sin()
 
     seen.clear()
-    y = run([shrinking], x, policy="attention")
+    y = checkpointed([shrinking], x, policy="attention")
     with pytest.raises(RuntimeError, match="the same both times"):
         y.sum().backward()
 
@@ -211,7 +211,7 @@ def test_how_much_less_is_kept(launches, monkeypatch):
     assert .33 < found["full"] < .8 and frugal(found), found
     assert frugal(shares(towers))           # where attention on a CPU keeps its probabilities
     # control: a policy that lies, and runs the blocks as ever
-    monkeypatch.setattr(llama, "checkpointed", lambda *args, policy, offload: run(*args))
+    monkeypatch.setattr(llama, "checkpointed", lambda *args, policy, offload: checkpointed(*args))
     lied = shares(decoder)
     assert not frugal(lied) and lied["full"] == lied[None] == found[None], lied
 
@@ -288,7 +288,7 @@ def test_any_attention_that_can_be_differentiated(attention):
     found = []
     for policy in POLICIES:
         weight.grad = None
-        run([layer] * 4, x, policy=policy).square().sum().backward()
+        checkpointed([layer] * 4, x, policy=policy).square().sum().backward()
         found.append([weight.grad])
     assert all(equal(f, found[0]) for f in found)
 
@@ -335,12 +335,12 @@ def test_without_gradients_nothing_is_kept(launches):
 def test_bad_input_is_refused():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="policy 'half'"):
-        run([torch.sin], x, policy="half")
+        checkpointed([torch.sin], x, policy="half")
     for policy in (None, "none"):
         with pytest.raises(ValueError, match="offload"):
-            run([torch.sin], x, policy=policy, offload=True)
+            checkpointed([torch.sin], x, policy=policy, offload=True)
     block = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(.1))
     with pytest.raises(ValueError, match="random"):
-        run([block], x, policy="full")
-    run([block.eval()], x, policy="full").sum().backward()      # control: silent, it is no harm
+        checkpointed([block], x, policy="full")
+    checkpointed([block.eval()], x, policy="full").sum().backward()      # control: silent, it is no harm
     assert x.grad is not None

@@ -21,7 +21,7 @@ from test_generate import TONGUE, asked, folder, inside, args_for, model, pixels
 from tiny import gap, LIMIT
 from decoding.attention_map import attention_to_patches, mean_inside_box
 from decoding import cuda_graph, loading
-from decoding.cuda_graph import DecodeStep, capture_stream, decode_graph
+from decoding.cuda_graph import DecodeStep, StaticCache, capture_stream, decode_graph
 from decoding.flags import parse, prompt_error
 from decoding.loading import load_model, prepare_for_inference
 from formats import errors, files
@@ -119,7 +119,7 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
     every = lambda: g.generate_batch(model, prompts, pictures, max_new_tokens=12, **settings)
     want = every()
     replays()
-    run, hold = DecodeStep.__call__, llama.KVCache.hold
+    run, hold = DecodeStep.__call__, StaticCache.__init__
 
     def call(step):
         before = step.token.clone()
@@ -131,12 +131,12 @@ def test_a_step_that_does_not_move_on_is_seen(model, pixels, replays, monkeypatc
         if wrong == "step":
             step.sampler.step -= 1
 
-    def shown(cache):
-        hold(cache)
-        cache.k[:, :, cache.at + 1:], cache.v[:, :, cache.at + 1:] = 1, 9
-        cache.end += wrong == "end"
+    def shown(memory, cache):
+        hold(memory, cache)
+        memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
+        memory.end += wrong == "end"
     monkeypatch.setattr(DecodeStep, "__call__", call)
-    monkeypatch.setattr(llama.KVCache, "hold", shown)
+    monkeypatch.setattr(StaticCache, "__init__", shown)
     monkeypatch.setattr(cuda_graph, "SPEC", True)                        # all steps run here
     assert every() != want
     wrong = None
@@ -216,12 +216,12 @@ def test_a_step_launches_the_same_and_asks_nothing(model, pixels, monkeypatch, s
     with pytest.raises(AssertionError), Launches():
         token[0].item()                                                 # control
     step = DecodeStep(llm, cache, sampler, token, lengths)
-    state = step.token, step.position, cache.at, cache.end, cache.k, cache.v
+    state = step.token, step.position, step.cache.at, step.cache.end, cache.k, cache.v
     where = [t.data_ptr() for t in state]
     first = launches(step)
     assert len(first) > 50 and launches(step) == first == launches(step)
     assert [t.data_ptr() for t in state] == where
-    assert cache.end.tolist() == [x.shape[1] + 4] * 4
+    assert step.cache.end.tolist() == [x.shape[1] + 4] * 4
 
 
 def test_what_cannot_be_recorded_says_so(model, replays, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_held_cache_takes_one_token_at_a_time(model):
     cache = llama.KVCache(model.llm.config, 1, 9, model.llm.embed.weight)
     with torch.no_grad():
         model.llm(torch.tensor([[1, 70, 80]]), cache)
-        cache.hold()
+        cache = StaticCache(cache)
         with pytest.raises((RuntimeError, IndexError)):
             model.llm.hidden(torch.tensor([[1, 70]]), cache, torch.tensor([[3, 4]]))
 

@@ -12,7 +12,7 @@ import llama
 import projector
 from data import IGNORE, IMAGE
 from kernels.attention import visible
-from toy.parts import init_induction_heads
+from toy.induction import init_induction_heads
 
 TINY = llama.Config(vocab=60, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
@@ -376,7 +376,7 @@ def test_linear_cross_entropy_with_weights_is_the_weighted_sum():
 @pytest.mark.parametrize("tied", [False, True])
 def test_growing_keeps_the_old_rows_and_averages_the_new(tied):
     torch.manual_seed(1)
-    model = llama.Llama(llama.Config(**{**vars(TINY), "tied": tied}))
+    model = llama.Llama(llama.Config(**{**vars(TINY), "tie_embeddings": tied}))
     ids, old = torch.tensor([[3, 4, 5]]), model.embed.weight.detach().clone()
     before = model(ids)
     model.resize_embeddings(64)
@@ -390,8 +390,8 @@ def test_growing_keeps_the_old_rows_and_averages_the_new(tied):
 def looks_back(model, head, delta, monkeypatch, T=24):
     """Share of positions at which this head of layer 0 attends most to `delta` tokens back."""
     caught = []
-    real = llama.attention
-    monkeypatch.setattr(llama, "attention",
+    real = llama.self_attention
+    monkeypatch.setattr(llama, "self_attention",
                         lambda q, k, v, *a, **o: (caught.append((q, k)), real(q, k, v, *a, **o))[1])
     with torch.no_grad():
         model(torch.randint(0, model.config.vocab, (8, T),

@@ -20,16 +20,18 @@ import llama
 import projector
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
 from formats.checkpoints import save_weights
+from formats.export import image_token_id
 from toy.world import draw, make_scene
+from trainer.build import new_vlm
 
 EYE = clip.Config(width=32, depth=3, heads=4, mlp=48, eps=1e-5, image_size=24, patch_size=8)
 READER = clip.Config(width=24, depth=2, heads=3, mlp=40, vocab=50, context=16, eos_id=49)
 TONGUE = llama.Config(vocab=120, width=32, depth=3, heads=4, kv_heads=2, mlp=48, eps=1e-5,
                       rope_theta=5000.0, context=128)
-LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tied": True},
-          "tied": {"tied": True}, "wide heads": {"head": 16},
-          "llama3": {"scaling": ("llama3", 8.0, 1.0, 4.0, 64)},
-          "linear": {"scaling": ("linear", 4.0)}}
+LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tie_embeddings": True},
+          "tied": {"tie_embeddings": True}, "wide heads": {"head_size": 16},
+          "llama3": {"rope_scaling": ("llama3", 8.0, 1.0, 4.0, 64)},
+          "linear": {"rope_scaling": ("linear", 4.0)}}
 
 
 # ------------------------------------------------------------------------------- CLIP
@@ -59,7 +61,7 @@ def clip_gap(ours, theirs):
     a, b = ours.encode_image(PIXELS), ours.encode_text(TEXTS)
     out = theirs(input_ids=TEXTS, pixel_values=PIXELS)
     return max(gap(a, out.image_embeds), gap(b, out.text_embeds),
-               gap(a @ b.T * ours.scale.exp(), out.logits_per_image))
+               gap(a @ b.T * ours.logit_scale.exp(), out.logits_per_image))
 
 
 @torch.no_grad()
@@ -141,18 +143,18 @@ def test_our_llama_in_transformers(tmp_path, changes):
 
 @pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
 def test_their_llama_in_ours(tmp_path, changes):
-    kind, *values = changes.get("scaling", ("default",))
+    kind, *values = changes.get("rope_scaling", ("default",))
     theirs = shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=changes.get("kv_heads", 2), intermediate_size=48, rms_norm_eps=1e-3,
-        head_dim=changes.get("head", 8), tie_word_embeddings=changes.get("tied", False),
+        head_dim=changes.get("head_size", 8), tie_word_embeddings=changes.get("tie_embeddings", False),
         rope_parameters={"rope_theta": 700.0, "rope_type": kind, **dict(zip(SCALING, values))})), 4)
     theirs.save_pretrained(tmp_path)
     assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) <= LIMIT
     config = json.loads((tmp_path / "config.json").read_text())     # controls, one lie at a time
     lies = [{"rms_norm_eps": 1e-6}, {"rope_parameters": {"rope_theta": 900.0}},
             {"num_attention_heads": 8, "num_key_value_heads": 2 * changes.get("kv_heads", 2),
-             "head_dim": changes.get("head", 8) // 2}]
+             "head_dim": changes.get("head_size", 8) // 2}]
     for lie in lies + [{"rope_parameters": {"rope_theta": 700.0}}] * bool(values):
         (tmp_path / "config.json").write_text(json.dumps(config | lie))
         assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) > 10 * LIMIT, lie
@@ -247,14 +249,14 @@ def parts(tmp_path_factory):
     """Folders of a tiny CLIP and, by name, of tiny LLaMAs with a tokenizer."""
     root = tmp_path_factory.mktemp("parts")
     our_clip().save_pretrained(root / "clip")
-    for name, changes in {"llama": {"vocab": 110}, "tied": {"vocab": 110, "tied": True}}.items():
+    for name, changes in {"llama": {"vocab": 110}, "tied": {"vocab": 110, "tie_embeddings": True}}.items():
         our_llama(**changes).save_pretrained(root / name)
         write_words(root / name)
     return root
 
 
 def vlm(parts, bridge, tongue="llama", **options):
-    model = projector.VLM.from_parts(parts / "clip", parts / tongue, bridge, **options)
+    model = new_vlm(parts / "clip", parts / tongue, bridge, **options)
     with torch.no_grad():
         for p in model.projector.parameters():                 # biases must matter too
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)), alpha=.1)
@@ -268,7 +270,7 @@ def their_row(model):
     """Our ids as transformers wants them: the image's token once for each patch."""
     row = ROW[0].tolist()
     at = row.index(data.IMAGE)
-    return torch.tensor([row[:at] + [model.image_token] * model.patches + row[at + 1:]])
+    return torch.tensor([row[:at] + [image_token_id(model.tokenizer)] * model.patches + row[at + 1:]])
 
 
 @torch.no_grad()
@@ -297,8 +299,8 @@ def test_our_llava_comes_back_the_same(tmp_path, parts, bridge, tongue):
     ours.save_pretrained(tmp_path)
     again = projector.VLM.from_pretrained(tmp_path)
     assert same_tensors(ours, again) and len(again.tokenizer) == 112
-    assert (again.kind, again.template, again.aspect) == (bridge, "plain", "square")
-    assert again.image_token == ours.image_token == 110
+    assert (again.projector_type, again.template, again.aspect) == (bridge, "plain", "square")
+    assert image_token_id(again.tokenizer) == image_token_id(ours.tokenizer) == 110
     assert torch.equal(ours(ROW, PIXELS[:1]), again(ROW, PIXELS[:1]))
     again.save_pretrained(tmp_path / "again")                   # and nothing drifts
     for file in sorted(p.name for p in tmp_path.iterdir() if p.is_file()):
@@ -348,8 +350,8 @@ def test_processor_loads_and_sees_the_same_picture(tmp_path, parts, aspect):
             batch = processor(images=picture, text="USER: <image>\nHi!", return_tensors="pt")
             assert torch.equal(batch["pixel_values"], data.preprocess(picture, 24, aspect))
         ids = batch["input_ids"][0].tolist()
-        assert ids.count(ours.image_token) == ours.patches == 9
-        rest = [i for i in ids if i != ours.image_token]
+        assert ids.count(image_token_id(ours.tokenizer)) == ours.patches == 9
+        rest = [i for i in ids if i != image_token_id(ours.tokenizer)]
         assert rest[-3:] == ours.tokenizer.encode("Hi!", bos=False)[-3:]
 
 

@@ -21,13 +21,15 @@ from kernels.attention import visible
 from qformer import QFormer, itc, itg, itm
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, span_errors
 from formats.checkpoints import export, load_into, save_weights
+from formats import names, unused
 from formats.errors import exit_status
+from formats.folders import init_weights
 from formats.bert import BertTokenizer, SPECIAL, wordpiece_tokenizer
 from qformer import Blip2Stage1
 from toy import world as toy_world
 from toy.texts import captions
 from toy.world import make_scene
-from trainer.build import init_from_bert
+from trainer.build import drop_text_branch, init_from_bert, new_blip2_stage1
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["a red circle", "a blue square and a red star", "two green stars"]
@@ -71,6 +73,23 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blip2")
     theirs = theirs_in(folder)
     return Blip2Stage1.from_pretrained(folder), theirs
+
+
+def similarity(model, pixels, ids, mask):
+    """Pictures (B, 3, S, S) and texts (N, T) -> (B, N) cosines, without temperature."""
+    image = model.encode_image(model.ln_vision(model.encode_vision(pixels)))
+    return qformer.max_query_similarity(image, model.encode_text(ids, mask))
+
+
+def match_logit(model, pixels, ids, mask):
+    """B pictures, each with its text -> (B, 2) logits of "no" and "yes"."""
+    return model.itm_logits(model.ln_vision(model.encode_vision(pixels)), ids, mask)
+
+
+def score(model, pixels, ids, mask):
+    """B pictures, each with its text -> (B,): raw match logit + cosine, as published."""
+    cosine = similarity(model, pixels, ids, mask).diagonal()
+    return match_logit(model, pixels, ids, mask)[:, 1] + cosine
 
 
 def batch(seed=1):
@@ -121,9 +140,9 @@ def passes(model, theirs):
             "pictures": gap(model.qformer(features), alone.last_hidden_state),
             "words": gap(model.qformer(None, ids, itc, mask), words.last_hidden_state),
             "both": gap(model.qformer(features, ids, itm, mask), both.last_hidden_state),
-            "itc": gap(model.similarity(pixels, ids, mask), contrast),
-            "itm": gap(model.match_logit(pixels, ids, mask), match),
-            "score": gap(model.score(pixels, ids, mask), contrast.diagonal() + match[:, 1])}
+            "itc": gap(similarity(model, pixels, ids, mask), contrast),
+            "itm": gap(match_logit(model, pixels, ids, mask), match),
+            "score": gap(score(model, pixels, ids, mask), contrast.diagonal() + match[:, 1])}
 
 
 def test_a_retriever_of_transformers_in_ours(pair):
@@ -167,13 +186,13 @@ def words_cross_too(model, monkeypatch):
     def forward(self, x, n, features, allow, attention_mask, past):
         x, kv = self.attention(x, x, allow, n, attention_mask, past)
         x = self.cross(x, features)[0] if n and self.cross is not None else x
-        return torch.cat((self.mlp(x[:, :n]), self.words_mlp(x[:, n:])), 1), kv
+        return torch.cat((self.mlp(x[:, :n]), self.text_mlp(x[:, n:])), 1), kv
     monkeypatch.setattr(qformer.Block, "forward", forward)
 
 
 def one_mlp_for_all(model, monkeypatch):
     for block in model.qformer.blocks:
-        block.words_mlp = block.mlp
+        block.text_mlp = block.mlp
 
 
 def padding_is_seen(model, monkeypatch):
@@ -191,15 +210,15 @@ def tanh_gelu(model, monkeypatch):
 
 
 def mean_of_queries(model, monkeypatch):
-    monkeypatch.setattr(qformer, "best_query",
+    monkeypatch.setattr(qformer, "max_query_similarity",
                         lambda i, t: torch.einsum("bqe,ne->bqn", i, t).mean(1))
 
 
 def mean_of_probabilities(model, monkeypatch):
-    def matched(self, features, ids, mask):
+    def itm_logits(self, features, ids, mask):
         x = self.qformer(features, ids, itm, mask)
-        return self.match(x[:, :Q]).softmax(-1).mean(1).log()
-    monkeypatch.setattr(Blip2Stage1, "matched", matched)
+        return self.itm_head(x[:, :Q]).softmax(-1).mean(1).log()
+    monkeypatch.setattr(Blip2Stage1, "itm_logits", itm_logits)
 
 
 def eps_of_lavis(model, monkeypatch):
@@ -292,13 +311,13 @@ def test_the_qformer_of_an_instructblip(tmp_path):
         encoder_hidden_states=features).last_hidden_state
     assert gap(ours(features, ids, itm, mask), told) <= LIMIT
     assert gap(ours(features, ids, itg, mask), told) > CLEAR
-    assert ours.spelling(data.load_weights(tmp_path)) is QFormer.INSTRUCT_NAMES
+    assert names.qformer(data.load_weights(tmp_path)) is names.QFORMER_INSTRUCT
     sprung = QFormer(ours.config)
     with pytest.raises(data.BadModel, match="embeddings.word_embeddings.weight is missing"):
-        load_into(sprung, QFormer.NAMES, data.load_weights(tmp_path), QFormer.IGNORE)
+        load_into(sprung, names.QFORMER, data.load_weights(tmp_path), unused.QFORMER)
     # control of the control, and what saving hands back
-    load_into(sprung, QFormer.INSTRUCT_NAMES, data.load_weights(tmp_path), QFormer.IGNORE)
-    table = export(sprung, QFormer.INSTRUCT_NAMES)
+    load_into(sprung, names.QFORMER_INSTRUCT, data.load_weights(tmp_path), unused.QFORMER)
+    table = export(sprung, names.QFORMER_INSTRUCT)
     assert all(torch.equal(v, table[k]) for k, v in theirs.state_dict().items() if k in table)
     assert len(table) == sum(k.startswith(("qformer.", "query")) for k in theirs.state_dict())
 
@@ -318,10 +337,10 @@ def test_the_qformer_of_a_second_stage_has_no_words(pair, tmp_path):
         ours(features, torch.ones(3, 2, dtype=torch.long))
     # out of a first stage, loaded without words or rid of them
     pair[0].save_pretrained(tmp_path / "first")
-    bare = QFormer.from_pretrained(tmp_path / "first", words=False)
+    bare = QFormer.from_pretrained(tmp_path / "first", text=False)
     whole = QFormer.from_pretrained(tmp_path / "first")
     want = whole(features)
-    assert torch.equal(bare(features), want) and torch.equal(whole.drop_text_branch()(features), want)
+    assert torch.equal(bare(features), want) and torch.equal(drop_text_branch(whole)(features), want)
     assert same_tensors(bare, whole) and bare.config == whole.config and bare.config.vocab == 0
 
 
@@ -376,7 +395,7 @@ def test_lavis_names(tmp_path):
     for eye in (True, False):
         table = lavis_in(tmp_path / "hf", theirs, eye)
         if not eye:
-            with pytest.raises(data.BadModel, match="frozen eye"):
+            with pytest.raises(data.BadModel, match="frozen vision tower"):
                 Blip2Stage1.from_pretrained(tmp_path / "hf")
             hf.save_pretrained(tmp_path / "eye")
         ours = Blip2Stage1.from_pretrained(tmp_path / "hf", vision=None if eye else tmp_path / "eye")
@@ -384,7 +403,7 @@ def test_lavis_names(tmp_path):
         theirs.vision_model.post_layernorm.eps = 1e-5
         assert max(passes(ours, theirs).values()) <= LIMIT
         assert torch.equal(ours.temp, table["temp"])
-        assert torch.equal(ours.head.dense.weight,
+        assert torch.equal(ours.lm_head.dense.weight,
                            table["Qformer.cls.predictions.transform.dense.weight"])
         ours.save_pretrained(tmp_path / "again")
         again = Blip2Stage1.from_pretrained(tmp_path / "again")
@@ -536,7 +555,8 @@ def test_itg_by_hand():
 def fresh(**other):
     """A small Retriever at random, and three pairs for it. No folder, no picture files."""
     words = BertTokenizer.build(TEXTS)
-    model = Blip2Stage1(EYE, small(vocab=len(words), **other), 16).fits(words)
+    model = Blip2Stage1(EYE, small(vocab=len(words), **other), 16)
+    model.tokenizer = words.check_fits(len(words))
     shaken(model, 11)
     with torch.no_grad():
         model.temp.fill_(.3)
@@ -549,11 +569,11 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     """The pieces in the order of section 3, put together once more by hand."""
     model, pixels, ids, mask = fresh()
     shown = []
-    monkeypatch.setattr(Blip2Stage1, "matched", lambda self, f, i, m, real=Blip2Stage1.matched: (
+    monkeypatch.setattr(Blip2Stage1, "itm_logits", lambda self, f, i, m, real=Blip2Stage1.itm_logits: (
         shown.append((f, i, m)), real(self, f, i, m))[1])
     made = model.losses(pixels, ids, mask, seed=4)
     features = model.ln_vision(model.vision(pixels))
-    cosine = model.similarity(pixels, ids, mask)
+    cosine = similarity(model, pixels, ids, mask)
     both = cosine / model.temp, cosine.T / model.temp
     assert torch.allclose(made["itc"], qformer.itc_loss(*both, OWN))
     drawn = qformer.hard_negatives(*both, OWN, 4)
@@ -562,7 +582,7 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     assert torch.allclose(seen, torch.cat((features, features[drawn[0]], features)), atol=1e-6)
     assert torch.equal(asked, torch.cat((ids, ids, ids[drawn[1]])))
     assert torch.equal(kept, torch.cat((mask, mask, mask[drawn[1]])))
-    logits = torch.cat([model.match_logit(pixels[p], ids[t], mask[t]) for p, t in (
+    logits = torch.cat([match_logit(model, pixels[p], ids[t], mask[t]) for p, t in (
         (slice(None), slice(None)), (drawn[0], slice(None)), (slice(None), drawn[1]))])
     labels = torch.tensor([1] * 3 + [0] * 6)
     assert torch.allclose(made["itm"], F.cross_entropy(logits, labels))
@@ -570,8 +590,8 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     begun = torch.cat((torch.full((3, 1), model.tokenizer.dec), ids[:, 1:]), 1)
 
     def caption_loss(first):
-        x = model.head(model.qformer(features, first, itg, mask)[:, Q:])
-        scores = x @ model.qformer.word.weight.T + model.head.bias
+        x = model.lm_head(model.qformer(features, first, itg, mask)[:, Q:])
+        scores = x @ model.qformer.token.weight.T + model.lm_head.bias
         labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
         return F.cross_entropy(scores[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing=.1)
     assert torch.allclose(made["itg"], caption_loss(begun))
@@ -610,9 +630,9 @@ def test_gradients_flow_where_they_should(monkeypatch):
         reached[name] = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
         # queries and the norm behind the eye learn from all three, captions through kept k and v
         assert model.qformer.query_tokens.grad.abs().sum() > 0 < model.ln_vision.weight.grad.norm()
-    assert reached == {"itc": {"ln_vision", "qformer", "to_shared", "text_to_shared", "temp"},
-                       "itm": {"ln_vision", "qformer", "match"},
-                       "itg": {"ln_vision", "qformer", "head"}}
+    assert reached == {"itc": {"ln_vision", "qformer", "vision_proj", "text_proj", "temp"},
+                       "itm": {"ln_vision", "qformer", "itm_head"},
+                       "itg": {"ln_vision", "qformer", "lm_head"}}
     model.zero_grad()
     asked = QFormer.forward
     monkeypatch.setattr(QFormer, "forward", lambda self, *a, past=None, **k: asked(
@@ -626,13 +646,13 @@ def test_the_negatives_teach_the_norm_behind_the_eye(monkeypatch):
     model, pixels, ids, mask = fresh()
     loss = model.losses(pixels, ids, mask, only=("itm",))["itm"]
     got, = torch.autograd.grad(loss, [model.ln_vision.weight])
-    cosine = model.similarity(pixels, ids, mask) / model.temp
+    cosine = similarity(model, pixels, ids, mask) / model.temp
     drawn = qformer.hard_negatives(cosine, cosine.T, OWN, 0)
 
     def whole(detached):
         f = model.ln_vision(model.vision(pixels))
         wrong = f[drawn[0]].detach() if detached else f[drawn[0]]
-        logits = model.matched(torch.cat((f, wrong, f)), torch.cat((ids, ids, ids[drawn[1]])),
+        logits = model.itm_logits(torch.cat((f, wrong, f)), torch.cat((ids, ids, ids[drawn[1]])),
                                torch.cat((mask, mask, mask[drawn[1]])))
         loss = qformer.itm_loss(logits, drawn)
         return torch.autograd.grad(loss, [model.ln_vision.weight])[0]
@@ -715,7 +735,7 @@ def test_a_new_one_begins_as_published(tmp_path):
     c = small(width=768, heads=12, vocab=len(words))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    model = Blip2Stage1.from_parts(tmp_path / "clip", words, c)
+    model = new_blip2_stage1(tmp_path / "clip", words, c)
     assert torch.equal(before, torch.get_rng_state())               # nobody's dice were thrown
     std = {n: float(p.detach().std()) for n, p in model.named_parameters()
            if p.dim() > 1 and not n.startswith("vision.") and p.numel() > 10000}
@@ -723,25 +743,25 @@ def test_a_new_one_begins_as_published(tmp_path):
     assert model.temp.item() == pytest.approx(.07) and not any(
         p.requires_grad for p in model.vision.parameters())
     for block in model.qformer.blocks:
-        assert same_tensors(block.mlp, block.words_mlp)
+        assert same_tensors(block.mlp, block.text_mlp)
         assert not torch.equal(block.attention.q.weight, model.qformer.blocks[0].mlp.up.weight[:768]
                                ) and block.attention.norm.weight.eq(1).all()
         assert block.attention.q.bias.eq(0).all()
-    assert model.head.bias.eq(0).all() and model.vision.config.depth == 2           # docked
-    twin = Blip2Stage1.from_parts(tmp_path / "clip", words, c)
+    assert model.lm_head.bias.eq(0).all() and model.vision.config.depth == 2           # docked
+    twin = new_blip2_stage1(tmp_path / "clip", words, c)
     assert same_tensors(twin, model)
-    assert not same_tensors(Blip2Stage1.from_parts(tmp_path / "clip", words, c, seed=1), model)
+    assert not same_tensors(new_blip2_stage1(tmp_path / "clip", words, c, seed=1), model)
     # a CLIP as the eye comes back as it was
     model.save_pretrained(tmp_path / "made")
     again = Blip2Stage1.from_pretrained(tmp_path / "made")
     pixels, (ids, mask) = batch()[0], words.encode(TEXTS)
     with torch.no_grad():
         assert same_tensors(again, model) and torch.equal(
-            again.score(pixels, ids, mask), model.score(pixels, ids, mask))
+            score(again, pixels, ids, mask), score(model, pixels, ids, mask))
     with pytest.raises(data.BadModel, match="one width"):
-        Blip2Stage1.from_parts(tmp_path / "clip", words, small(vision=40, vocab=len(words)))
+        new_blip2_stage1(tmp_path / "clip", words, small(vision_width=40, vocab=len(words)))
     with pytest.raises(data.BadModel, match="rows"):
-        Blip2Stage1.from_parts(tmp_path / "clip", words, small(vocab=len(words) - 1))
+        new_blip2_stage1(tmp_path / "clip", words, small(vocab=len(words) - 1))
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -760,16 +780,16 @@ def test_a_new_one_begins_as_bert(tmp_path, old):
             for k, v in bert.state_dict().items()})
     _, _, ids, mask = fresh()
     model = Blip2Stage1(EYE, small(), 16)
-    qformer.init_weights(model, 24)
-    dec = model.qformer.word.weight[59].clone()
+    init_weights(model, 24)
+    dec = model.qformer.token.weight[59].clone()
     init_from_bert(model, tmp_path)
     with torch.no_grad():
         told = bert.bert(ids, attention_mask=mask.long())
         said = model.qformer(None, ids, itc, mask)
         assert gap(said, told.last_hidden_state) <= LIMIT
-        words = F.linear(model.head(said), model.qformer.word.weight[:59], model.head.bias[:59])
+        words = F.linear(model.lm_head(said), model.qformer.token.weight[:59], model.lm_head.bias[:59])
         assert gap(words, bert(ids, attention_mask=mask.long()).prediction_logits) <= LIMIT
-        assert torch.equal(model.qformer.word.weight[59], dec)                      # [DEC] is new
+        assert torch.equal(model.qformer.token.weight[59], dec)                      # [DEC] is new
     table = dict(data.load_weights(tmp_path)) | {"bert.extra": torch.ones(1)}
     save_weights(tmp_path, table)
     with pytest.raises(data.BadModel, match="bert.extra"):
@@ -859,11 +879,11 @@ def test_batches_without_negatives():
         assert all(v.isfinite() for v in made.values())
     # one pair alone has nothing to be told apart from
     assert model.losses(*one, only=("itc",))["itc"].item() == pytest.approx(0, abs=1e-6)
-    assert model.similarity(*one).shape == (1, 1) and model.match_logit(*one).shape == (1, 2)
+    assert similarity(model, *one).shape == (1, 1) and match_logit(model, *one).shape == (1, 2)
     # one picture twice: by its owner
     with pytest.raises(data.BadData):
-        model.losses(pixels, ids, mask, owner=torch.tensor([7, 7, 7]))
-    twice = model.losses(pixels, ids, mask, owner=torch.tensor([7, 7, 1]))
+        model.losses(pixels, ids, mask, image_ids=torch.tensor([7, 7, 7]))
+    twice = model.losses(pixels, ids, mask, image_ids=torch.tensor([7, 7, 1]))
     assert twice["itc"].item() != model.losses(pixels, ids, mask)["itc"].item()
 
 
@@ -888,13 +908,13 @@ def test_nonsense_in_a_config_is_one_line(pair, tmp_path):
             (("qformer_config",), {"num_attention_heads": 5}, "divide"),
             (("qformer_config",), {"hidden_act": "relu"}, "gelu"),
             (("qformer_config",), {"layer_norm_eps": 0}, "eps"),
-            (("qformer_config",), {"cross_attention_frequency": 0}, "every"),
+            (("qformer_config",), {"cross_attention_frequency": 0}, "cross_attention_freq"),
             (("qformer_config",), {"cross_attention_frequency": 3}, "no place"),
             (("qformer_config",), {"num_hidden_layers": 4}, "missing"),
             (("qformer_config",), {"use_qformer_text_input": False}, "vocabulary"),
             (("qformer_config",), {"vocab_size": 8}, "rows"),
             (("vision_config",), {"hidden_size": 48}, "width|disagree"),
-            ((), {"num_query_tokens": "32"}, "queries"), ((), {"num_query_tokens": 6}, "disagree"),
+            ((), {"num_query_tokens": "32"}, "num_queries"), ((), {"num_query_tokens": 6}, "disagree"),
             ((), {"image_text_hidden_size": -1}, "image_text"), ((), {"ln_vision_eps": "x"}, "eps"),
             ((), {"qformer_config": 3}, "object"), ((), {"model_type": "llava"}, "no Q-Former")):
         edit(tmp_path, *path, **values)
@@ -912,7 +932,7 @@ def test_half_precision_is_the_eyes_alone(pair, tmp_path):
     assert kinds == {(True, torch.float16), (False, torch.float32)}
     pixels, ids, mask = batch()
     with torch.no_grad():
-        found = gap(half.score(pixels, ids, mask), pair[0].score(pixels, ids, mask))
+        found = gap(score(half, pixels, ids, mask), score(pair[0], pixels, ids, mask))
     assert 1e-7 < found < .02
 
 
@@ -934,9 +954,9 @@ def test_the_command_line(pair, tmp_path, monkeypatch, capsys):
     ours = Blip2Stage1.from_pretrained(model)
     ids, mask = ours.tokenizer.encode(TEXTS[:2])
     with torch.no_grad():
-        want = (ours.similarity(pixels, ids, mask).diagonal(),
-                ours.match_logit(pixels, ids, mask).softmax(1)[:, 1],
-                ours.score(pixels, ids, mask))
+        want = (similarity(ours, pixels, ids, mask).diagonal(),
+                match_logit(ours, pixels, ids, mask).softmax(1)[:, 1],
+                score(ours, pixels, ids, mask))
     for i, row in enumerate(rows):
         assert all(abs(float(a) - float(b[i])) < .006 for a, b in zip(row, want))
     for args, exit_code, says in (

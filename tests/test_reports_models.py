@@ -28,11 +28,13 @@ from test_qformer_vlm import ASKED, PIXELS, READER, folders      # noqa: F401 (a
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
 from decoding.attention_map import attention_to_patches
 from decoding.captions import caption_folder
+from decoding.cuda_graph import StaticCache
 from evaluate import benchmarks
 from evaluate.benchmarks import model_answers
 from evaluate.toy import answers
 from formats.errors import UserError
 from instruct.journal import Request
+from trainer.build import new_vlm
 from trainer.loader import MicroBatches
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +117,7 @@ def test_a_context_that_the_factor_does_not_divide_survives():
     {"rope_theta": 700.0}, {}])
 def test_theta_is_where_transformers_finds_it(values):
     theirs = transformers.LlamaConfig(**TONGUE, **json.loads(json.dumps(values)))
-    assert config(**values).theta == theirs.rope_parameters["rope_theta"]
+    assert config(**values).rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize("values, said", [
@@ -207,7 +209,7 @@ def stepped(model, ids, attention_mask, prompt, held=False):
     cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
     model(ids[:, :prompt], cache, position_ids[:, :prompt])
     if held:
-        cache.hold()
+        cache = StaticCache(cache)
     return torch.cat([model(ids[:, t:t + 1], cache, position_ids[:, t:t + 1])
                       for t in range(prompt, ids.shape[1])], 1)
 
@@ -290,7 +292,7 @@ def test_a_window_is_saved_and_loads_again(mistral, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("projector", ["mlp", "qformer"])
+@pytest.mark.parametrize("bridge", ["mlp", "qformer"])
 @torch.no_grad()
 def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, tmp_path,  # noqa: F811
                                                               bridge):
@@ -300,7 +302,7 @@ def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, 
     write_words(source)
     blip2 = folders["blip2"][0]
     if bridge == "qformer":
-        made = projector.VLM.from_parts(None, source, "qformer", "minigpt4", "squash",
+        made = new_vlm(None, source, "qformer", "minigpt4", "squash",
                                         qformer=blip2)
         pixels = PIXELS[:1]
     else:
@@ -310,7 +312,7 @@ def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, 
             text_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                              intermediate_size=48))))
         eye.save_pretrained(tmp_path / "clip")
-        made, pixels = projector.VLM.from_parts(tmp_path / "clip", source), PIXELS[:1]
+        made, pixels = new_vlm(tmp_path / "clip", source), PIXELS[:1]
     made.save_pretrained(tmp_path / "vlm")
     again = projector.VLM.from_pretrained(tmp_path / "vlm")
     assert again.llm.config == made.llm.config and again.llm.config.window == WINDOW
@@ -330,7 +332,7 @@ def test_what_an_answer_looked_at_lies_in_its_window(mistral, tmp_path):
     eye = shaken(clip.CLIP(clip.Config(32, 3, 4, 48, image_size=24, patch_size=8),
                            clip.Config(32, 1, 4, 48, vocab=50, context=8, eos_id=49), 16))
     eye.save_pretrained(tmp_path / "clip")
-    vlm = projector.VLM.from_parts(tmp_path / "clip", folder)
+    vlm = new_vlm(tmp_path / "clip", folder)
     ids, pixels = [1, data.IMAGE, *range(5, 15)], PIXELS[:1]
     assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0     # 10 tokens back
     assert float(attention_to_patches(vlm, ids[:4], [7, 8], pixels, 0).sum()) > 0
@@ -378,7 +380,7 @@ def test_end_ids_of_a_text_may_be_a_list(towers, tmp_path, end):
         other).last_hidden_state[[0, 1], [3, 2]]), dim=-1)) <= LIMIT) == (57 in end)
     ours.save_pretrained(tmp_path / "again")
     again = clip.CLIP.from_pretrained(tmp_path / "again")
-    assert {*again.text.config.ends} == {*end}
+    assert {*again.text.config.eos_ids} == {*end}
     assert torch.equal(again.encode_text(ids), ours.encode_text(ids))
 
 

@@ -5,7 +5,7 @@ import torch
 import generate as g
 import llama
 from tiny import shaken
-from decoding.cuda_graph import DecodeStep
+from decoding.cuda_graph import DecodeStep, StaticCache
 
 SIZE = dict(vocab=40, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
@@ -30,11 +30,11 @@ def test_fixed_step_with_kernels(monkeypatch):
     want = every()
     monkeypatch.setattr(g, "decode_steps", fixed)
     assert every() == want and len(set(map(tuple, want))) == 3
-    hold = llama.KVCache.hold
+    hold = StaticCache.__init__
 
-    def shown(cache):
-        hold(cache)
-        cache.k[:, :, cache.at + 1:], cache.v[:, :, cache.at + 1:] = 1, 9
-        cache.end += 1
-    monkeypatch.setattr(llama.KVCache, "hold", shown)
+    def shown(memory, cache):
+        hold(memory, cache)
+        memory.k[:, :, memory.at + 1:], memory.v[:, :, memory.at + 1:] = 1, 9
+        memory.end += 1
+    monkeypatch.setattr(StaticCache, "__init__", shown)
     assert every() != want                                      # control: an unwritten place

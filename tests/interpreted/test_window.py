@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import llama
+from decoding.cuda_graph import StaticCache
 from kernels.attention import attention, causal, document_spans, seen_matrix, sliding_window
 from test_attention import compare, inputs
 from test_decode import cache, close
@@ -116,7 +117,7 @@ def test_one_token_after_another_gives_the_logits_of_the_whole_row(held, monkeyp
             room = llama.KVCache(model.config, 2, 20, model.embed.weight, attention_mask[:, :6])
             room.k.fill_(torch.nan), room.v.fill_(torch.nan)
             model(ids[:, :6], room, position_ids[:, :6])
-            room.hold()
+            room = StaticCache(room)
             steps = [model(ids[:, t:t + 1], room, position_ids[:, t:t + 1]) for t in range(6, 12)]
             got = torch.cat(steps, 1)
         else:
