@@ -229,9 +229,13 @@ def parse(argv=None):
     return a
 
 
+def run(args) -> int:
+    return {"check": check, "show": show_row}[args.what](args)
+
+
 def main(argv=None) -> int:
     args = parse(argv)
-    return exit_status(lambda: {"check": check, "show": show_row}[args.what](args), args.debug)
+    return exit_status(lambda: run(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from trainer.distributed import world_size
 from trainer.flags import BASES, EVA, SMALL
 from trainer.loader import Samples
 from trainer.lora import add_lora
+from trainer.samples import encode_sample
 
 # What a run will need, worked out before anything loads: from the sizes in config.json and a model
 # on the meta device, which has shapes and no memory. GB = 10⁹ bytes, GiB = 2³⁰ bytes.
@@ -106,7 +107,7 @@ def sample_lengths(args):
         pictures, talk = len(images_of(sample)), sample["conversations"]
         if words:
             try:
-                ids, labels = data.encode_sample(sample, row.template, words, 1)
+                ids, labels = encode_sample(sample, row.template, words, 1)
             except NothingToLearn:
                 continue
             except data.BadData as error:

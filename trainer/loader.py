@@ -18,6 +18,7 @@ from formats.pictures import picture_path
 from toy.texts import DESCRIBE, training_sample
 from trainer.distributed import gathered
 from trainer.rows import BAD, NOTHING, Rows
+from trainer.samples import encode_sample, lesson, sample_pieces
 
 
 def with_last(batches, step):
@@ -121,7 +122,7 @@ class Samples:
         """Raises data.BadData for a row that cannot be trained on, without counting its tokens."""
         row = self.args.row
         if row.template:
-            data.sample_pieces(sample, row.template)
+            sample_pieces(sample, row.template)
         elif len(images_of(sample)) != 1:
             many = len(images_of(sample)) or "no"
             raise data.BadData(f"{many} pictures; BLIP-2 learns from one and its caption: correct "
@@ -133,7 +134,7 @@ class Samples:
         """(picture, conversation) as its template learns it; of a file the picture's name. Text
         alone has None, and a sample of several pictures their list."""
         sample, template = self.sample(index), self.args.row.template
-        talk = data._lesson(sample, template, self.qformer_text(index)) if template else (
+        talk = lesson(sample, template, self.asked(index)) if template else (
             sample["conversations"])
         return sample.get("image"), talk
 
@@ -196,7 +197,7 @@ class MicroBatches(torch.utils.data.Dataset):
         says why, where no token of it is learned."""
         args, samples = self.args, self.samples
         try:
-            return data.encode_sample(
+            return encode_sample(
                 samples.sample(index), args.row.template, self.tokenizer, self.places, args.pack,
                 args.max_length, args.official_quirks, asked=samples.asked(index))
         except UserError as error:
