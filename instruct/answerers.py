@@ -12,7 +12,10 @@ from formats.errors import note, UsageError
 from formats.pictures import picture_path
 from formats.strict_json import read_config
 from formats.templates import end_ids
-from generate import build_prompt, generate_batch, see, stream_text
+from decoding.chat import see
+from decoding.prompt import build_prompt
+from decoding.stopping import spell as stream_text
+from generate import generate_batch
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
     cache_key,

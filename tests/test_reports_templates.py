@@ -16,14 +16,13 @@ from PIL import Image
 import clip
 import data
 import generate as g
-import instruct
 import llama
 import train
 from projector import VLM
 from decoding.stopping import stop_ids
 from formats.errors import exit_status
 from formats.templates import ChatTemplate
-from instruct.answerers import from_llama
+from instruct import answerers
 from train import parse_args as parse
 
 TOY = Path(data.__file__).parent / "toy/weights/llama"
@@ -386,7 +385,7 @@ def test_a_strange_model_is_saved_as_it_came(tmp_path):
 
 
 def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
-    """instruct.py with a local LLaMA: its template and its ends; without any, v1."""
+    """instruct with a local LLaMA: its template and its ends; without any, v1."""
     asked = []
 
     class Said(list):
@@ -396,7 +395,7 @@ def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
         asked.append((rows[0], eos))
         told = [Said([2]) for _ in rows]
         return told
-    monkeypatch.setattr(instruct, "generate_batch", batch)
+    monkeypatch.setattr(answerers, "generate_batch", batch)
     words = words_in(tmp_path / "llm", "first", SPECIALS)
     tongue = llama.Config(vocab=len(words), width=16, depth=1, heads=2, kv_heads=2, mlp=16,
                           eps=1e-5, rope_theta=1e4, context=512)
@@ -405,12 +404,12 @@ def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
     job = SimpleNamespace(request=[("system", "Be brief."), ("user", "Why?")])
     args = SimpleNamespace(llm=str(tmp_path / "llm"), template=None, dtype="fp32", device="cpu",
                            batch_size=1, max_tokens=4, temperature=0.0, seed=0)
-    monkeypatch.setattr(instruct, "chunks", lambda jobs, *rest: [(0, jobs)])
+    monkeypatch.setattr(answerers, "unanswered_chunks", lambda jobs, *rest: [(0, jobs)])
     talk = [("user", "Be brief.\n\nWhy?")]
-    list(from_llama(args, [job], None))
+    list(answerers.from_llama(args, [job], None))
     assert asked[-1] == (data.prompt_tokens(ours(talk), "v1", words, 0), {2, 9})
     (tmp_path / "llm/chat_template.jinja").write_text(HUB["llama_3"])
-    list(from_llama(args, [job], None))
+    list(answerers.from_llama(args, [job], None))
     told = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm").apply_chat_template(
         theirs(talk), add_generation_prompt=True, tokenize=True, return_dict=False)
     assert asked[-1] == ([1, *told], {2, 9, words.added("<|eot_id|>")})
@@ -463,7 +462,7 @@ def test_every_end_of_the_folder_ends_an_answer(tmp_path, monkeypatch, told, wan
     model = VLM.from_pretrained(folder)
     assert stop_ids(model) == want
     for end in want:
-        monkeypatch.setattr(g, "predict", said_by(model, [40, 41, end, 42, 43]))
+        monkeypatch.setattr(llama.Llama, "next_logits", said_by(model, [40, 41, end, 42, 43]))
         assert list(g.generate(model, [1, 5], None, 5)) == [40, 41]
     model.save_pretrained(tmp_path / "again")
     assert stop_ids(VLM.from_pretrained(tmp_path / "again")) == want
@@ -515,7 +514,7 @@ def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
     end = model.tokenizer.added("<|eot_id|>")
     row = [40, 41, end, 42, 43]
     for stop, want in (((), row), (["<|eot_id|>"], row[:2]), ("<|eot_id|>", row[:2])):
-        monkeypatch.setattr(g, "predict", said_by(model, row))
+        monkeypatch.setattr(llama.Llama, "next_logits", said_by(model, row))
         assert list(g.generate(model, [1, 5], None, 5, num_beams=beams, stop=stop)) == want
 
 
