@@ -57,7 +57,7 @@ from formats.export import chat_template, save_tokenizer
 from formats.families import ln_vision_eps, read_official_config, read_vlm_config
 from formats.names import canonical, canonical_names
 from formats.strict_json import read_config
-from formats.templates import ChatTemplate, end_ids
+from formats.chat_templates import ChatTemplate, end_ids
 from kernels import gelu, linear_cross_entropy
 from kernels.attention import document_spans
 from llama import Config as LlamaConfig

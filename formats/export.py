@@ -6,7 +6,7 @@ from pathlib import Path
 from formats.conversations import IMAGE_TOKEN
 from formats.prefix import write_prefix
 from formats.strict_json import read_model_json
-from formats.templates import write_jinja
+from formats.templates import opening, write_jinja
 from formats.tokenizers import token_dict, tokenizer_config
 
 
@@ -22,7 +22,7 @@ def save_tokenizer(words, folder, extra=(), apart=False):
     for token in spec["added_tokens"]:
         token["id"] = words.added(token["content"], token["id"])
     spec["added_tokens"] += [{"id": words.added(token.content), **token_dict(token)}
-                             for token in words.more]
+                             for token in words.added_by_config]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     new = [token for token in extra if words.added(token) is None]
     for i, token in enumerate(new):
@@ -32,7 +32,7 @@ def save_tokenizer(words, folder, extra=(), apart=False):
         config["pad_token"] = "<pad>"
     if apart:
         config.pop("chat_template", None)           # a language model's: ours is in its own file
-        write_prefix(spec, words.stood, words.prefix, IMAGE_TOKEN)
+        write_prefix(spec, words.prefix_in_file, words.prefix, IMAGE_TOKEN)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -49,5 +49,5 @@ def chat_template(t, words=None) -> str | None:
     if words is None or not words.add_bos:
         return write_jinja(t)
     begins = t.style != "plain" and words.begins_special("[INST]" if t.style == "llama2" else
-                                                         t.opening)
+                                                         opening(t))
     return write_jinja(t, bos=True, space=words.prefix == "first" and not begins)

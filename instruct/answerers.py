@@ -11,7 +11,7 @@ from formats.checkpoints import resolve
 from formats.errors import note, UsageError
 from formats.pictures import picture_path
 from formats.strict_json import read_config
-from formats.templates import end_ids
+from formats.chat_templates import end_ids
 from decoding.chat import see
 from decoding.prompt import build_prompt
 from decoding.stopping import spell as stream_text

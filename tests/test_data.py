@@ -153,10 +153,10 @@ def test_image_goldens_to_the_bit():
 def test_anyres_goldens():
     for r in json.loads((GOLDENS / "anyres.json").read_text()):
         grid = data.anyres_grid(*r["size"])
-        assert [*grid.best] == r["best"] and [*grid.tiles] == r["grid_w_h"]
+        assert [*grid.canvas] == r["best"] and [*grid.tiles] == r["grid_w_h"]
         assert [*grid.unpadded] == r["unpadded_h_w"] and grid.tokens == r["num_image_tokens"]
         x0, y0, x1, y1 = r["content_bbox"]
-        assert grid.resized == (x1 - x0, y1 - y0) and (grid.best[0] - grid.resized[0]) // 2 == x0
+        assert grid.resized == (x1 - x0, y1 - y0) and (grid.canvas[0] - grid.resized[0]) // 2 == x0
 
 
 @needs_real
@@ -702,7 +702,7 @@ def test_guarded(capsys):
 
 
 def test_the_demo_runs(capsys):
-    assert data.show_example() == 0
+    assert data.main() == 0
     assert "learned" in capsys.readouterr().out
 
 

@@ -219,11 +219,11 @@ HAVE = sorted(name for name, t in data.TEMPLATES.items()
 def test_system_texts_stand_where_the_templates_own_stands(folder, template):
     """The whole text equals the template's own, with another system text in its place."""
     t = data.TEMPLATES[template]
-    own = t.text
+    own = t.system
     turns = talk("Q?", "A")
-    before = "".join(p for p, _, _ in data.training_segments(turns, template, False)[1])
+    before = "".join(p.text for p in data.training_segments(turns, template, False)[1])
     given = [{"from": "system", "value": "Be terse."}, *turns]
-    after = "".join(p for p, _, _ in data.training_segments(given, template, False)[1])
+    after = "".join(p.text for p in data.training_segments(given, template, False)[1])
     assert before.count(own) == 1 and after == before.replace(own, "Be terse.")
     asked, told = data.prompt(turns[:1], template), data.prompt(given[:2], template)
     assert asked.count(own) == 1 and told == asked.replace(own, "Be terse.")

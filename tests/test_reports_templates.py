@@ -15,13 +15,14 @@ from PIL import Image
 
 import clip
 import data
+import formats.templates
 import generate as g
 import llama
 import train
 from projector import VLM
 from decoding.stopping import stop_ids
 from formats.errors import exit_status
-from formats.templates import ChatTemplate
+from formats.chat_templates import ChatTemplate
 from instruct import answerers
 from train import parse_args as parse
 
@@ -182,7 +183,7 @@ def test_a_system_turn_replaces_the_system_text(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     t = data.TEMPLATES[name]
-    want = data.prompt(ours(TALKS[1]), name).replace(t.text, "Be brief.")
+    want = data.prompt(ours(TALKS[1]), name).replace(t.system, "Be brief.")
     assert want != data.prompt(ours(TALKS[1]), name)
     for form in ("text", "list"):
         told = theirs([("system", "Be brief."), *TALKS[1]], form)
@@ -428,8 +429,8 @@ HARM = {"hangs": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfo
 
 @pytest.mark.parametrize("kind", HARM)
 def test_a_harmful_template_is_one_line(tmp_path, kind, monkeypatch):
-    import formats.templates
-    monkeypatch.setattr(formats.templates, "SECONDS", 3.0)
+    import formats.chat_templates
+    monkeypatch.setattr(formats.chat_templates, "SECONDS", 3.0)
     folder = stranger(tmp_path / "model", HARM[kind])
     start = time.monotonic()
     model = VLM.from_pretrained(folder)
@@ -519,6 +520,6 @@ def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
 
 
 def test_v0_says_that_the_example_is_left_out():
-    source = Path(data.__file__).read_text()
-    before = source[:source.index('"llava_v0": Template')].splitlines()[-5:]
+    source = Path(formats.templates.__file__).read_text()
+    before = source[:source.index('"llava_v0": dict(')].splitlines()[-5:]
     assert "quirk" in "".join(before) and "renewable energy" in "".join(before)
