@@ -5,9 +5,9 @@
                                                        +-- labels (T)  -100 where there is no loss
     photo.jpg ---------- load_image -- preprocess -------- pixels (n, 3, S, S), n tiles
 
-A language model learns to predict the next token everywhere; a chat model is to learn only what an
-assistant says. So every token has a label beside it: its own id where it has loss, IGNORE where it
-has none. In template v1 the texts with loss are in brackets:
+A language model predicts every next token; a chat model is to learn only what an assistant says. So
+each token has a label beside it: its own id where it has loss, IGNORE where it has none. Texts with
+loss in brackets, of template v1 and of others:
 
     {system} USER: <image>⏎What is this? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
 
@@ -16,9 +16,9 @@ has none. In template v1 the texts with loss are in brackets:
     instructblip              <image><s>Why?[A cat.</s>]
     minigpt4                  <s>###Human: <Img><image></Img> Why? ###Assistant: [A cat.###]
 
-A template writes a conversation as segments: a text, does it have loss?, did a person type it? The
-joined text is tokenized once. A token has loss if its first character lies in a segment with loss,
-so labels cannot drift from ids, whatever the tokenizer merges across a border.
+A template writes a conversation as segments: a text, has it loss?, did a person type it? The joined
+text is tokenized once. A token has loss if its first character lies in a segment with loss, so
+labels cannot drift from ids, whatever the tokenizer merges across a border.
 
 A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, equal to the bit to CLIP's:
 
@@ -31,16 +31,16 @@ A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, equal to t
     python data.py show FILE --sample 3         the same for the third row of a file
     python data.py check FILE --images DIR      all that would stop training, a line a fault
 
-Letters: B batch, T tokens, S picture side, n tiles.   [LLaVA] 2304.08485   [LLaVA15] 2310.03744
-Official behaviour: haotian-liu/LLaVA c121f04, llava/{conversation,mm_utils,train/train}.py; what is
-strange there and copied is called a quirk.   Next: train.py, which learns from these batches.
+Letters: B batch, T tokens, S picture side, n tiles.     Official code: haotian-liu/LLaVA c121f04,
+llava/{conversation,mm_utils,train/train}.py; what is strange there and copied is called a quirk.
 """
 import runpy
 import sys
 
-if __name__ == "__main__" and sys.argv[1:]:     # check, show: the dataset doctor; it ends here
+if __name__ == "__main__" and sys.argv[1:]:     # check, show: the dataset doctor, which exits
     runpy.run_module("trainer.doctor", run_name="__main__", alter_sys=True)
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +51,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from formats import chat_templates, templates
+from formats import templates
 from formats.anyres import ANYRES_GRIDS, cut_tiles
 from formats.chat_templates import ChatTemplate
 from formats.conversations import IMAGE_TOKEN
-from formats.errors import BadData, exit_status, printable, UsageError
+from formats.errors import BadData, printable, UsageError
 from formats.pictures import check_pixels
 from formats.processors import MEAN, STD
 from formats.tokenizers import TokenizerFile
@@ -67,6 +67,7 @@ from formats.checkpoints import load_weights                            # noqa: 
 from formats.conversations import question, read_conversations          # noqa: F401
 from formats.errors import BadImage, BadModel, Offline                  # noqa: F401
 from formats.pictures import load_image                                 # noqa: F401
+from formats.templates import end_ids, stop_text                        # noqa: F401
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the place of a picture, and "no loss here"
 
@@ -89,7 +90,9 @@ class Tokenizer(TokenizerFile):
 
         special: True parses "</s>" in the text as the official code does, False never does, and
         a function of the match says which. prefix: another rule than the tokenizer's own."""
-        prefix, pairs, start = self.prefix if prefix is None else prefix, [], 0
+        pairs, start = [], 0
+        if prefix is None:
+            prefix = self.prefix
 
         def encode_span(end):               # text[start:end], in which nothing is special
             if end == start:
@@ -99,7 +102,8 @@ class Tokenizer(TokenizerFile):
                 pairs.append((token, start + max(0, first - pad)))  # the pad is not in the text
 
         for match in self.special_pattern.finditer(text):
-            if special(match) if callable(special) else special:
+            parsed = special(match) if callable(special) else special
+            if parsed:
                 encode_span(match.start())
                 pairs.append((self.added(match.group()), match.start()))
                 start = match.end()
@@ -111,7 +115,9 @@ class Tokenizer(TokenizerFile):
 
         special=False: no part of the text can become a control token."""
         ids = [token for token, _ in self.encode_with_offsets(text, special)]
-        return [self.bos, *ids] if bos and self.add_bos else ids
+        if bos and self.add_bos:
+            ids.insert(0, self.bos)
+        return ids
 
     def decode(self, ids, skip_special: bool = True) -> str:
         """Text of the ids; pictures (negative ids) and unknown ids are left out."""
@@ -119,12 +125,6 @@ class Tokenizer(TokenizerFile):
         if self.bos is not None and self.bos == self.eos == self.unk:
             ids = [i or self.eos for i in ids]      # quirk: InstructBLIP's 0 is one more </s>
         return self._lib.decode(ids, skip_special_tokens=skip_special)
-
-    def fit(self, rows: int, template: str):
-        """Drop special tokens that a model of `rows` embeddings has none for."""
-        t = template_of(template)
-        texts = (t.header, t.system, *t.roles, t.sep, t.end, getattr(template, "source", ""))
-        self.drop_tokens_beyond(rows, "".join(texts))
 
 
 # ---------------------------------------------------------------- templates: turns to segments
@@ -139,12 +139,12 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How one model family writes a conversation."""
+    """How one model family writes a conversation: a row of formats/templates.py."""
     style: str                          # a key of STYLES
-    system: str = ""                    # what stands before the first turn
-    roles: tuple = ("USER", "ASSISTANT")
-    sep: str = " "                      # after the system text and every question
-    end: str = "</s>"                   # after every answer: where generation stops
+    system: str                         # "A chat between a curious user and an ...", or ""
+    roles: tuple                        # ("USER", "ASSISTANT")
+    sep: str                            # " ", after the system text and every question
+    end: str                            # "</s>", after every answer: where generation stops
     image_text: str = IMAGE_TOKEN       # what stands for <image> in training
     image_first: bool = False           # the picture stands before BOS
     header: str = ""                    # style chat: what opens the system text
@@ -152,14 +152,16 @@ class Template:
 
     @property
     def stop(self):
-        """The text at which generation stops: the end, without a newline that only follows it."""
-        return self.end.rstrip("\n") or self.end
+        """The text at which generation stops."""
+        return templates.stop_of(self.end)
 
 
-SYSTEM_V1 = templates.CHAT.format("user")       # "A chat between a curious user and an ..."
-TEMPLATES = {"plain": Template("plain", end="\n"), "v1": Template("two", SYSTEM_V1)}
-TEMPLATES |= {name: Template(**row) for name, row in templates.ROWS.items()}
-TEMPLATES |= {name: TEMPLATES[other] for name, other in templates.ALIASES.items()}
+TEMPLATES = {name: Template(**row) for name, row in templates.ROWS.items()}
+
+
+def template_of(name: str) -> Template:
+    """The Template of a name, or of a folder's own chat template that is none of ours."""
+    return Template(**templates.row_of(name))
 
 
 def plain(turns, t, training):
@@ -169,7 +171,7 @@ def plain(turns, t, training):
         yield Segment("", learn=training, start="bos")
     if training:
         yield Segment(turns[1][1], learn=True, typed=True)
-        yield Segment(t.end, learn=True)        # a newline and no </s>   [LLaVA15] stage 1
+        yield Segment(t.end, learn=True)
 
 
 def two(turns, t, training):
@@ -187,15 +189,13 @@ def two(turns, t, training):
 STYLES = {"plain": plain, "two": two, **templates.STYLES}
 
 
-def segments(turns, t: Template, training: bool):
-    """Yield the segments of [(is it an answer?, text)]; their texts join to the whole."""
-    style = t.style
-    if style == "single" and not training:      # quirk: LLaVA v0 is asked in another style
-        style = "two"
-    if not t.image_first:
-        yield Segment("", start="bos")
-    for segment in STYLES[style](turns, t, training):
-        yield Segment(*segment)
+def segments(turns, t: Template, training: bool) -> list[Segment]:
+    """The segments of [(is it an answer?, text)]; their texts join to the whole conversation."""
+    style = STYLES[t.style]
+    if t.style == "single" and not training:    # quirk: LLaVA v0 is asked in another style
+        style = two
+    begin = [] if t.image_first else [Segment("", start="bos")]
+    return begin + [Segment(*segment) for segment in style(turns, t, training)]
 
 
 # ---------------------------------------------------------------- segments to ids and labels
@@ -239,21 +239,12 @@ def tokenize_segments(segments, tokenizer, pictures: int = -1, special: bool = T
 
 
 def training_segments(conversation, template, has_image) -> tuple[Template, list]:
-    """The first half of `encode`: the template, and the segments of a sample that it can hold."""
+    """The template, and the segments of a sample that it can hold. Raises BadData."""
     t, turns = training_turns(conversation, template, TEMPLATES, int(has_image))
-    return t, list(segments(turns, t, training=True))
+    return t, segments(turns, t, training=True)
 
 
-def label_segments(t, segments, tokenizer, pictures) -> tuple[list[int], list[int]]:
-    """The second half of `encode`: (ids, labels) of the segments."""
-    ids, labels = tokenize_segments(segments, tokenizer, pictures=-1 if pictures else 0)
-    if t.style == "single" and not pictures:
-        labels = templates.shift_labels_over_pad(ids, labels, tokenizer.pad, IGNORE)
-    return ids, labels
-
-
-def encode(conversation, template: str, tokenizer, has_image: bool | int = True
-           ) -> tuple[list[int], list[int]]:
+def encode(conversation, template: str, tokenizer, has_image: bool | int = True):
     """One training sample: (ids, labels), lists of one length T (llava/train/train.py).
 
     conversation: [{"from": "human" | "gpt" | "system", "value": str}].
@@ -263,14 +254,17 @@ def encode(conversation, template: str, tokenizer, has_image: bool | int = True
     </s> or a role marker. Where it warns of a mismatch it learns nothing; here the answers have
     loss. mpt and chatml learn the answers with their end, which officially is missed by one."""
     t, parts = training_segments(conversation, template, has_image)
-    return label_segments(t, parts, tokenizer, int(has_image))
+    ids, labels = tokenize_segments(parts, tokenizer, -1 if has_image else 0)
+    if t.style == "single" and not has_image:
+        labels = templates.shift_labels_over_pad(ids, labels, tokenizer.pad, IGNORE)
+    return ids, labels
 
 
 # ---------------------------------------------------------------- prompts: where an answer begins
 
-def prompt_segments(conversation, template) -> list:
+def prompt_segments(conversation, template) -> list[Segment]:
     t, turns = prompt_turns(conversation, template, TEMPLATES)
-    return list(segments(turns, t, training=False))
+    return segments(turns, t, training=False)
 
 
 def prompt(conversation, template: str) -> str:
@@ -298,43 +292,16 @@ def prompt_ids(text: str, tokenizer, special: bool = True) -> list[int]:
     return tokenize_segments(parts, tokenizer, special=special)[0]
 
 
-def folder_template(folder, tokenizer: Tokenizer) -> str | None:
-    """The template of a folder's chat template: a name of ours, a ChatTemplate, or None."""
-    return chat_templates.folder_template(folder, tokenizer, TEMPLATES, prompt)
-
-
-def template_of(name: str) -> Template:
-    """The Template of a name; of a ChatTemplate that is none of ours, one that knows its end."""
-    return TEMPLATES.get(name) or Template("own", end=getattr(name, "end", ""))
-
-
-def end_ids(template: str, tokenizer: Tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
-    stop = template_of(template).stop
-    last = tokenizer.added(stop)
-    if stop == "\n":                        # a caption's end is a byte token behind a prefix
-        last = tokenizer.encode("\n", bos=False)[-1]
-    return {tokenizer.eos, last, tokenizer.added(getattr(template, "end", ""))} - {None}
-
-
-def stop_text(template: str, tokenizer: Tokenizer) -> str | None:
-    """The text that ends an answer, where the template has an end that is no token."""
-    stop = template_of(template).stop
-    return stop if stop not in ("", "\n") and tokenizer.added(stop) is None else None
-
-
 # ---------------------------------------------------------------- samples to a batch
 
 def collate(pairs, pad: int) -> tuple[Tensor, Tensor]:
     """[(ids, labels)] of any lengths -> ids (B, T), labels (B, T), int64, padded on the right."""
     if not pairs:
         raise BadData("an empty batch: there is nothing to train on")
-    T = max(len(ids) for ids, _ in pairs)
-    all_ids, all_labels = [], []
+    T, all_ids, all_labels = max(len(ids) for ids, _ in pairs), [], []
     for ids, labels in pairs:
-        padding = T - len(ids)
-        all_ids.append(list(ids) + [pad] * padding)
-        all_labels.append(list(labels) + [IGNORE] * padding)        # padding has no loss
+        all_ids.append([*ids] + [pad] * (T - len(ids)))
+        all_labels.append([*labels] + [IGNORE] * (T - len(ids)))        # padding has no loss
     return torch.tensor(all_ids), torch.tensor(all_labels)
 
 
@@ -364,18 +331,15 @@ def length_grouped_indices(lengths, batch: int, world_size: int, rng) -> list[in
     for first in range(0, len(shuffled), batch * world_size):
         step = shuffled[first:first + batch * world_size]
         step.sort(key=lengths.__getitem__, reverse=True)            # longest first
-        per_rank = [[] for _ in range(world_size)]
-        if len(step) % world_size:                  # quirk: a short step goes around in turn
-            for number, i in enumerate(step):
-                per_rank[number % world_size].append(i)
-        else:                                       # the next goes to the rank with the least
-            sums, most = [0] * world_size, len(step) // world_size
-            for i in step:
+        per_rank, sums = [[] for _ in range(world_size)], [0] * world_size
+        for number, i in enumerate(step):
+            rank = number % world_size              # quirk: a short step goes around in turn
+            if len(step) % world_size == 0:         # the next goes to the rank with the least
                 rank = sums.index(min(sums))
-                per_rank[rank].append(i)
-                sums[rank] += lengths[i]
-                if len(per_rank[rank]) == most:     # this rank is full
-                    sums[rank] = float("inf")
+            per_rank[rank].append(i)
+            sums[rank] += lengths[i]
+            if len(per_rank[rank]) == len(step) // world_size:      # this rank is full
+                sums[rank] = math.inf
         order += sum(per_rank, [])
     return order
 
@@ -396,9 +360,10 @@ def modality_order(lengths, batch: int, world_size: int, rng) -> list[int]:
     for kind in (with_picture, text_only):
         words = [abs(lengths[i]) for i in kind]
         order = [kind[at] for at in length_grouped_indices(words, batch, world_size, rng)]
-        full = (len(order) - 1) // size * size      # all steps but the last
-        steps += [order[first:first + size] for first in range(0, full, size)]
-        rest += order[full:]
+        last = (len(order) - 1) // size * size      # where the last step begins
+        for first in range(0, last, size):
+            steps.append(order[first:first + size])
+        rest += order[last:]
     mixed = []
     for step in torch.randperm(len(steps), generator=rng).tolist():
         mixed += steps[step]
@@ -456,14 +421,14 @@ def colour_labels(ids, labels, tokenizer: Tokenizer, *image_names: str) -> str:
     """The tokens in a row, those with loss green on a terminal, in [brackets] elsewhere.
 
     image_names: what is written for each picture, in order; <image> where none is left."""
-    on, off = "[", "]"
-    if sys.stdout.isatty():
-        on, off = "\033[32m", "\033[0m"
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     names, tokens = iter(image_names), []
     for i, label in zip(ids, labels):
         token = next(names, IMAGE_TOKEN) if i == IMAGE else tokenizer.token(i).replace("\n", "⏎")
         token = printable(token)
-        tokens.append(token if label == IGNORE else on + token + off)
+        if label != IGNORE:
+            token = on + token + off
+        tokens.append(token)
     return " ".join(tokens)
 
 
@@ -486,4 +451,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(main())

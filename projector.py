@@ -57,7 +57,7 @@ from formats.export import chat_template, save_tokenizer
 from formats.families import ln_vision_eps, read_official_config, read_vlm_config
 from formats.names import canonical, canonical_names
 from formats.strict_json import read_config
-from formats.chat_templates import ChatTemplate, end_ids
+from formats.chat_templates import ChatTemplate, end_ids, folder_template
 from kernels import gelu, linear_cross_entropy
 from kernels.attention import document_spans
 from llama import Config as LlamaConfig
@@ -192,7 +192,7 @@ def sources(folder, base):
 def asked_in(folder, words, projector, official, default):
     """The template in which a folder without our key is asked: what its chat template says, else
     `default`, else what the tokens of its vocabulary are for."""
-    told = data.folder_template(folder, words) if projector != "qformer" else None
+    told = folder_template(folder, words, data.TEMPLATES, data.prompt) if projector != "qformer" else None
     if official and isinstance(told, ChatTemplate):
         # the chat template there is the language model's own, which the official code never reads
         told = str(told) if told.known and told != "qwen_1_5" else None

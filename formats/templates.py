@@ -1,8 +1,7 @@
 """How model families write a conversation: the rows of a table, and the styles they are written in.
 
-data.py has LLaVA's two own templates, plain and v1, with their styles. Here are the others.
-
-A row gives the fields of data.Template. A style is a generator: it takes the turns
+A row gives the fields of data.Template. A style is a generator, of which data.py shows the two that
+LLaVA-1.5 is trained in, plain and two, and this file the others: it takes the turns
 [(is it an answer?, text)] and yields segments (text, learn, typed, start), whose texts join to the
 whole conversation.
 
@@ -44,6 +43,10 @@ MINIGPT4 = ("Give the following image: <Img>ImageContent</Img>. You will be able
 
 # ---------------------------------------------------------------- rows: fields of data.Template
 
+def row(style, system="", roles=("USER", "ASSISTANT"), sep=" ", end="</s>", **more) -> dict:
+    return dict(style=style, system=system, roles=roles, sep=sep, end=end, **more)
+
+
 V0 = dict(style="single", roles=("Human", "Assistant"), sep="###", end="###")
 MMTAG = dict(system=TAGGED, image_text=f"<Image>{IMAGE_TOKEN}</Image>")
 CHATML = dict(style="chat", header="<|im_start|>system\n",
@@ -56,32 +59,71 @@ LLAMA_3 = dict(style="chat", header="<|start_header_id|>system<|end_header_id|>\
 QWEN = {**CHATML, "sep": "<|im_end|>\n", "end": "<|im_end|>\n"}
 
 ROWS = {
+    "plain": row("plain", end="\n"),            # a newline and no </s>   [LLaVA15] stage 1
+    "v1": row("two", CHAT.format("user")),
     # quirk: official command lines pick this "human" text for models trained on v1's "user".
-    "llava_v1": dict(style="two", system=CHAT.format("human")),
-    "v1_mmtag": dict(style="two", **MMTAG),
+    "llava_v1": row("two", CHAT.format("human")),
+    "v1_mmtag": row("two", **MMTAG),
     # quirk: what the official code calls v0 (Vicuna v0) has this system text and, behind it, a long
     # question and answer about renewable energy, at inference only. LLaVA's own v0 prompts, these
     # two, have no example; LLaVA was not trained with one, so ours named v0 is llava_v0 too.
-    "llava_v0": dict(system=CHAT.format("human"), **V0),
-    "v0_mmtag": dict(**V0, **MMTAG),
-    "llava_llama_2": dict(style="llama2", system=HELPFUL, sep="<s>"),
-    "llama_2": dict(style="llama2", system=LLAMA_2, sep="<s>"),
-    "mistral_instruct": dict(style="llama2", sep=""),
-    "chatml_direct": dict(system="Answer the questions.", **CHATML),
-    "mpt": dict(system=MPT, **CHATML),
+    "llava_v0": row(system=CHAT.format("human"), **V0),
+    "v0_mmtag": row(**V0, **MMTAG),
+    "llava_llama_2": row("llama2", HELPFUL, sep="<s>"),
+    "llama_2": row("llama2", LLAMA_2, sep="<s>"),
+    "mistral_instruct": row("llama2", sep=""),
+    "chatml_direct": row(system="Answer the questions.", **CHATML),
+    "mpt": row(system=MPT, **CHATML),
     # Of LLaVA-NeXT's second release. There the headers of answers have loss too; here, as in the
     # other templates, the answers with their end.
-    "llama_3": dict(system=HELPFUL, **LLAMA_3),
-    "qwen_1_5": dict(system="You are a helpful assistant.", **QWEN),
-    "blip2": dict(style="plain", end="\n", image_first=True),
-    "instructblip": dict(style="instruct", image_first=True),
-    "minigpt4_caption": dict(style="plain", end="\n"),
-    "minigpt4": dict(style="minigpt4", system=MINIGPT4, roles=("Human", "Assistant"), sep="###",
-                     end="###"),
+    "llama_3": row(system=HELPFUL, **LLAMA_3),
+    "qwen_1_5": row(system="You are a helpful assistant.", **QWEN),
+    "blip2": row("plain", end="\n", image_first=True),
+    "instructblip": row("instruct", image_first=True),
+    "minigpt4_caption": row("plain", end="\n"),
+    "minigpt4": row("minigpt4", MINIGPT4, ("Human", "Assistant"), sep="###", end="###"),
 }
-ALIASES = {"vicuna_v1": "v1", "v0": "llava_v0", "mistral_direct": "chatml_direct",
-           "llava_llama_3": "llama_3"}
-NAMES = ("plain", "v1", *ROWS, *ALIASES)        # of data.TEMPLATES, for those who import no torch
+ROWS["vicuna_v1"] = ROWS["v1"]                  # other names of the same
+ROWS["v0"] = ROWS["llava_v0"]
+ROWS["mistral_direct"] = ROWS["chatml_direct"]
+ROWS["llava_llama_3"] = ROWS["llama_3"]
+
+
+# ---------------------------------------------------------------- texts of a template, by its name
+
+def row_of(name: str) -> dict:
+    """The row of a name. Of a folder's own chat template that is none of ours, one that tells only
+    that people and the model talk in turns, and its end."""
+    return ROWS.get(name) or row("own", end=getattr(name, "end", ""))
+
+
+def texts_of(name: str) -> str:
+    """All texts that a template can write, joined: to look for tokens in."""
+    r = row_of(name)
+    texts = (r.get("header", ""), r["system"], *r["roles"], r["sep"], r["end"])
+    return "".join(texts) + getattr(name, "source", "")
+
+
+def stop_of(end: str) -> str:
+    """The text at which generation stops: the end, without a newline that only follows it."""
+    return end.rstrip("\n") or end
+
+
+def end_ids(name: str, tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
+    stop = stop_of(row_of(name)["end"])
+    last = tokenizer.added(stop)
+    if stop == "\n":                            # a caption's end is a byte token behind a prefix
+        last = tokenizer.encode("\n", bos=False)[-1]
+    return {tokenizer.eos, last, tokenizer.added(getattr(name, "end", ""))} - {None}
+
+
+def stop_text(name: str, tokenizer) -> str | None:
+    """The text that ends an answer, where the template has an end that is no token."""
+    stop = stop_of(row_of(name)["end"])
+    if stop in ("", "\n") or tokenizer.added(stop) is not None:
+        return None
+    return stop
 
 
 def opening(t) -> str:

@@ -22,6 +22,7 @@ from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadData, BadModel
 from formats.prefix import drop_apart
 from formats.strict_json import read_config, read_model_json
+from formats.templates import texts_of
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
          "mask_token")
@@ -259,14 +260,13 @@ class TokenizerFile:
             return found.group()
         return "" if tokens_only else text
 
-    def drop_tokens_beyond(self, rows: int, needed: str):
+    def fit(self, rows: int, template: str):
         """For a model of `rows` embeddings: special tokens beyond them, such as an unused [PAD] or
-        <image>, are read as letters from now on. Raises BadModel if one is in use; `needed`: the
-        texts of the template, in which it may be."""
+        <image>, are read as letters from now on. Raises BadModel if the template uses one."""
         beyond = {token: i for token, i in self._lib.get_vocab().items() if i >= rows}
         if not beyond:
             return
-        decoder = self._lib.get_added_tokens_decoder()
+        needed, decoder = texts_of(template), self._lib.get_added_tokens_decoder()
         for token, i in sorted(beyond.items()):
             unused = i in decoder and decoder[i].special and token not in needed
             if not unused or i in (self.bos, self.eos, self.unk):

@@ -11,7 +11,7 @@ from formats.checkpoints import resolve
 from formats.errors import note, UsageError
 from formats.pictures import picture_path
 from formats.strict_json import read_config
-from formats.chat_templates import end_ids
+from formats.chat_templates import end_ids, folder_template
 from decoding.chat import see
 from decoding.prompt import build_prompt
 from decoding.stopping import spell as stream_text
@@ -67,7 +67,7 @@ def from_llama(args, jobs, journal):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     folder = resolve(args.llm)
     llm, words = Llama.from_pretrained(folder, dtype), data.Tokenizer(folder)
-    template = args.template or data.folder_template(folder, words) or "v1"
+    template = args.template or folder_template(folder, words, data.TEMPLATES, data.prompt) or "v1"
     try:
         device = auto if args.device == "auto" else args.device
         llm = llm.to(device)

@@ -521,5 +521,5 @@ def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
 
 def test_v0_says_that_the_example_is_left_out():
     source = Path(formats.templates.__file__).read_text()
-    before = source[:source.index('"llava_v0": dict(')].splitlines()[-5:]
+    before = source[:source.index('"llava_v0": row(')].splitlines()[-5:]
     assert "quirk" in "".join(before) and "renewable energy" in "".join(before)

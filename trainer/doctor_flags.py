@@ -1,22 +1,22 @@
 """The flags of `python data.py check` and `show`. No torch here, so that --help answers at once."""
 import argparse
 
-from formats.templates import NAMES
+from formats.templates import ROWS
 
 WHAT = {"check": "the dataset doctor: exit status 0 clean, 3 faults",
         "show": "one row: its tokens, the learned ones marked"}
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="Look at training data.", allow_abbrev=False)
+    p = argparse.ArgumentParser("data.py", description="Look at training data.", allow_abbrev=False)
     sub = p.add_subparsers(dest="what", help="nothing: one conversation, as the model meets it")
     for name, help_text in WHAT.items():
         q = sub.add_parser(name, help=help_text, allow_abbrev=False)
         q.add_argument("file", help="JSON or JSON lines of LLaVA, LLaMA-Factory, "
                        "OpenAI, ShareGPT4V, MiniGPT-4 or LAVIS")
         q.add_argument("--llm", help="folder or hub id of the LLaMA whose tokens are counted")
-        q.add_argument("--template", choices=sorted(NAMES), default="v1", metavar="NAME",
-                       help="how the words are laid out (default: v1): " + ", ".join(NAMES))
+        q.add_argument("--template", choices=sorted(ROWS), default="v1", metavar="NAME",
+                       help="how the words are laid out (default: v1): " + ", ".join(ROWS))
         q.add_argument("--places", type=int, default=576, metavar="N", help="tokens of a picture "
                        "(default: LLaVA's 576; with a Q-Former 32)")
         q.add_argument("--debug", action="store_true", help="tracebacks")

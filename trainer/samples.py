@@ -13,9 +13,9 @@ of haotian-liu/LLaVA c121f04): it counts the tokens twice, and where the counts 
 import re
 
 from data import (
+    encode,
     IGNORE,
     IMAGE,
-    label_segments,
     Segment,
     Template,
     tokenize_segments,
@@ -129,7 +129,7 @@ def encode_sample(sample, template: str, tokenizer, image_tokens: int, pack: int
     most tokens of a sample, 0: any. asked: `minigpt4`'s instruction. Raises BadData, or
     NothingToLearn for a sample without a token that has loss."""
     t, segments, pictures = sample_pieces(sample, template, asked)
-    ids, labels = label_segments(t, segments, tokenizer, pictures)
+    ids, labels = encode(lesson(sample, template, asked), template, tokenizer, pictures)
     if official_quirks and official_would_mask(segments, t, tokenizer, -1 if pictures else 0, ids):
         labels = [IGNORE] * len(ids)
     labels = [IGNORE, *labels[1:]]              # nothing stands before the first: no loss
@@ -153,7 +153,7 @@ def encode_sample(sample, template: str, tokenizer, image_tokens: int, pack: int
 def encode_as_official(conversation, template: str, tokenizer, has_image=True):
     """`data.encode`, with no loss where the official code warns of a mismatch."""
     t, segments = training_segments(conversation, template, has_image)
-    ids, labels = label_segments(t, segments, tokenizer, int(has_image))
+    ids, labels = encode(conversation, template, tokenizer, has_image)
     if official_would_mask(segments, t, tokenizer, -1 if has_image else 0, ids):
         labels = [IGNORE] * len(ids)
     return ids, labels
