@@ -5,9 +5,8 @@
                                                        +-- labels (T)  -100 where there is no loss
     photo.jpg ---------- load_image -- preprocess -------- pixels (n, 3, S, S), n tiles
 
-A language model predicts every next token; a chat model is to learn only what an assistant says. So
-each token has a label beside it: its own id where it has loss, IGNORE where it has none. Texts with
-loss in brackets, of template v1 and of others:
+A language model predicts every next token; a chat model learns only what an assistant says. Each
+token has a label: its own id where it has loss, IGNORE where it has none. With loss in [brackets]:
 
     {system} USER: <image>⏎What is this? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
 
@@ -16,9 +15,9 @@ loss in brackets, of template v1 and of others:
     instructblip              <image><s>Why?[A cat.</s>]
     minigpt4                  <s>###Human: <Img><image></Img> Why? ###Assistant: [A cat.###]
 
-A template writes a conversation as segments: a text, has it loss?, did a person type it? The joined
-text is tokenized once. A token has loss if its first character lies in a segment with loss, so
-labels cannot drift from ids, whatever the tokenizer merges across a border.
+A template writes a conversation as segments, whose joined text is tokenized once. A token has loss
+if its first character lies in a segment with loss, so labels cannot drift from ids, whatever the
+tokenizer merges across a border.
 
 A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, equal to the bit to CLIP's:
 
@@ -31,8 +30,7 @@ A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, equal to t
     python data.py show FILE --sample 3         the same for the third row of a file
     python data.py check FILE --images DIR      all that would stop training, a line a fault
 
-Letters: B batch, T tokens, S picture side, n tiles.     Official code: haotian-liu/LLaVA c121f04,
-llava/{conversation,mm_utils,train/train}.py; what is strange there and copied is called a quirk.
+Letters: B batch, T tokens, S picture side, n tiles. Quirks are of haotian-liu/LLaVA c121f04.
 """
 import runpy
 import sys
@@ -40,7 +38,6 @@ import sys
 if __name__ == "__main__" and sys.argv[1:]:     # check, show: the dataset doctor, which exits
     runpy.run_module("trainer.doctor", run_name="__main__", alter_sys=True)
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +47,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from formats import templates
 from formats.anyres import ANYRES_GRIDS, cut_tiles
 from formats.chat_templates import ChatTemplate
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadData, printable, UsageError
-from formats.pictures import check_pixels
+from formats.length_groups import length_grouped_indices
+from formats.pictures import check_pixels, pad_to_square
 from formats.processors import MEAN, STD
 from formats.tokenizers import TokenizerFile
 from formats.turns import prompt_turns, training_turns
@@ -65,45 +64,39 @@ from formats.turns import prompt_turns, training_turns
 from formats.anyres import anyres_grid                                  # noqa: F401
 from formats.checkpoints import load_weights                            # noqa: F401
 from formats.conversations import question, read_conversations          # noqa: F401
-from formats.errors import BadImage, BadModel, Offline                  # noqa: F401
+from formats.errors import BadImage, BadModel                           # noqa: F401
 from formats.pictures import load_image                                 # noqa: F401
 from formats.templates import end_ids, stop_text                        # noqa: F401
 
 IMAGE, IGNORE = -200, -100      # in no vocabulary: the place of a picture, and "no loss here"
+PAD = (122, 116, 104)           # colour around a picture. quirk: 255 * MEAN cut, not rounded
 
 
 # ---------------------------------------------------------------- text to ids
 
 class Tokenizer(TokenizerFile):
-    """The tokenizer of a model folder: `tokenizer.json` beside `tokenizer_config.json`.
+    """The tokenizer of a model folder. .bos .eos .pad .unk: ids or None; len(): vocabulary size.
 
-    .bos .eos .pad .unk: ids or None; .legacy: LLaMA's prefix rule; len(): vocabulary size.
-
-    LLaMA writes a space as ▁ and puts one before the text. Which text is the rule:
-        legacy       every stretch between special tokens      </s>USER -> </s> ▁US ER
-        not legacy   only the very start                       </s>USER -> </s> USER
+    LLaMA writes a space as ▁ and puts one before the text. Which text is the rule .prefix:
+        every   each stretch between special tokens (legacy)      </s>USER -> </s> ▁US ER
+        first   only the very start                               </s>USER -> </s> USER
     Files disagree with their own config about it, so formats/tokenizers.py takes the prefix out of
     the library's pipeline, and it is added here, where it can be seen."""
 
     def encode_with_offsets(self, text, special=True, prefix=None) -> list[tuple[int, int]]:
         """[(id, index of its first character)] without BOS.
-
         special: True parses "</s>" in the text as the official code does, False never does, and
         a function of the match says which. prefix: another rule than the tokenizer's own."""
-        pairs, start = [], 0
-        if prefix is None:
-            prefix = self.prefix
+        pairs, start, rule = [], 0, prefix or self.prefix
 
         def encode_span(end):               # text[start:end], in which nothing is special
-            if end == start:
-                return
-            pad = prefix == "every" or prefix == "first" and start == 0
-            for token, first in self.library_pairs(" " * pad + text[start:end]):
-                pairs.append((token, start + max(0, first - pad)))  # the pad is not in the text
+            pad = rule == "every" or rule == "first" and start == 0
+            if start < end:
+                for token, first in self.library_pairs(" " * pad + text[start:end]):
+                    pairs.append((token, start + max(0, first - pad)))      # the pad is not in text
 
         for match in self.special_pattern.finditer(text):
-            parsed = special(match) if callable(special) else special
-            if parsed:
+            if special is True or special and special(match):
                 encode_span(match.start())
                 pairs.append((self.added(match.group()), match.start()))
                 start = match.end()
@@ -111,9 +104,7 @@ class Tokenizer(TokenizerFile):
         return pairs
 
     def encode(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
-        """Ids of the text, BOS first if wanted and the model uses one.
-
-        special=False: no part of the text can become a control token."""
+        """Ids of the text, after BOS if wanted and in use. special=False: no control tokens."""
         ids = [token for token, _ in self.encode_with_offsets(text, special)]
         if bos and self.add_bos:
             ids.insert(0, self.bos)
@@ -121,10 +112,8 @@ class Tokenizer(TokenizerFile):
 
     def decode(self, ids, skip_special: bool = True) -> str:
         """Text of the ids; pictures (negative ids) and unknown ids are left out."""
-        ids = [i for i in map(int, ids) if 0 <= i < self.size]
-        if self.bos is not None and self.bos == self.eos == self.unk:
-            ids = [i or self.eos for i in ids]      # quirk: InstructBLIP's 0 is one more </s>
-        return self._lib.decode(ids, skip_special_tokens=skip_special)
+        known = [i for i in map(int, ids) if 0 <= i < self.size]
+        return self.library_decode(known, skip_special)
 
 
 # ---------------------------------------------------------------- templates: turns to segments
@@ -144,16 +133,12 @@ class Template:
     system: str                         # "A chat between a curious user and an ...", or ""
     roles: tuple                        # ("USER", "ASSISTANT")
     sep: str                            # " ", after the system text and every question
-    end: str                            # "</s>", after every answer: where generation stops
+    end: str                            # "</s>", after every answer
+    stop: str                           # where generation stops: the end, but for a last newline
     image_text: str = IMAGE_TOKEN       # what stands for <image> in training
     image_first: bool = False           # the picture stands before BOS
     header: str = ""                    # style chat: what opens the system text
     typed_system: bool = False          # `system` came with the conversation
-
-    @property
-    def stop(self):
-        """The text at which generation stops."""
-        return templates.stop_of(self.end)
 
 
 TEMPLATES = {name: Template(**row) for name, row in templates.ROWS.items()}
@@ -183,10 +168,10 @@ def two(turns, t, training):
         if text:                                # quirk: an empty turn has no end token
             yield Segment(" ", learn=is_answer)
             yield Segment(text, learn=is_answer, typed=True)
-            yield Segment(t.end if is_answer else t.sep, learn=is_answer)
+            yield Segment((t.sep, t.end)[is_answer], learn=is_answer)
 
 
-STYLES = {"plain": plain, "two": two, **templates.STYLES}
+STYLES = {"plain": plain, "two": two, **templates.STYLES}       # chat, llama2, minigpt4 ...
 
 
 def segments(turns, t: Template, training: bool) -> list[Segment]:
@@ -194,37 +179,37 @@ def segments(turns, t: Template, training: bool) -> list[Segment]:
     style = STYLES[t.style]
     if t.style == "single" and not training:    # quirk: LLaVA v0 is asked in another style
         style = two
-    begin = [] if t.image_first else [Segment("", start="bos")]
-    return begin + [Segment(*segment) for segment in style(turns, t, training)]
+    found = [Segment(*segment) for segment in style(turns, t, training)]
+    if not t.image_first:
+        found.insert(0, Segment("", start="bos"))
+    return found
 
 
 # ---------------------------------------------------------------- segments to ids and labels
 
 def tokenize_segments(segments, tokenizer, pictures: int = -1, special: bool = True):
     """Ids and labels, lists of one length T, built side by side.
-
     pictures: the first so many <image> are pictures, the rest are letters; -1: all are pictures.
     special=False: no control token comes out of what a person typed."""
     text, learn, typed = "", bytearray(), bytearray()       # two flags for each character
     cuts = []                   # (position, characters to pass over, id put there, has it loss?)
     for segment in segments:
-        if segment.start:
-            bos = tokenizer.bos if segment.start == "bos" and tokenizer.add_bos else None
-            cuts.append((len(text), 0, bos, segment.learn))
+        if segment.start == "bos" and tokenizer.add_bos:
+            cuts.append((len(text), 0, tokenizer.bos, segment.learn))
+        elif segment.start:
+            cuts.append((len(text), 0, None, False))
+        for mark in re.finditer(IMAGE_TOKEN, segment.text):
+            if pictures != 0:
+                cuts.append((len(text) + mark.start(), len(IMAGE_TOKEN), IMAGE, False))
+                pictures -= 1
         text += segment.text
         learn += bytes([segment.learn]) * len(segment.text)
         typed += bytes([segment.typed]) * len(segment.text)
-    for number, mark in enumerate(re.finditer(IMAGE_TOKEN, text)):
-        if pictures < 0 or number < pictures:
-            cuts.append((mark.start(), len(IMAGE_TOKEN), IMAGE, False))
-    cuts.sort(key=lambda cut: cut[0])           # stable: BOS before a picture at one position
     cuts.append((len(text), 0, None, False))
-
     ids, labels, start = [], [], 0
 
     def may_be_special(match):
         return special or not any(typed[start + match.start():start + match.end()])
-
     # quirk: the text between two pictures is tokenized as if it stood alone, prefix space included
     for position, width, put, put_has_loss in cuts:
         pairs = tokenizer.encode_with_offsets(text[start:position], may_be_special)
@@ -234,7 +219,7 @@ def tokenize_segments(segments, tokenizer, pictures: int = -1, special: bool = T
         if put is not None:
             ids.append(put)
             labels.append(put if put_has_loss else IGNORE)
-        start = position + width
+        start = position + width                # behind a picture the text goes on
     return ids, labels
 
 
@@ -248,19 +233,18 @@ def encode(conversation, template: str, tokenizer, has_image: bool | int = True)
     """One training sample: (ids, labels), lists of one length T (llava/train/train.py).
 
     conversation: [{"from": "human" | "gpt" | "system", "value": str}].
-    has_image: <image> marks the picture; otherwise it is ordinary text. A number: so many pictures;
-    from two on each <image> stays where it stands.
+    has_image: how many pictures <image> marks; without one it is ordinary text.
     Equal to the official code wherever that prints no warning, save where the text itself holds
-    </s> or a role marker. Where it warns of a mismatch it learns nothing; here the answers have
-    loss. mpt and chatml learn the answers with their end, which officially is missed by one."""
+    </s> or a role marker. Where it warns of a mismatch nothing has loss; here the answers have.
+    mpt and chatml learn the answers with their end, which officially is missed by one."""
     t, parts = training_segments(conversation, template, has_image)
-    ids, labels = tokenize_segments(parts, tokenizer, -1 if has_image else 0)
-    if t.style == "single" and not has_image:
+    if has_image:
+        return tokenize_segments(parts, tokenizer)
+    ids, labels = tokenize_segments(parts, tokenizer, pictures=0)
+    if t.style == "single":
         labels = templates.shift_labels_over_pad(ids, labels, tokenizer.pad, IGNORE)
     return ids, labels
 
-
-# ---------------------------------------------------------------- prompts: where an answer begins
 
 def prompt_segments(conversation, template) -> list[Segment]:
     t, turns = prompt_turns(conversation, template, TEMPLATES)
@@ -269,8 +253,7 @@ def prompt_segments(conversation, template) -> list[Segment]:
 
 def prompt(conversation, template: str) -> str:
     """The generation prompt, ending where the model starts to write (llava/conversation.py).
-
-    A last gpt turn may be absent or None. quirk: mmtag templates do not wrap <image> here."""
+    quirk: mmtag templates do not wrap <image> here."""
     if isinstance(template, ChatTemplate):      # a folder's own, which is none of ours
         return template.prompt(conversation)
     return "".join(segment.text for segment in prompt_segments(conversation, template))
@@ -278,9 +261,8 @@ def prompt(conversation, template: str) -> str:
 
 def prompt_tokens(conversation, template: str, tokenizer, pictures: int = -1) -> list[int]:
     """Ids of `prompt`, in which nothing that people typed can become a control token.
-
     pictures: the first so many <image> are pictures, those behind them were typed; -1: all are."""
-    if isinstance(template, ChatTemplate):
+    if isinstance(template, ChatTemplate):      # ids as transformers' processor gives them
         return template.prompt_tokens(conversation, tokenizer, pictures, IMAGE)
     parts = prompt_segments(conversation, template)
     return tokenize_segments(parts, tokenizer, pictures, special=False)[0]
@@ -298,18 +280,14 @@ def collate(pairs, pad: int) -> tuple[Tensor, Tensor]:
     """[(ids, labels)] of any lengths -> ids (B, T), labels (B, T), int64, padded on the right."""
     if not pairs:
         raise BadData("an empty batch: there is nothing to train on")
-    T, all_ids, all_labels = max(len(ids) for ids, _ in pairs), [], []
-    for ids, labels in pairs:
-        all_ids.append([*ids] + [pad] * (T - len(ids)))
-        all_labels.append([*labels] + [IGNORE] * (T - len(ids)))        # padding has no loss
-    return torch.tensor(all_ids), torch.tensor(all_labels)
+    ids, labels = zip(*pairs)
+    return (pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=pad),
+            pad_sequence(list(map(torch.tensor, labels)), batch_first=True, padding_value=IGNORE))
 
 
 def pack(lengths, size: int) -> list[list[int]]:
     """Sample numbers in rows whose lengths add up to at most `size`: first fit, longest first.
-
-    pack([3, 5, 2, 4], 7) = [[1, 2], [3, 0]]. Equal lengths keep their order, so the rows are a
-    function of the lengths. Raises BadData for a length that is over `size`."""
+    Equal lengths keep their order.     pack([3, 5, 2, 4], 7) = [[1, 2], [3, 0]]"""
     rows, room = [], []                             # room: what is left of each row
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if lengths[i] > size:
@@ -325,33 +303,14 @@ def pack(lengths, size: int) -> list[list[int]]:
     return rows
 
 
-def length_grouped_indices(lengths, batch: int, world_size: int, rng) -> list[int]:
-    """A random order whose steps of world_size * batch samples give all ranks equal work."""
-    shuffled, order = torch.randperm(len(lengths), generator=rng).tolist(), []
-    for first in range(0, len(shuffled), batch * world_size):
-        step = shuffled[first:first + batch * world_size]
-        step.sort(key=lengths.__getitem__, reverse=True)            # longest first
-        per_rank, sums = [[] for _ in range(world_size)], [0] * world_size
-        for number, i in enumerate(step):
-            rank = number % world_size              # quirk: a short step goes around in turn
-            if len(step) % world_size == 0:         # the next goes to the rank with the least
-                rank = sums.index(min(sums))
-            per_rank[rank].append(i)
-            sums[rank] += lengths[i]
-            if len(per_rank[rank]) == len(step) // world_size:      # this rank is full
-                sums[rank] = math.inf
-        order += sum(per_rank, [])
-    return order
-
-
 def modality_order(lengths, batch: int, world_size: int, rng) -> list[int]:
     """One epoch's order of samples in stage 2 of LLaVA-1.5 (llava/train/llava_trainer.py).
-
-    lengths: words of each sample, negative without a picture. Steps of world_size * batch samples
-    hold pictures only or text only, of like length on all ranks. quirk: the last step of each kind,
-    full or not, goes to the end, both in one, in the order of the file."""
+    lengths: words of each sample, negative without a picture. A step of world_size * batch samples
+    holds pictures only or text only. quirk: the last step of each kind, full or not, goes to the
+    end, both in one, in the order of the file."""
     if 0 in lengths:
         raise BadData(f"sample number {lengths.index(0)} of the data has no words: take it out")
+    # the two kinds: samples with a picture, and text alone
     with_picture = [i for i, length in enumerate(lengths) if length > 0]
     text_only = [i for i, length in enumerate(lengths) if length < 0]
     if not with_picture or not text_only:
@@ -372,9 +331,6 @@ def modality_order(lengths, batch: int, world_size: int, rng) -> list[int]:
 
 # ---------------------------------------------------------------- pictures
 
-PAD = (122, 116, 104)               # quirk: 255 * MEAN cut to integers, not rounded
-
-
 def clip_normalize(image, size) -> np.ndarray:
     """CLIP's own steps on an RGB picture: (3, size, size) float32."""
     w, h = image.size
@@ -392,24 +348,18 @@ def clip_normalize(image, size) -> np.ndarray:
 def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
                grids: tuple = ANYRES_GRIDS) -> Tensor:
     """Pixels (n, 3, size, size) float32; n = 1, or 1 + tiles for anyres, the overview first.
-
     aspect: square | pad | squash | anyres, with grids as in `anyres_grid`. Pillow's bicubic on
-    uint8 is the reference: a resize of tensors is close but not equal. Raises BadImage for shapes
-    that would fill the memory."""
+    uint8 is the reference: a resize of tensors is close but not equal."""
     if image.mode != "RGB":                 # a copy would take 4 bytes a pixel
         image = image.convert("RGB")
     if aspect == "square":
-        tiles = [image]
+        tiles = [image]                             # clip_normalize crops it
     elif aspect == "pad":
-        side = max(image.size)
-        check_pixels(side, side)
-        canvas = Image.new("RGB", (side, side), PAD)
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        tiles = [canvas]
+        tiles = [pad_to_square(image, PAD)]
     elif aspect == "squash":
         tiles = [image.resize((size, size), Image.Resampling.BICUBIC)]
     elif aspect == "anyres":
-        tiles = cut_tiles(image, size, grids)
+        tiles = cut_tiles(image, size, grids)       # the overview, then the tiles row by row
     else:
         raise UsageError(f"aspect {aspect!r} is unknown: choose square, pad, squash or anyres")
     return torch.from_numpy(np.stack([clip_normalize(tile, size) for tile in tiles]))
@@ -418,17 +368,15 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
 # ---------------------------------------------------------------- look
 
 def colour_labels(ids, labels, tokenizer: Tokenizer, *image_names: str) -> str:
-    """The tokens in a row, those with loss green on a terminal, in [brackets] elsewhere.
-
-    image_names: what is written for each picture, in order; <image> where none is left."""
-    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    """The tokens in a row, those with loss green on a terminal, in [brackets] elsewhere; for each
+    picture the next of `image_names`, or <image> where none is left."""
+    on, off = "[", "]"
+    if sys.stdout.isatty():
+        on, off = "\033[32m", "\033[0m"
     names, tokens = iter(image_names), []
     for i, label in zip(ids, labels):
-        token = next(names, IMAGE_TOKEN) if i == IMAGE else tokenizer.token(i).replace("\n", "⏎")
-        token = printable(token)
-        if label != IGNORE:
-            token = on + token + off
-        tokens.append(token)
+        text = next(names, IMAGE_TOKEN) if i == IMAGE else tokenizer.token(i).replace("\n", "⏎")
+        tokens.append(printable(text) if label == IGNORE else on + printable(text) + off)
     return " ".join(tokens)
 
 
@@ -437,8 +385,7 @@ def show_batch(pairs, tokenizer: Tokenizer, image_tokens: int = 1, *image_names:
     for ids, labels in pairs:
         print(colour_labels(ids, labels, tokenizer, *image_names))
         size = len(ids) + (image_tokens - 1) * ids.count(IMAGE)
-        has_loss = len(labels) - labels.count(IGNORE)
-        print(f"\n{size} tokens, {has_loss} of them learned (marked).")
+        print(f"\n{size} tokens, {len(ids) - labels.count(IGNORE)} of them learned (marked).")
 
 
 def main():

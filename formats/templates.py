@@ -44,7 +44,8 @@ MINIGPT4 = ("Give the following image: <Img>ImageContent</Img>. You will be able
 # ---------------------------------------------------------------- rows: fields of data.Template
 
 def row(style, system="", roles=("USER", "ASSISTANT"), sep=" ", end="</s>", **more) -> dict:
-    return dict(style=style, system=system, roles=roles, sep=sep, end=end, **more)
+    stop = end.rstrip("\n") or end              # without a newline that only follows it
+    return dict(style=style, system=system, roles=roles, sep=sep, end=end, stop=stop, **more)
 
 
 V0 = dict(style="single", roles=("Human", "Assistant"), sep="###", end="###")
@@ -104,14 +105,9 @@ def texts_of(name: str) -> str:
     return "".join(texts) + getattr(name, "source", "")
 
 
-def stop_of(end: str) -> str:
-    """The text at which generation stops: the end, without a newline that only follows it."""
-    return end.rstrip("\n") or end
-
-
 def end_ids(name: str, tokenizer) -> set[int]:
     """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
-    stop = stop_of(row_of(name)["end"])
+    stop = row_of(name)["stop"]
     last = tokenizer.added(stop)
     if stop == "\n":                            # a caption's end is a byte token behind a prefix
         last = tokenizer.encode("\n", bos=False)[-1]
@@ -120,7 +116,7 @@ def end_ids(name: str, tokenizer) -> set[int]:
 
 def stop_text(name: str, tokenizer) -> str | None:
     """The text that ends an answer, where the template has an end that is no token."""
-    stop = stop_of(row_of(name)["end"])
+    stop = row_of(name)["stop"]
     if stop in ("", "\n") or tokenizer.added(stop) is not None:
         return None
     return stop

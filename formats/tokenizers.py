@@ -239,6 +239,12 @@ class TokenizerFile:
             raise BadData("text holds half a surrogate pair: save it as valid UTF-8") from None
         return [(token, first) for token, (first, _) in zip(coded.ids, coded.offsets)]
 
+    def library_decode(self, ids, skip_special: bool) -> str:
+        """Text of the ids, all of them in the vocabulary."""
+        if self.bos is not None and self.bos == self.eos == self.unk:
+            ids = [i or self.eos for i in ids]      # quirk: InstructBLIP's 0 is one more </s>
+        return self._lib.decode(ids, skip_special_tokens=skip_special)
+
     def token(self, i: int | None) -> str | None:
         """The text of an id, as the vocabulary has it."""
         return None if i is None else self._lib.id_to_token(i)
