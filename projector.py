@@ -275,7 +275,7 @@ class VLM(nn.Module):
         tokenizer_folder, folder, weights = open_model(folder, base)
         family = families.read_family(folder, weights)
         tokenizer = data.Tokenizer(tokenizer_folder)
-        template = families.choose_template(family, tokenizer, data.folder_template, data.TEMPLATES)
+        template = families.choose_template(family, tokenizer, data.TEMPLATES, data.prompt)
         with torch.device("meta"):                          # shapes without memory
             model = CLASSES[family.name].from_family(family, tokenizer, template)
         model.stop_ids = families.read_stop_ids(family, template, tokenizer, data.TEMPLATES,

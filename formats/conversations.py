@@ -343,6 +343,15 @@ def read_conversations(path) -> list[dict]:
     return samples
 
 
+def question(conversation) -> str:
+    """What a person says last, as it was typed: what an InstructBLIP's Q-Former reads."""
+    text = ""
+    for turn in conversation:
+        if ROLES[turn["from"]] == "human":
+            text = turn["value"] or ""
+    return text.replace(IMAGE_TOKEN, "").strip()
+
+
 # What stage 2 of MiniGPT-4 asks about its pictures.                     [MiniGPT4] 2304.10592
 MINIGPT4_INSTRUCTIONS = ("Describe this image in detail.",
                 "Take a look at this image and describe what you notice.",

@@ -27,7 +27,8 @@ from formats.folders import write_json
 from formats.prefix import write_prefix
 from formats.processors import MEAN, STD
 from formats.strict_json import read_model_json
-from formats.templates import ChatTemplate, write_jinja
+from formats.chat_templates import ChatTemplate
+from formats.templates import opening, write_jinja
 from formats.tokenizers import token_dict, tokenizer_config
 
 PAD_TOKEN = "<pad>"
@@ -202,8 +203,8 @@ def chat_template(t, tokenizer=None) -> str | None:
         return write_jinja(t)
     starts_special = False
     if t.style != "plain":
-        opening = "[INST]" if t.style == "llama2" else t.opening
-        starts_special = tokenizer.begins_special(opening)
+        start = "[INST]" if t.style == "llama2" else opening(t)
+        starts_special = tokenizer.begins_special(start)
     space = tokenizer.prefix == "first" and not starts_special
     return write_jinja(t, bos=True, space=space)
 
@@ -240,7 +241,7 @@ def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
     spec["added_tokens"] = spec.get("added_tokens") or []
     for token in spec["added_tokens"]:
         token["id"] = tokenizer.added(token["content"], token["id"])
-    for token in tokenizer.more:                    # of tokenizer_config.json alone
+    for token in tokenizer.added_by_config:                    # of tokenizer_config.json alone
         i = tokenizer.added(token.content)
         spec["added_tokens"].append({"id": i, **token_dict(token)})
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -253,6 +254,6 @@ def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
         config["pad_token"] = PAD_TOKEN
     if own_template:
         config.pop("chat_template", None)
-        write_prefix(spec, tokenizer.stood, tokenizer.prefix, IMAGE_TOKEN)
+        write_prefix(spec, tokenizer.prefix_in_file, tokenizer.prefix, IMAGE_TOKEN)
     atomic_write(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
     atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")

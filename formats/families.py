@@ -23,7 +23,7 @@ from formats.checkpoints import check_identity_layer, expand_names, load_into, r
 from formats.errors import BadModel
 from formats.processors import Processor
 from formats.strict_json import read_config
-from formats.templates import ChatTemplate, end_ids
+from formats.chat_templates import ChatTemplate, end_ids, folder_template
 
 # CLIP's ViT-L/14-336, which folders name or leave out
 L336 = configs.vit_from_hf({"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336,
@@ -221,11 +221,11 @@ def read_qformer_tokenizer(family):
     return tokenizer
 
 
-def choose_template(family, tokenizer, folder_template, templates):
+def choose_template(family, tokenizer, templates, prompt):
     """The conversation format of a folder: that of our own key in config.json, else that of its
     chat template, else the family's, else what the tokens of its vocabulary are for.
 
-    folder_template(folder, tokenizer), templates: data.py's. Returns a name or a ChatTemplate."""
+    templates: data.TEMPLATES; prompt: data.prompt. Returns a name or a ChatTemplate."""
     if "template" in family.config:
         template = family.config["template"]
         if template not in list(templates):
@@ -234,7 +234,7 @@ def choose_template(family, tokenizer, folder_template, templates):
         return template
     found = None
     if family.projector != "qformer":
-        found = folder_template(tokenizer.folder, tokenizer)
+        found = folder_template(tokenizer.folder, tokenizer, templates, prompt)
     if family.official and isinstance(found, ChatTemplate):
         # this chat template is the language model's own, which the official code never reads
         found = str(found) if found.known and found != "qwen_1_5" else None

@@ -190,6 +190,15 @@ def _turn(image):
     return _TURNS.get(orientation) if type(orientation) is int else None
 
 
+def pad_to_square(image, colour):
+    """The picture in the middle of a square of this colour."""
+    side = max(image.size)
+    check_pixels(side, side)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
 def check_pixels(width, height):
     """Refuse an intermediate picture that would fill the memory."""
     if width * height > 2 ** 28:

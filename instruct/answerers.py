@@ -22,7 +22,7 @@ from formats.checkpoints import resolve
 from formats.errors import UsageError, note
 from formats.pictures import picture_path
 from formats.strict_json import read_config
-from formats.templates import end_ids
+from formats.chat_templates import end_ids, folder_template
 from generate import generate_batch, stream_text
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
@@ -84,7 +84,7 @@ def from_llama(args, jobs, journal):
                          f"{', '.join(data.TEMPLATES)}")
     folder = resolve(args.llm)
     llm, tokenizer = Llama.from_pretrained(folder, DTYPES.get(args.dtype)), data.Tokenizer(folder)
-    template = args.template or data.folder_template(folder, tokenizer) or "v1"
+    template = args.template or folder_template(folder, tokenizer, data.TEMPLATES, data.prompt) or "v1"
     llm = to_device(llm, args.device)
     eos = data.end_ids(template, tokenizer) | end_ids(folder, read_config(folder))
     for start, chunk in unanswered_chunks(jobs, journal, args.batch_size):

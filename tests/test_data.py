@@ -25,6 +25,7 @@ from formats.errors import Offline, TrainingFailed, UsageError, exit_status
 from formats.export import chat_template
 from formats.pictures import picture_path
 from formats.strict_json import read_config
+from trainer.samples import encode_as_official
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDENS, REAL = SHARED / "goldens", SHARED / "tokenizers"
@@ -105,7 +106,7 @@ def test_text_goldens(real):
                 data.encode(*args)
             assert "\n" not in str(info.value)
             continue
-        ids, labels = data.encode(*args, official_quirks=True)
+        ids, labels = encode_as_official(*args)
         assert (ids, labels) == (r["input_ids"], r["labels"]), what
         ids, labels = data.encode(*args)
         assert ids == r["input_ids"], what
@@ -152,10 +153,10 @@ def test_image_goldens_to_the_bit():
 def test_anyres_goldens():
     for r in json.loads((GOLDENS / "anyres.json").read_text()):
         grid = data.anyres_grid(*r["size"])
-        assert [*grid.best] == r["best"] and [*grid.tiles] == r["grid_w_h"]
+        assert [*grid.canvas] == r["best"] and [*grid.tiles] == r["grid_w_h"]
         assert [*grid.unpadded] == r["unpadded_h_w"] and grid.tokens == r["num_image_tokens"]
         x0, y0, x1, y1 = r["content_bbox"]
-        assert grid.resized == (x1 - x0, y1 - y0) and (grid.best[0] - grid.resized[0]) // 2 == x0
+        assert grid.resized == (x1 - x0, y1 - y0) and (grid.canvas[0] - grid.resized[0]) // 2 == x0
 
 
 @needs_real
@@ -244,10 +245,10 @@ def test_samples_the_official_code_drops_in_silence(tiny):
     for tokenizer in tiny.values():
         bad = talk("Q", "say </s> now")
         assert learned(tokenizer, data.encode(bad, "v1", tokenizer, False)[1]).count("</s>") == 2
-        assert set(data.encode(bad, "v1", tokenizer, False, official_quirks=True)[1]) == {IGNORE}
+        assert set(encode_as_official(bad, "v1", tokenizer, False)[1]) == {IGNORE}
         good = talk("Q", "A")                                                            # control
         assert data.encode(good, "v1", tokenizer, False) == \
-            data.encode(good, "v1", tokenizer, False, official_quirks=True)
+            encode_as_official(good, "v1", tokenizer, False)
         assert set(data.encode(talk("Q", ""), "v1", tokenizer, False)[1]) == {IGNORE}
         middle = data.encode(talk("Q", "", "R", "S"), "v1", tokenizer, False)[1]
         assert "".join(pieces(tokenizer, [l for l in middle if l != IGNORE])) == "▁S</s>"
@@ -698,7 +699,7 @@ def test_guarded(capsys):
 
 
 def test_the_demo_runs(capsys):
-    assert data.show_example() == 0
+    assert data.main() == 0
     assert "learned" in capsys.readouterr().out
 
 
@@ -711,10 +712,10 @@ def test_the_chat_template_for_others_writes_what_prompt_writes():
     ours = [{"from": "human", "value": "<image>\nOne?"}, {"from": "gpt", "value": "Two."},
             {"from": "human", "value": "Sure?"}]
     for name in ("v1", "llava_v1"):
-        made = jinja2.Template(chat_template(name), keep_trailing_newline=True)
+        made = jinja2.Template(chat_template(data.TEMPLATES[name]), keep_trailing_newline=True)
         said = made.render(messages=talk, add_generation_prompt=True)
         assert said == data.prompt(ours, name)
-    assert jinja2.Template(chat_template("plain")).render(messages=talk[:1]) == "<image>One?"
+    assert jinja2.Template(chat_template(data.TEMPLATES["plain"])).render(messages=talk[:1]) == "<image>One?"
 
 
 # ---------------------------------------------------------------- what files do not say
@@ -741,11 +742,12 @@ def test_a_bos_that_only_the_post_processor_writes(tmp_path, opens):
 
 
 def test_no_chat_template_rather_than_a_wrong_one():
-    assert chat_template("v1") and chat_template("plain") == (
-        chat_template("minigpt4_caption"))
+    ours = data.TEMPLATES
+    assert chat_template(ours["v1"]) and chat_template(ours["plain"]) == (
+        chat_template(ours["minigpt4_caption"]))
     for name in ("minigpt4", "instructblip"):
         assert data.TEMPLATES[name].style not in ("two", "plain")
-        assert chat_template(name) is None
+        assert chat_template(ours[name]) is None
 
 
 def test_a_caption_is_a_question_and_an_answer():

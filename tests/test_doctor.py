@@ -6,6 +6,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import train
 from tiny import write_words
 from formats.errors import exit_status
 from formats.strict_json import read_json
+from trainer import doctor as trainer_doctor
 from trainer.doctor import TokenCounter, check_picture, parse
 from trainer.loader import Samples
 
@@ -80,7 +82,7 @@ def doctor(folder, rows, capsys, *flags, lines=False, images="images"):
     OPENED, start = [], time.process_time()
     with warnings.catch_warnings():
         try:
-            code = exit_status(lambda: data.main(args))
+            code = exit_status(lambda: trainer_doctor.run(args))
         finally:
             opened, OPENED = OPENED, None
     spent, (out, err) = time.process_time() - start, capsys.readouterr()
@@ -135,7 +137,7 @@ def test_every_shape_is_read_and_trained_from(folder, capsys, shape, written):
     pictured = [s for s in samples if "image" in s]
     assert all(s["image"] == ("0.jpg" if "cc_sbu" in shape else "0.png") for s in pictured)
     assert len(pictured) == len(samples) * ("0.png" in text or "image_id" in text)
-    args = parse(["--stage", "2", "--data", str(folder / "x.json"),
+    args = train.parse_args(["--stage", "2", "--data", str(folder / "x.json"),
                             "--images", str(folder / "images")])
     picture, said = Samples(args)[0]
     assert (picture is not None) == bool(pictured) == ("<image>" in said[0]["value"])
@@ -208,10 +210,10 @@ def written(rows, lines):
     """As bytes, and what `raw` put in unquoted."""
     found = []
 
-    def attention_mask(value):
+    def keep(value):
         found.append(value[3:])
         return f"RAW{len(found) - 1}RAW"
-    text = [json.dumps(row, default=attention_mask).encode() for row in rows]
+    text = [json.dumps(row, default=keep).encode() for row in rows]
     text = b"\n".join(text) if lines else b"[" + b", ".join(text) + b"]"
     return re.sub(rb'"RAW(\d+)RAW"', lambda m: found[int(m[1])], text)
 
@@ -249,7 +251,7 @@ def test_the_watch_sees_what_is_opened_outside(folder, capsys, monkeypatch):
     """Without the check of the names the audit hook finds the secret."""
     rows = good()
     rows[2]["image"] = "out.png"
-    monkeypatch.setattr(data, "picture_path", lambda root, name: Path(root) / name)
+    monkeypatch.setattr(trainer_doctor, "picture_path", lambda root, name: Path(root) / name)
     code, faults, _, _, opened = doctor(folder, rows, capsys)
     assert (code, faults) == (0, []) and outside(folder, opened) == {
         str(folder / "images/out.png")}
@@ -330,7 +332,7 @@ def test_lengths_are_those_of_training(folder, capsys):
     rows.append({"conversations": talk("Q?", "word " * 100)})
     for places in (1, 32):
         _, _, said, *_ = doctor(folder, rows, capsys, "--llm", folder, "--places", places)
-        want = data.Counter()
+        want = Counter()
         for row in rows:
             n = len(data.encode(row["conversations"], "v1", words, "image" in row)[0])
             want[(n + (places - 1) * ("image" in row)).bit_length()] += 1
@@ -438,7 +440,7 @@ def test_five_thousand_rows_take_their_share_of_a_minute(folder, capsys):
 # ------------------------------------------------------------------------------- show, usage
 
 def shown(capsys, folder, *flags):
-    code = exit_status(lambda: data.main(parse(
+    code = exit_status(lambda: trainer_doctor.run(parse(
         ["show", str(folder / "x.json"), *map(str, flags)])))
     return (code, *capsys.readouterr())
 
@@ -486,9 +488,9 @@ def test_usage(folder, capsys):
         with pytest.raises(SystemExit) as stop:
             parse(words)
         assert stop.value.code == 2
-    run = lambda *words: exit_status(lambda: data.main(parse(list(map(str, words)))))
+    run = lambda *words: exit_status(lambda: trainer_doctor.run(parse(list(map(str, words)))))
     assert run("check", file) == 2 and "give --images" in capsys.readouterr().err
     assert run("check", file, "--images", folder / "none") == 2
     assert run("check", file, "--images", folder, "--llm", folder / "none") == 3
     capsys.readouterr()
-    assert run() == 0 and "learned" in capsys.readouterr().out
+    assert data.main() == 0 and "learned" in capsys.readouterr().out

@@ -15,15 +15,15 @@ from PIL import Image
 
 import clip
 import data
+import formats.templates
 import generate as g
-import instruct
 import llama
 import train
 from projector import VLM
 from decoding.stopping import stop_ids
 from formats.errors import exit_status
-from formats.templates import ChatTemplate
-from instruct.answerers import from_llama
+from formats.chat_templates import ChatTemplate
+from instruct import answerers
 from train import parse_args as parse
 
 TOY = Path(data.__file__).parent / "toy/weights/llama"
@@ -183,7 +183,7 @@ def test_a_system_turn_replaces_the_system_text(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     t = data.TEMPLATES[name]
-    want = data.prompt(ours(TALKS[1]), name).replace(t.text, "Be brief.")
+    want = data.prompt(ours(TALKS[1]), name).replace(t.system, "Be brief.")
     assert want != data.prompt(ours(TALKS[1]), name)
     for form in ("text", "list"):
         told = theirs([("system", "Be brief."), *TALKS[1]], form)
@@ -386,7 +386,7 @@ def test_a_strange_model_is_saved_as_it_came(tmp_path):
 
 
 def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
-    """instruct.py with a local LLaMA: its template and its ends; without any, v1."""
+    """instruct with a local LLaMA: its template and its ends; without any, v1."""
     asked = []
 
     class Said(list):
@@ -396,7 +396,7 @@ def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
         asked.append((rows[0], eos))
         told = [Said([2]) for _ in rows]
         return told
-    monkeypatch.setattr(instruct, "generate_batch", batch)
+    monkeypatch.setattr(answerers, "generate_batch", batch)
     words = words_in(tmp_path / "llm", "first", SPECIALS)
     tongue = llama.Config(vocab=len(words), width=16, depth=1, heads=2, kv_heads=2, mlp=16,
                           eps=1e-5, rope_theta=1e4, context=512)
@@ -405,12 +405,12 @@ def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
     job = SimpleNamespace(request=[("system", "Be brief."), ("user", "Why?")])
     args = SimpleNamespace(llm=str(tmp_path / "llm"), template=None, dtype="fp32", device="cpu",
                            batch_size=1, max_tokens=4, temperature=0.0, seed=0)
-    monkeypatch.setattr(instruct, "chunks", lambda jobs, *rest: [(0, jobs)])
+    monkeypatch.setattr(answerers, "unanswered_chunks", lambda jobs, *rest: [(0, jobs)])
     talk = [("user", "Be brief.\n\nWhy?")]
-    list(from_llama(args, [job], None))
+    list(answerers.from_llama(args, [job], None))
     assert asked[-1] == (data.prompt_tokens(ours(talk), "v1", words, 0), {2, 9})
     (tmp_path / "llm/chat_template.jinja").write_text(HUB["llama_3"])
-    list(from_llama(args, [job], None))
+    list(answerers.from_llama(args, [job], None))
     told = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm").apply_chat_template(
         theirs(talk), add_generation_prompt=True, tokenize=True, return_dict=False)
     assert asked[-1] == ([1, *told], {2, 9, words.added("<|eot_id|>")})
@@ -429,8 +429,8 @@ HARM = {"hangs": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfo
 
 @pytest.mark.parametrize("kind", HARM)
 def test_a_harmful_template_is_one_line(tmp_path, kind, monkeypatch):
-    import formats.templates
-    monkeypatch.setattr(formats.templates, "SECONDS", 3.0)
+    import formats.chat_templates
+    monkeypatch.setattr(formats.chat_templates, "SECONDS", 3.0)
     folder = stranger(tmp_path / "model", HARM[kind])
     start = time.monotonic()
     model = VLM.from_pretrained(folder)
@@ -520,6 +520,6 @@ def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
 
 
 def test_v0_says_that_the_example_is_left_out():
-    source = Path(data.__file__).read_text()
-    before = source[:source.index('"llava_v0": Template')].splitlines()[-5:]
+    source = Path(formats.templates.__file__).read_text()
+    before = source[:source.index('"llava_v0": row(')].splitlines()[-5:]
     assert "quirk" in "".join(before) and "renewable energy" in "".join(before)
