@@ -21,7 +21,7 @@ from bench.measure import (
     short,
     speeds,
 )
-from decoding.cuda_graph import DecodeStep, capture
+from decoding.cuda_graph import capture, DecodeStep
 from formats import configs
 from formats.checkpoints import export
 from formats.errors import UserError

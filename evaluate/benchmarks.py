@@ -22,14 +22,20 @@ from decoding.pictures import load_picture
 from decoding.prompt import build_prompt, prompt_length
 from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN
-from formats.errors import UsageError, note
+from formats.errors import note, UsageError
 from formats.files import atomic_write, read_text
 from formats.pictures import picture_path
 from formats.strict_json import is_broken_text, iter_rows, read_json
 from generate import generate_batch, stream_text
 from instruct.journal import (
-    Journal, Request, cache_key, model_fingerprint, record_all, replies_in_order,
-    unanswered_chunks)
+    cache_key,
+    Journal,
+    model_fingerprint,
+    record_all,
+    replies_in_order,
+    Request,
+    unanswered_chunks,
+)
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

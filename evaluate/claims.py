@@ -18,8 +18,7 @@ import torch
 from decoding.prompt import build_prompt
 from evaluate import figure
 from evaluate.retrieval import pairwise_accuracy, recall_at_k
-from evaluate.toy import (
-    description_scores, held_out_scenes, linear_probe, scene_pixels, score)
+from evaluate.toy import description_scores, held_out_scenes, linear_probe, scene_pixels, score
 from formats.files import atomic_write
 from generate import generate_batch
 from projector import VLM

@@ -37,7 +37,7 @@ def draw_claim(ax, title, seeds):
 
 def draw(path, table):
     """Write a PNG. table: {paper: [{claim: {"arms", "holds"}} of each seed]}."""
-    import matplotlib                       # here: it takes a second, and one command of seven
+    import matplotlib  # here: it takes a second, and one command of seven
     matplotlib.use("Agg")
     from matplotlib import pyplot
     panels = []

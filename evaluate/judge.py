@@ -14,11 +14,11 @@ import argparse
 
 import data
 from evaluate.benchmarks import answers_to_file, read_rows, require, write_lines
-from formats.errors import UsageError, UserError, note
+from formats.errors import note, UsageError, UserError
 from formats.replies import without_thinking
 from instruct.endpoint import ask_endpoint
-from instruct.flags import ENDPOINT_FLAGS, check_flags
-from instruct.journal import Journal, Request, cache_key
+from instruct.flags import check_flags, ENDPOINT_FLAGS
+from instruct.journal import cache_key, Journal, Request
 
 JUDGE_SYSTEM = "You compare answers with care and grade them fairly."
 JUDGE_PROMPT = (

@@ -21,7 +21,7 @@ from llama import Llama
 from projector import VLM
 from toy.phrases import notes
 from toy.texts import KINDS, question, things_in, value_of
-from toy.world import COLOURS, SHAPES, SIZES, draw, make_scene
+from toy.world import COLOURS, draw, make_scene, SHAPES, SIZES
 
 QUESTIONS_PER_SCENE = 3
 

@@ -32,10 +32,9 @@ from pathlib import Path
 
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadData, BadModel
-from formats.export import chat_template
 from formats.files import read_text
 from formats.strict_json import read_config
-from formats.templates import opening
+from formats.templates import chat_template, opening
 
 SECONDS = 10.0                  # for one prompt; a template of the hub takes a millisecond
 LARGEST = 1_000_000             # bytes of a template file

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from formats import configs, names
+from formats.chat_templates import ChatTemplate
 from formats.checkpoints import dtype_name, export, save_weights
 from formats.conversations import IMAGE_TOKEN
 from formats.files import atomic_write
@@ -27,8 +28,7 @@ from formats.folders import write_json
 from formats.prefix import write_prefix
 from formats.processors import MEAN, STD
 from formats.strict_json import read_model_json
-from formats.chat_templates import ChatTemplate
-from formats.templates import opening, write_jinja
+from formats.templates import chat_template
 from formats.tokenizers import token_dict, tokenizer_config
 
 PAD_TOKEN = "<pad>"
@@ -189,24 +189,6 @@ def eos_token_id(stop_ids, tokenizer):
 
 
 # ------------------------------------------------------------------------------ templates, tokens
-
-def chat_template(t, tokenizer=None) -> str | None:
-    """A data.Template in Jinja, as transformers' processor renders it: the same text as
-    data.prompt, from texts and from lists of parts. In a text <image> is a picture; a first turn
-    from "system" replaces the template's system text.
-
-    tokenizer: for a tokenizer that renders alone and adds no BOS; then the text begins with it.
-    None for the formats that are not written in Jinja here: transformers then asks for one."""
-    if t.style not in ("two", "chat", "llama2", "single", "plain"):
-        return None
-    if tokenizer is None or not tokenizer.add_bos:
-        return write_jinja(t)
-    starts_special = False
-    if t.style != "plain":
-        start = "[INST]" if t.style == "llama2" else opening(t)
-        starts_special = tokenizer.begins_special(start)
-    space = tokenizer.prefix == "first" and not starts_special
-    return write_jinja(t, bos=True, space=space)
 
 
 def save_chat_template(folder, name, t, tokenizer):

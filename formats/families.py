@@ -19,11 +19,11 @@ from pathlib import Path
 from formats import configs, names, unused
 from formats.anyres import ANYRES_GRIDS, TRANSPOSED
 from formats.bert import BertTokenizer
+from formats.chat_templates import ChatTemplate, end_ids, folder_template
 from formats.checkpoints import check_identity_layer, expand_names, load_into, resolve
 from formats.errors import BadModel
 from formats.processors import Processor
 from formats.strict_json import read_config
-from formats.chat_templates import ChatTemplate, end_ids, folder_template
 
 # CLIP's ViT-L/14-336, which folders name or leave out
 L336 = configs.vit_from_hf({"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336,

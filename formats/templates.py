@@ -298,3 +298,22 @@ def write_jinja(t, bos: bool = False, space: bool = False) -> str:
     if t.style == "llama2":
         return SAID + SPLIT_SYSTEM + system + begin + _llama2_jinja(t)
     return SAID + SPLIT_SYSTEM + system + begin + _turns_jinja(t)
+
+
+def chat_template(t, tokenizer=None) -> str | None:
+    """A data.Template in Jinja, as transformers' processor renders it: the same text as
+    data.prompt, from texts and from lists of parts. In a text <image> is a picture; a first turn
+    from "system" replaces the template's system text.
+
+    tokenizer: for a tokenizer that renders alone and adds no BOS; then the text begins with it.
+    None for the formats that are not written in Jinja here: transformers then asks for one."""
+    if t.style not in ("two", "chat", "llama2", "single", "plain"):
+        return None
+    if tokenizer is None or not tokenizer.add_bos:
+        return write_jinja(t)
+    starts_special = False
+    if t.style != "plain":
+        start = "[INST]" if t.style == "llama2" else opening(t)
+        starts_special = tokenizer.begins_special(start)
+    space = tokenizer.prefix == "first" and not starts_special
+    return write_jinja(t, bos=True, space=space)

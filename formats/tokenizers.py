@@ -17,9 +17,9 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import AddedToken
 
-from formats.hub import hub_id
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadData, BadModel
+from formats.hub import hub_id
 from formats.prefix import drop_apart
 from formats.strict_json import read_config, read_model_json
 from formats.templates import texts_of

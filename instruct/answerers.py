@@ -18,20 +18,31 @@ import data
 from decoding.loading import load_model
 from decoding.pictures import load_picture
 from decoding.prompt import build_prompt
+from formats.chat_templates import end_ids, folder_template
 from formats.checkpoints import resolve
-from formats.errors import UsageError, note
+from formats.errors import note, UsageError
 from formats.pictures import picture_path
 from formats.strict_json import read_config
-from formats.chat_templates import end_ids, folder_template
 from generate import generate_batch, stream_text
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
-    Request, cache_key, model_fingerprint, record_all, replies_in_order, unanswered_chunks)
+    cache_key,
+    model_fingerprint,
+    record_all,
+    replies_in_order,
+    Request,
+    unanswered_chunks,
+)
 from instruct.prompts import (
-    CONTINUE_PROMPT, REPAIR_PROMPT, few_shot_messages, format_qa, image_context)
+    CONTINUE_PROMPT,
+    few_shot_messages,
+    format_qa,
+    image_context,
+    REPAIR_PROMPT,
+)
 from instruct.sources import coco_field, folder_requests, read_coco, toy_scenes
 from llama import Llama
-from toy.texts import KIND_WEIGHTS, KINDS, description, dialogue, question
+from toy.texts import description, dialogue, KIND_WEIGHTS, KINDS, question
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,7 +25,7 @@ import urllib.request
 from collections import Counter
 from email.utils import parsedate_to_datetime
 
-from formats.errors import Offline, UserError, note
+from formats.errors import note, Offline, UserError
 from formats.strict_json import loads
 from instruct.journal import record_all
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 from formats.checkpoints import resolve
-from formats.errors import UsageError, note
+from formats.errors import note, UsageError
 from formats.strict_json import loads
 
 

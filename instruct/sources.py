@@ -11,7 +11,7 @@ import data
 from formats.errors import note
 from formats.pictures import list_pictures, picture_path
 from formats.strict_json import is_broken_text, read_json
-from instruct.journal import Request, cache_key, model_fingerprint
+from instruct.journal import cache_key, model_fingerprint, Request
 from toy.texts import captions
 from toy.world import draw, make_scene
 

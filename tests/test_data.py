@@ -22,7 +22,7 @@ import data
 from data import IGNORE, IMAGE
 from formats.checkpoints import export, load_into, resolve, save_weights
 from formats.errors import Offline, TrainingFailed, UsageError, exit_status
-from formats.export import chat_template
+from formats.templates import chat_template
 from formats.pictures import picture_path
 from formats.strict_json import read_config
 from trainer.samples import encode_as_official

@@ -28,9 +28,18 @@ from llama import Config as LlamaConfig
 from llama import Llama
 from toy.induction import init_induction_heads
 from toy.phrases import is_true_of, notes, phrases, word_picture
-from toy.texts import DESCRIBE, captions, description, dialogue, web_caption
+from toy.texts import captions, DESCRIBE, description, dialogue, web_caption
 from toy.world import (
-    BACKGROUNDS, COLOURS, NUMBERS, SHAPES, SIDE, SIZES, draw, hard_negative_scene, make_scene)
+    BACKGROUNDS,
+    COLOURS,
+    draw,
+    hard_negative_scene,
+    make_scene,
+    NUMBERS,
+    SHAPES,
+    SIDE,
+    SIZES,
+)
 
 
 def muon(model, lr, rest_lr, betas):
@@ -48,7 +57,7 @@ def clip_tokenizer(folder):
     """Write a word-level tokenizer.json of the toy captions; returns the number of its tokens.
 
     The end token has the largest id: CLIP's text tower finds it by that."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import models, normalizers, pre_tokenizers, processors, Tokenizer
     texts = ["object photo picture image of the with"]
     for i in range(2000):
         scene = make_scene(i)
@@ -155,7 +164,7 @@ def llama_tokenizer(folder):
 
     Merges are learned inside words, so every common word of the toy world is one token. The
     file that is written has LLaMA's own pre-tokenizer instead, which does not split."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, Tokenizer, trainers
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(prepend_scheme="first", split=True),

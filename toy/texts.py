@@ -12,7 +12,16 @@ Next: toy/phrases.py, the texts for the toy's own CLIP and LLaMA; evaluate/toy.p
 import random
 
 from toy.world import (
-    BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, NUMBERS, PLACES, SHAPES, SIZES, draw, make_scene)
+    BACKGROUNDS,
+    COLOURS,
+    draw,
+    HELD_OUT_PAIRS,
+    make_scene,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    SIZES,
+)
 
 CURATED = 300           # MiniGPT-4 curated 3,500 pictures after five million pairs
 KINDS = ("colour", "shape", "size", "where", "count", "count of", "exist", "relation",

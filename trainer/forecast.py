@@ -27,7 +27,6 @@ from trainer.distributed import world_size
 from trainer.flags import BASES, EVA, SMALL
 from trainer.lengths import mean_lengths, sample_lengths
 from trainer.lora import add_lora
-from trainer.samples import encode_sample
 
 # the hub's parts that recipes begin with: a plan needs no network
 KNOWN_SIZES = {

@@ -22,7 +22,6 @@ from trainer.distributed import gathered
 from trainer.rows import BAD, Journal, NOTHING, Rows
 from trainer.samples import encode_sample, lesson, sample_pieces
 
-
 # -------------------------------------------------------------------------------------- the samples
 
 class Samples:

@@ -11,8 +11,8 @@ from trainer.forecast import (
     flops_per_sample,
     memory_forecast,
     meta_model,
-    usable_bytes,
     USABLE,
+    usable_bytes,
 )
 from trainer.lengths import mean_lengths, sample_lengths
 
