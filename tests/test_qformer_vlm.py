@@ -218,23 +218,23 @@ def test_trap_3_lavis_names_with_no_bias_for_k(tmp_path, folders, monkeypatch):
 @torch.no_grad()
 def test_positions_are_stretched_at_load(folders, monkeypatch):
     folder, theirs = folders["blip2"]
-    ours, small = clip.ViT.from_pretrained(folder, image=40), clip.ViT.from_pretrained(folder)
+    ours, small = clip.ViT.from_pretrained(folder).resize(40), clip.ViT.from_pretrained(folder)
     pixels = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(2))
     assert ours.config.image_size == 40 and ours.position.shape == (1, 26, 32)
     assert torch.equal(ours.position[:, 0], small.position[:, 0])           # [cls] has no place
     assert eye_gap(ours, theirs, pixels, interpolate_pos_encoding=True) <= LIMIT
-    half = clip.ViT.from_pretrained(folder, torch.bfloat16, image=40).position
+    half = clip.ViT.from_pretrained(folder, torch.bfloat16).resize(40).position
     assert gap(half.float(), ours.position) < .02 and half.dtype == torch.bfloat16
     interpolate = F.interpolate
     for way in (dict(mode="bilinear", align_corners=False),
                 dict(mode="bicubic", align_corners=True)):
         monkeypatch.setattr(F, "interpolate", lambda x, size, **_: interpolate(x, size, **way))
-        wrong = clip.ViT.from_pretrained(folder, image=40)
+        wrong = clip.ViT.from_pretrained(folder).resize(40)
         monkeypatch.undo()
         assert eye_gap(wrong, theirs, pixels, interpolate_pos_encoding=True) > 100 * LIMIT
     for lie in (-5, 4, "40", 10 ** 9):
         with pytest.raises(data.BadModel):
-            clip.ViT.from_pretrained(folder, image=lie)
+            clip.ViT.from_pretrained(folder).resize(lie)
 
 
 @pytest.mark.parametrize("kind, config", [
