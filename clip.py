@@ -8,28 +8,24 @@
                                                     |                                |
                                    LLaVA reads here: patches                 CLIP reads here: [cls]
 
-CLIP is trained by contrast: in a batch of images and captions, find the pairs.
-[CLIP] 2103.00020 section 2.3.
+CLIP is trained by contrast: in a batch of images and captions, find the pairs [CLIP] 2103.00020.
 LLaVA reads the output of the second-last block. The last block moves what it found into the class
 token, and its patches say less about their own place.
 
-Four details load without an error and give wrong features when they are missed:
-    a norm *before* the blocks (spelled pre_layrnorm in the files),
-    QuickGELU instead of GELU,
-    no bias in the patch embedding,
-    the class token comes first.
-Checked against transformers' CLIPModel (tests/test_parity.py).
+Four details load without an error and give wrong features when they are missed: a norm *before*
+the blocks (spelled pre_layrnorm in the files), QuickGELU instead of GELU, no bias in the patch
+embedding, the class token first. Checked against transformers' CLIPModel (tests/test_parity.py).
 
 The toy tower is trained by *late interaction* [FILIP] 2111.07783: a phrase of the caption scores by
 its best patch, not by the class token. With the class token alone a tiny tower can pair images and
 captions by colour and place, and the patches, which LLaVA reads, lose the shape (docs/weights.md).
 
-EVA ViT-g/14 [EVA] 2211.07636 is the vision tower of BLIP-2 and MiniGPT-4. It is the same network
-with other settings, and a Q-Former reads its last block:
+EVA ViT-g/14 [EVA] 2211.07636 is the vision tower of BLIP-2 and MiniGPT-4: the same network with
+other settings. A Q-Former reads its last block:
 
-            GELU    patches  norm before  bias of k  final block and norm    eps    read
-    CLIP    quick   no bias  yes          yes        yes                     1e-5   patches
-    EVA     exact   bias     no           zero       no                      1e-6   [cls] and patches
+            GELU    patches  norm before  bias of k  final block, norm  eps    read
+    CLIP    quick   no bias  yes          yes        yes                1e-5   patches
+    EVA     exact   bias     no           zero       no                 1e-6   [cls] and patches
 
 Letters: B batch, T tokens, P patches, C width, H heads, D head size, E width of the shared space.
 Alone: `python clip.py photo.jpg` prints the phrases that fit an image best.
@@ -74,8 +70,6 @@ class Config:
         return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
 
 
-# ------------------------------------------------------------------------------ the transformer
-
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension."""
 
@@ -115,7 +109,6 @@ class Block(nn.Module):
 
 def interpolate_positions(position, side):
     """Learned positions (1+P, C) or (1, 1+P, C) -> the same for an image of side x side patches.
-
     The class token keeps its own. The grid of the others is resized like a picture: bicubic,
     corners not aligned, in fp32, as the official loader of EVA does."""
     rows = position.detach().float().view(-1, position.shape[-1])             # (1+P, C)
@@ -127,10 +120,8 @@ def interpolate_positions(position, side):
 
 
 class ViT(nn.Module):
-    """The vision tower.
-
-    CLIP's last block and final norm are loaded only so that they can be saved again: `forward`
-    does not run them."""
+    """The vision tower. CLIP's last block and final norm are loaded only so that they can be saved
+    again: `forward` does not run them."""
     checkpoint = None               # what blocks keep for backward: see kernels/checkpoint.py
 
     def __init__(self, config):
@@ -149,7 +140,7 @@ class ViT(nn.Module):
 
     def without_final_block(self):
         """Drop CLIP's last block and final norm, for a Q-Former, which has a norm of its own in
-        that place (and in the files under that name). EVA has none. Returns self."""
+        their place (and in the files under that name). Returns self."""
         if self.config.has_final_block:
             depth = self.config.depth - 1
             self.config = replace(self.config, depth=depth, has_final_block=False)
@@ -160,17 +151,14 @@ class ViT(nn.Module):
         """pixels (B, 3, S, S) -> (B, 1+P, C), the input of the first block."""
         c, B = self.config, len(pixels)
         p, side = c.patch_size, c.image_size // c.patch_size
-        if pixels.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f"pixels {tuple(pixels.shape)}: this tower takes (B, 3, "
-                             f"{c.image_size}, {c.image_size}); use data.preprocess")
+        configs.check_pixels(c, pixels)
         x = pixels[:, :, :side * p, :side * p]          # a border smaller than a patch is unused
         x = x.view(B, 3, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
         # a convolution whose stride is its size is one matrix product per patch
         x = x.reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T     # (B, P, C)
         if self.patch_bias is not None:
             x = x + self.patch_bias
-        cls = self.cls.to(x.dtype).expand(B, 1, -1)
-        x = torch.cat((cls, x), dim=1)                                         # (B, 1+P, C)
+        x = torch.cat((self.cls.to(x.dtype).expand(B, 1, -1), x), dim=1)                                       # (B, 1+P, C)
         return self.norm_pre(x + self.position)
 
     def forward(self, pixels):
@@ -190,9 +178,7 @@ class ViT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
         """From a folder or hub id of a CLIP, of its vision tower alone, or of a BLIP-2,
-        InstructBLIP or LAVIS model, in `dtype` (None: the file's own).
-
-        Raises data.BadModel, data.Offline."""
+        InstructBLIP or LAVIS model, in `dtype` (None: the file's own)."""
         folder = checkpoints.resolve(folder)
         weights = checkpoints.load_weights(folder)
         with torch.device("meta"):                      # shapes without memory
@@ -200,8 +186,6 @@ class ViT(nn.Module):
         table, ignore = names.vision_tower(weights, model.config)
         return checkpoints.load_into(model, table, weights, ignore, dtype).eval()
 
-
-# --------------------------------------------------------------------------------- both towers
 
 class TextTower(nn.Module):
     """The text tower: causal, and read where the text ends."""
@@ -217,13 +201,10 @@ class TextTower(nn.Module):
 
     def forward(self, ids):
         """ids (B, T) -> (B, C), the state at the first end token."""
-        if ids.shape[1] > self.config.context:
-            raise ValueError(f"a text of {ids.shape[1]} tokens; this CLIP has positions for "
-                             f"{self.config.context}: cut the text, and keep its end token")
+        configs.check_text_length(self.config, ids)
         x = self.token[ids] + self.position[:ids.shape[1]]                     # (B, T, C)
         x = checkpointed(self.blocks, x, causal, policy=self.checkpoint)
-        # quirk: files with eos_token_id 2 are older than the field; there the end of a text is
-        # its largest id
+        # quirk: files with eos_token_id 2 are older than that key: a text ends at its largest id
         if self.config.eos_ids == (2,):
             end = ids.argmax(1)                                                # (B,)
         else:
@@ -259,9 +240,7 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
-        """From a folder or hub id in the Hugging Face layout, in `dtype` (None: the file's own).
-
-        Raises data.BadModel, data.Offline."""
+        """From a folder or hub id in the Hugging Face layout, in `dtype` (None: the file's own)."""
         folder = checkpoints.resolve(folder)
         vision, text, shared = configs.read_clip(folder)
         with torch.device("meta"):
@@ -279,9 +258,9 @@ class CLIP(nn.Module):
 def contrastive_loss(scores, is_true, pairs):
     """Find the right one, both ways, among all that are not also right.
 
-    scores (B, K): image b with text k, times the inverse temperature; is_true (B, K) bool: text k
-    is true of image b; pairs (M, 2): (b, k) that stand together. Other true texts are taken out of
-    the denominator: otherwise "a red star" would be pushed away from every other red star."""
+    scores (B, K): image b with text k, over the temperature; is_true (B, K) bool: k is true of b;
+    pairs (M, 2): (b, k) that stand together. Other true texts are taken out of the denominator:
+    otherwise "a red star" would be pushed away from every other red star."""
     b, k = pairs[:, 0], pairs[:, 1]
     positive = scores[b, k]                                                    # (M,)
     negatives = scores.masked_fill(is_true, float("-inf"))                     # (B, K)

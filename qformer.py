@@ -8,7 +8,7 @@
         MLP              one for the queries, another for the text            x        x
 
 The result has the same size for every image. BLIP-2 [BLIP-2] 2301.12597 trains it in two stages:
-first with captions, three masks and three losses (here), then before a language model (projector.py).
+first with captions, three masks and three losses, then before a language model (projector.py).
 
 The three masks. Row: the token that looks; column: the token it may see. Q = 2, then T = 4:
 
@@ -371,7 +371,7 @@ class Blip2Stage1(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, vision=None):
-        """From a folder or hub id of transformers' Blip2ForImageTextRetrieval or of LAVIS. dtype: of
+        """From a folder or hub id: Blip2ForImageTextRetrieval of transformers, or LAVIS. dtype: of
         the vision tower; the rest is fp32, because its losses overflow in fp16 (LAVIS issue 267).
         vision: folder of the tower, for a LAVIS file without it."""
         folder = checkpoints.resolve(folder)

@@ -52,7 +52,7 @@ def read_clip(folder):
 
 
 def vit_from_hf(c, text=False):
-    """clip.Config of `vision_config` or (text) `text_config` of a CLIP's or BLIP-2's config.json."""
+    """clip.Config of `vision_config` or (text) `text_config` of a config.json of CLIP or BLIP-2."""
     require_object(c, "a tower's settings")
     # defaults: those of ViT-B/32, or of EVA's ViT-g/14
     eva = c.get("model_type") in ("blip_2_vision_model", "instructblip_vision_model")
@@ -92,8 +92,22 @@ def check_vit(c):
                        f"{c['image_size']} / patch {c['patch_size']} do not divide; {TAKE}")
 
 
+def check_pixels(c, pixels):
+    """Raises ValueError where pixels do not fit a vision tower with this clip.Config."""
+    if pixels.shape[1:] != (3, c.image_size, c.image_size):
+        raise ValueError(f"pixels {tuple(pixels.shape)} do not fit a tower for (B, 3, "
+                         f"{c.image_size}, {c.image_size}); use data.preprocess")
+
+
+def check_text_length(c, ids):
+    """Raises ValueError where ids (B, T) are too long for a text tower with this clip.Config."""
+    if ids.shape[1] > c.context:
+        raise ValueError(f"a text of {ids.shape[1]} tokens; this CLIP has positions for "
+                         f"{c.context}: cut the text, and keep its end token")
+
+
 def vision_tower(c):
-    """clip.Config of the vision tower in the config.json of a CLIP, its tower alone, or a BLIP-2."""
+    """clip.Config of the vision tower in a config.json of CLIP, of its tower or of BLIP-2."""
     inner = c.get("vision_config", c)
     if c.get("model_type") not in ("blip-2", "instructblip"):
         return vit_from_hf(inner)
@@ -264,7 +278,7 @@ def llama_to_hf(c):
 # ----------------------------------------------------------------------------------- the Q-Former
 
 def read_qformer(folder, text=True):
-    """qformer.Config of a BLIP-2's or InstructBLIP's folder; text=False: without its text branch."""
+    """qformer.Config of a BLIP-2's or InstructBLIP's folder; text=False: without text branch."""
     out = qformer(read_config(folder))
     return out if text else {**out, "vocab": 0}
 
@@ -311,8 +325,8 @@ def qformer_from_hf(c, queries=32, vision=1408):
                 mlp=(1, 2 ** 17), num_queries=(1, 2 ** 12), vision_width=(1, 2 ** 15),
                 vocab=(0, 2 ** 20), context=(1, 2 ** 20), cross_attention_freq=(1, 2 ** 9))
     if not is_positive(out["eps"]) or out["width"] % out["heads"]:
-        raise BadModel(f"config.json: the Q-Former's layer_norm_eps {out['eps']!r} must be positive "
-                       f"and its width {out['width']} divide by its {out['heads']} heads; {TAKE}")
+        raise BadModel(f"config.json: the Q-Former's layer_norm_eps {out['eps']!r} must be "
+                       f"positive and its width {out['width']} divide by its {out['heads']} heads; {TAKE}")
     return out
 
 

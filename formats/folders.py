@@ -1,7 +1,7 @@
 """formats/folders.py: the model folders of single parts, written as transformers reads them.
 
     save_clip      config.json, model.safetensors                   CLIPModel
-    save_llama     config.json, model.safetensors                   LlamaForCausalLM, MistralForCausalLM
+    save_llama     config.json, model.safetensors                   Llama- or MistralForCausalLM
     save_stage1    these, the tokenizer, preprocessor_config.json   Blip2ForImageTextRetrieval
 
 and BLIP-2's first stage read back (load_stage1), whose files come in two layouts. A whole VLM is
@@ -106,7 +106,7 @@ def load_lavis(model, folder, weights, dtype, tower):
 
 
 def scoring_model(args):
-    """The folder or hub id from which `python qformer.py IMAGE CAPTION ...` loads. Raises UsageError,
+    """The folder or hub id that `python qformer.py IMAGE CAPTION ...` loads. Raises UsageError,
     BadModel."""
     if not args.captions:
         raise UsageError('no caption: give one or more behind the image, each "in quotes"')

@@ -249,7 +249,7 @@ def vision_tower(weights, config):
 
 
 def llama(weights, config):
-    """(table, unused) for a LLaMA. A tied file has its embedding under one of two names, or both."""
+    """(table, unused) for a LLaMA. A tied file has its embedding under one of two names or both."""
     table, ignore = dict(LLAMA), unused.llama(config)
     embed, head = LLAMA["embed.weight"], LLAMA["head.weight"]
     if config.tie_embeddings and embed not in weights:

@@ -1,7 +1,7 @@
 """formats/unused.py: which tensors of a weight file are not loaded, and why.
 
-A table is {pattern of the file's names: reason}. Some reasons say something about the values ("tied:
-the word embeddings once more", "positions 0, 1, 2 ..."). Such a reason is a `Claim`:
+A table is {pattern of the file's names: reason}. Some reasons speak of the values ("tied: the word
+embeddings once more", "positions 0, 1, 2 ..."). Such a reason is a `Claim`:
 `checkpoints.load_into` checks it, and a tensor that holds something else is refused by name. A
 reason that says what a tensor is for ("the half of CLIP that reads text") needs no check and is a
 plain str. A tensor without a reason is an error.

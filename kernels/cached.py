@@ -2,8 +2,8 @@
 
     no cache                        attention           a whole row: training
     a cache, several tokens         attention           the prompt
-    a cache, one token, no_grad     decode              its own kernel, which reads the cache once
-    a cache whose length is on the GPU    decode        inside a CUDA graph
+    a cache, one token, no_grad     decode              a kernel of its own for one query
+    its length on the GPU           decode              inside a CUDA graph
 
 The cache is a llama.KVCache: .update stores keys and values and returns all so far, .length is
 their number or, inside a CUDA graph, .end (B,) on the device.

@@ -101,7 +101,7 @@ def test_gradients_are_bit_equal_and_attention_runs_once(launches, case):
         blocks = 2 * DEPTH - 1 if case == "clip" else DEPTH
         assert len(launches) == blocks * (2 if policy == "full" else 1), policy
     learning = [p for n, p in model.named_parameters() if case != "clip" or not any(
-        part in n for part in (f"vision.blocks.{DEPTH - 1}", "norm_post", "shared", "scale"))]
+        part in n for part in (f"vision.blocks.{DEPTH - 1}", "norm_post", "projection", "scale"))]
     assert len(first) == (1 if case == "frozen" else len(learning))
 
 

@@ -557,7 +557,7 @@ def fresh(**other):
     words = BertTokenizer.build(TEXTS)
     model = Blip2Stage1(EYE, small(vocab=len(words), **other), 16)
     model.tokenizer = words.check_fits(len(words))
-    shaken(model, 11)
+    shaken(model, 13)
     with torch.no_grad():
         model.temp.fill_(.3)
     ids, mask = words.encode(TEXTS)
