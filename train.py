@@ -77,8 +77,8 @@ RECIPES = {
     # is the script. Its stage 2 uses OPT or FlanT5, which are not LLaMAs: this one is our
     # composition, InstructBLIP-Vicuna its nearest official relative. Not run by us at full size.
     "blip2": (
-        Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "vision_proj", "text_proj",
-              "itm_head", "lm_head", "temp"), "", "squash", 1e-4, 1600, 10,
+        Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "vision_proj",
+              "text_proj", "itm_head", "lm_head", "temp"), "", "squash", 1e-4, 1600, 10,
               warmup=5000, decay=.05, schedule="lavis", warm_lr=1e-6, min_lr=1e-5,
               losses=("itc", "itm", "itg"), caption_style="short"),
         Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("projector",), "blip2",
@@ -154,7 +154,7 @@ from trainer.step import GradientStep
 # ---------------------------------------------------------------- what trains, and with which rate
 
 def set_trainable(model, parts, lora=0):
-    """The freezing policy: only the named parts train, and of a LLaMA with LoRA only LoRA's weights.
+    """The freezing policy: only the named parts train; of a LLaMA with LoRA only LoRA's weights.
 
     parts: names of modules or parameters; "vision.blocks.12+" is block 12 and all behind it.
     Returns {name: parameter} of what trains. An unknown name is a UsageError."""
@@ -205,7 +205,7 @@ def make_optimizers(trained, row, args):
     return optimizers
 
 
-# -------------------------------------------------------------------------- what a stage consists of
+# ------------------------------------------------------------------------- what a stage consists of
 
 @dataclass
 class TrainJob:
@@ -257,10 +257,12 @@ def vlm_job(args, out, device):
     sample = None
     if args.base == "toy" and not args.data:
         sample = sample_captions(model, row)
-    return TrainJob(model, make_optimizers(local_params, row, args), steps,
-                    MicroBatches(samples, model, args, rank(), world_size()), loss,
-                    lr_schedule(row, steps), save_model, row.clip, sample, row.batch,
-                    flops_counter(model), samples, local_params)
+    return TrainJob(
+        model, make_optimizers(local_params, row, args), steps,
+        batches=MicroBatches(samples, model, args, rank(), world_size()), loss=loss,
+        lr_scale=lr_schedule(row, steps), save_model=save_model, clip=row.clip, sample=sample,
+        batch=row.batch, count_flops=flops_counter(model), samples=samples,
+        local_params=local_params)
 
 
 def blip2_stage1_job(args, out, device):
@@ -275,9 +277,10 @@ def blip2_stage1_job(args, out, device):
         losses = model.losses(pixels, ids, mask, seed=seed, only=row.losses)
         return {name: value / args.accum for name, value in losses.items()}
 
-    return TrainJob(model, [optimizer], steps, CaptionBatches(samples, model, args, device), loss,
-                    lr_schedule(row, steps), model.save_pretrained, row.clip, batch=row.batch,
-                    samples=samples)
+    return TrainJob(
+        model, [optimizer], steps, batches=CaptionBatches(samples, model, args, device), loss=loss,
+        lr_scale=lr_schedule(row, steps), save_model=model.save_pretrained, clip=row.clip,
+        batch=row.batch, samples=samples)
 
 
 def sample_captions(model, row):
@@ -309,11 +312,11 @@ def train_loop(job, run):
 
         for batch, is_last in run.micro_batches(step):      # data
             with run.autocast():                            # accumulate
-                losses = job.loss(batch)
-            # add them to the step's loss; behind the last one all ranks must have a finite sum
+                losses = job.loss(batch)                    # {name: scalar}: BLIP-2 has three
+            # for the log; behind the last micro-batch a sum that is not finite ends the run here
             gradients.is_last = run.add_losses(losses, is_last, step)
             loss = sum(losses.values())
-            if loss.requires_grad:      # not where only a projector trains and the batch is text
+            if loss.requires_grad:      # false if only a projector trains and the batch is text
                 loss.backward()         # 8-bit AdamW steps in here, at the last micro-batch
 
         grad_norm = gradients.finish()                      # of all ranks; clipped

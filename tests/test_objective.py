@@ -163,8 +163,8 @@ def test_stage_two_with_split_masters_is_the_plain_loop(ground, plain, tmp_path,
 def one_document(monkeypatch):
     """All texts of a row see each other."""
     real = projector.document_spans
-    monkeypatch.setattr(projector, "document_spans", lambda lengths, device: real([[sum(lengths[0])]],
-                                                                          device))
+    monkeypatch.setattr(projector, "document_spans",
+                        lambda lengths, device: real([[sum(lengths[0])]], device))
 
 
 def means_of_rows(monkeypatch):
@@ -174,7 +174,8 @@ def means_of_rows(monkeypatch):
     def plan(self, step):
         rows = real(self, step)
         learned = [sum(x != data.IGNORE for t in row for x in t[2]) for row in rows]
-        return [[t._replace(weight=1 / (len(rows) * n)) for t in row] for row, n in zip(rows, learned)]
+        return [[t._replace(weight=1 / (len(rows) * n)) for t in row]
+                for row, n in zip(rows, learned)]
     monkeypatch.setattr(MicroBatches, "plan", plan)
 
 

@@ -36,8 +36,12 @@ def asked(*flags):
     return parse(["--stage", "2", "--base", "7b", *map(str, flags)])
 
 
+def model_of(args):
+    return meta_model(args, train.set_trainable)
+
+
 def total(args, pack, policy, gpus=1):
-    return sum(memory_forecast(meta_model(args, train.set_trainable), args, MIXED, pack, policy, gpus).values())
+    return sum(memory_forecast(model_of(args), args, MIXED, pack, policy, gpus).values())
 
 
 # ------------------------------------------------------------------------------- sums by hand
@@ -45,7 +49,7 @@ def total(args, pack, policy, gpus=1):
 def test_bytes_of_7b():
     """P = 6.759 G weights train, of 0.304 G nothing but the weights is there; GB = 10⁹ bytes."""
     args = asked()
-    model = meta_model(args, train.set_trainable)
+    model = model_of(args)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_759_395_328
     eye = 2 * sum(p.numel() for p in model.vision.parameters()) / 1e9
     need = static_bytes(model, args)
@@ -67,8 +71,8 @@ def test_bytes_of_7b():
 
 def test_work_of_7b():
     """TFLOP of a sample, and hours of one A100 at 60 % of its 312 TFLOP/s."""
-    one = meta_model(parse(["--stage", "1", "--base", "7b"]), train.set_trainable)
-    two = meta_model(asked(), train.set_trainable)
+    one = model_of(parse(["--stage", "1", "--base", "7b"]))
+    two = model_of(asked())
     sums = lambda model, kind, policy="none": sum(flops_per_sample(model)(*kind, policy)) / 1e12
     assert flops_per_sample(one)(30, 28, 1)[3] / 1e12 == pytest.approx(.366, abs=.001)
     assert sums(one, (30, 28, 1)) == pytest.approx(16.5, abs=.05)
@@ -82,12 +86,12 @@ def test_work_of_7b():
     mixed = sum(kind[0] * sums(two, kind[1:]) for kind in MIXED)
     assert hours(665_298, mixed) == pytest.approx(36.6, abs=.05)
     # half of the eye trains, too: 11 of the 23 blocks that run, three times; 577 places of 30 KiB
-    half = meta_model(parse(["--stage", "1", "--base", "7b", "--recipe", "sharegpt4v"]), train.set_trainable)
-    assert flops_per_sample(half)(208, 206, 1)[3] / 1e12 == pytest.approx(.366 * (1 + 2.05 * 11 / 23),
-                                                                     abs=.01)
+    half = model_of(parse(["--stage", "1", "--base", "7b", "--recipe", "sharegpt4v"]))
+    assert flops_per_sample(half)(208, 206, 1)[3] / 1e12 == pytest.approx(
+        .366 * (1 + 2.05 * 11 / 23), abs=.01)
     more = [activation_bytes(m, 0, 0, 1, "none")[0] for m in (two, half)]
     assert more[1] - more[0] == pytest.approx(11 * 577 * 30 * 1024, rel=.01)
-    lora = meta_model(asked("--lora", 128), train.set_trainable)            # frozen weights: a third less
+    lora = model_of(asked("--lora", 128))            # frozen weights: a third less
     assert .70 < sums(lora, (324, 180, 1)) / sums(two, (324, 180, 1)) < .75
 
 
@@ -95,7 +99,7 @@ def test_what_fits():
     args, space = asked(), usable_bytes(80)
     # 79.1 GiB less half a GB; of that 95 %
     assert space / 1e9 == pytest.approx(.95 * 84.43, abs=.05)
-    model = meta_model(args, train.set_trainable)
+    model = model_of(args)
     assert choose_row_and_policy(model, args, MIXED, space) == (6144, "none")
     assert total(args, 6144, "none") / 1e9 == pytest.approx(75, abs=1)
     assert total(args, 8192, "none") / 1e9 == pytest.approx(81.5, abs=1)
@@ -110,7 +114,8 @@ def test_what_fits():
     args = asked("--optimizer", "adamw")
     assert choose_row_and_policy(model, args, MIXED, space) is None
     args = asked()
-    halves = sum(static_bytes(model, args, 2).values()) - sum(static_bytes(model, args).values()) / 2
+    one, two = (sum(static_bytes(model, args, n).values()) for n in (1, 2))
+    halves = two - one / 2
     assert halves / 1e9 == pytest.approx(2 * (3 * .2024 + 2 * .131 + .021 + .3035), abs=.01)
 
 
@@ -153,7 +158,7 @@ def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
             if not args.row.losses:
                 assert "hours at" in told(capsys, "--stage", stage, "--recipe", recipe, "--base",
                                           base, "--steps", 9, "--memory", 500)
-                places[recipe] = meta_model(args, train.set_trainable).num_image_tokens()
+                places[recipe] = model_of(args).num_image_tokens()
     assert places == {"llava": 256, "llava-1.5": 576, "blip2": 32, "minigpt4": 32,
                       "sharegpt4v": 576}
 
@@ -194,9 +199,9 @@ def tiny(kind="mlp", depth=5):
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("kind, learns, lora", [("linear", ("projector",), 0), ("mlp", ("projector",), 0),
-                                                ("mlp", ("projector", "llm"), 0),
-                                                ("mlp", ("projector", "llm"), 4)])
+@pytest.mark.parametrize("kind, learns, lora", [
+    ("linear", ("projector",), 0), ("mlp", ("projector",), 0), ("mlp", ("projector", "llm"), 0),
+    ("mlp", ("projector", "llm"), 4)])
 def test_bytes_kept_for_backward(kind, learns, lora, fast):
     """Each policy's forecast is within 4 % of what is kept; any other's is more than 10 % off."""
     model, B, T = tiny(kind), 3, 90
@@ -302,7 +307,7 @@ def test_only_the_additions_and_the_bridge_train():
     args = asked("--lora", 128)
     assert (args.row.lr, args.row.projector_lr) == (2e-4, 2e-5)
     # the official 7B run has 320 M of them
-    big = meta_model(args, train.set_trainable)
+    big = model_of(args)
     assert sum(p.numel() for p in big.llm.parameters() if p.requires_grad) == 319_815_680
     rates = {n: group["lr"] for group in train.parameter_groups(trained, args.row)
              for p in group["params"] for n, q in trained.items() if q is p}

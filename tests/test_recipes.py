@@ -21,13 +21,14 @@ from trainer.checkpoint import save_checkpoint
 from trainer.schedules import lr_schedule
 
 TOY_PARTS = Path(__file__).parents[1] / "toy/weights"
+SMALL = dict(width=128, depth=2, heads=4, mlp=64, num_queries=3)
 
 
 @pytest.fixture(autouse=True)
 def unchanged_process(monkeypatch):
     """Runs inside this process set threads, signals and determinism: put them back."""
     monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
-    monkeypatch.setattr(build, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, num_queries=3))
+    monkeypatch.setattr(build, "TOY_QFORMER", SMALL)
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in
                                                   (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
@@ -53,7 +54,7 @@ def sha(out):
 def chain(tmp_path_factory):
     """blip2 and minigpt4, both stages each, three steps a stage."""
     sizes, generate = build.TOY_QFORMER, train.generate
-    build.TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, num_queries=3)
+    build.TOY_QFORMER = SMALL
     train.generate = lambda *a, **more: iter((5, 6, 7))
     top = tmp_path_factory.mktemp("toy")
     for recipe in ("blip2", "minigpt4"):
@@ -193,7 +194,8 @@ def test_parts_that_are_not_there_are_named(tmp_path):
 @pytest.mark.parametrize("argv", [
     ["--recipe", "blip2", "--projector-type", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
     ["--recipe", "llava", "--losses", "itc"], ["--recipe", "blip2", "--losses", ""],
-    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"], ["--caption-style", "lies"]])
+    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"],
+    ["--caption-style", "lies"]])
 def test_flags_that_do_not_fit_a_recipe(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         parse(["--stage", "1", *argv])

@@ -143,7 +143,8 @@ def inject(train, fault):
     if "file_limit" in fault:
         limit = (fault["file_limit"], resource.RLIM_INFINITY)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        before_call(run_folder, "save_checkpoint", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        before_call(run_folder, "save_checkpoint", 2,
+                    lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     if "errno" in fault:                    # (name in os or "write", part of a path, errno)
         name, part, number = fault["errno"]
         real = io.open if name == "write" else getattr(os, name)
@@ -785,7 +786,8 @@ def test_stage_two_refuses_a_model_with_another_bridge(flags, run, tmp_path):
     assert run(flags(tmp_path / "one", "--projector-type", "linear", stage=1, steps=1)).code == 0
     start = ("--from", tmp_path / "one/model")
     refused(run(flags(tmp_path / "two", *start, lone=False)), 3, "linear", "mlp")
-    assert run(flags(tmp_path / "two", *start, "--projector-type", "linear", lone=False, steps=1)).code == 0
+    assert run(flags(tmp_path / "two", *start, "--projector-type", "linear", lone=False,
+                     steps=1)).code == 0
 
 
 @pytest.mark.parametrize("name", ["llama/config.json", "llama/model.safetensors",

@@ -240,7 +240,8 @@ def faults_of_batch(args, row):
     if row.projector_type == "qformer":
         aspects = ("squash",)
     yield row.image_aspect not in aspects, (
-        f"--image-aspect {row.image_aspect!r}: must be squash before a Q-Former, else square or pad")
+        f"--image-aspect {row.image_aspect!r}: must be squash before a Q-Former, else square or "
+        "pad")
     yield row.batch % args.accum, (
         f"--batch {row.batch} does not divide into --accum {args.accum} micro-batches")
     yield not row.losses and (row.loss_groups < 1 or row.batch % row.loss_groups), (

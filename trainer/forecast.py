@@ -129,7 +129,8 @@ def vision_flops(model):
 def flops_per_sample(model):
     """A function (text tokens, tokens with loss, pictures, policy) -> FLOPs of a sample:
     (forward, backward, recomputed, the vision tower's)."""
-    c, num_image_tokens, of_a_picture = model.llm.config, model.num_image_tokens(), vision_flops(model)
+    c, num_image_tokens = model.llm.config, model.num_image_tokens()
+    of_a_picture = vision_flops(model)
     layers, head = products(model.llm.blocks), products(model.llm.head)
     projector = products(model.projector)
     down = sum(products(block.down)[0] for block in model.llm.blocks)
@@ -203,8 +204,8 @@ def activation_bytes(model, tokens, learned, pictures, policy, stream=2, product
                          + vision_bytes(model.vision, model.patches + 1, stream, product, plain))
 
     # gradients of one layer, and what is recomputed for it
-    extra = {"full": layer + recomputed + segment * (x + attention), "attention": layer + recomputed,
-             "none": F * product, None: 0}[policy]
+    extra = {"full": layer + recomputed + segment * (x + attention),
+             "attention": layer + recomputed, "none": F * product, None: 0}[policy]
     backward = tokens * (product * (3 * F + 4 * C) + extra)
     backward += product * max(p.numel() for p in matrices)
     return tokens * blocks + images + ends, backward
@@ -347,7 +348,7 @@ class SavedBytes:
         """The forward is over: leave out the weights, and work out the forecast."""
         model, args, self.is_done = self.model, self.args, True
         device, stream = micro.ids.device.type, model.llm.embed.weight.element_size()
-        if device == "cpu" and micro.lengths:       # there PyTorch keeps a mask of T² for each layer
+        if device == "cpu" and micro.lengths:       # PyTorch keeps a mask of T² a layer
             return
         product = 2 if torch.is_autocast_enabled(device) else stream
         text, learned, pictures = zip(*micro.counts)

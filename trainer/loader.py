@@ -85,8 +85,7 @@ class Samples:
 
     def fault(self, index):
         """What was found wrong with the sample when the file was read, or None."""
-        if self.rows:
-            return self.rows.bad.get(self.number(index))
+        return self.rows.bad.get(self.number(index)) if self.rows else None
 
     def id(self, index):
         return self.rows[self.number(index)]["id"] if self.rows else index
@@ -178,7 +177,7 @@ def count_learned(labels):
 
 
 def token_weights(learned, groups):
-    """The weight of a token with loss, for each sample of a step; learned: tokens with loss of each.
+    """The weight of a token with loss, for each sample of a step; learned: how many it has.
 
     Officially the loss is the mean over the tokens of one GPU's samples (a group: 16 in a row,
     stage 1: 32), then the mean over 8 GPUs. So a token weighs 1 / (groups x tokens of its group),

@@ -1,4 +1,4 @@
-"""--plan: what a run needs in memory and hours, printed before anything is downloaded or started."""
+"""--plan: what a run needs in memory and hours, before anything is downloaded or started."""
 
 import argparse
 import math

@@ -227,8 +227,8 @@ class Journal:
         for name, what in ((BAD, "left out as bad"), (NOTHING, "that taught nothing")):
             whys = list(self.met[name].values())
             if whys:
-                yield (f"samples {what}: {len(whys):,} ({'; '.join(whys[:SHOWN])}{and_more(whys)}), "
-                       f"listed in {self.out / name}")
+                first = "; ".join(whys[:SHOWN]) + and_more(whys)
+                yield f"samples {what}: {len(whys):,} ({first}), listed in {self.out / name}"
 
 
 def save_numbers(path, **arrays):

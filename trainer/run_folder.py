@@ -47,7 +47,7 @@ FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "s
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
-# ------------------------------------------------------------------------------- files of the folder
+# ------------------------------------------------------------------------------ files of the folder
 
 def output_folders(args):
     """The folders that the command writes, one after the other: stage 0 has one for each part."""
@@ -141,7 +141,7 @@ def as_flags(config):
 
 
 def write_manifest(out, args, job, dtype):
-    """The run begins: delete an old one that --overwrite gives up, write config.json and run.json."""
+    """A run begins: delete the old one, if --overwrite; write config.json and run.json."""
     if args.overwrite:
         for name in OWN_FILES:
             for path in out.glob(name):

@@ -1,4 +1,4 @@
-"""How fast a run is: samples, tokens and FLOPs a second, peak memory, time spent waiting for data."""
+"""How fast a run is: samples, tokens, FLOPs a second, peak memory, time spent waiting for data."""
 
 import resource
 import time

@@ -95,7 +95,7 @@ class GradientStep:
         return norm
 
     def step(self):
-        """Every optimizer's step, where backward has not taken it. Without a gradient none moves."""
+        """Every optimizer's step, if backward has not taken it. No gradient: no move."""
         if not self.in_backward:
             for optimizer in self.job.optimizers:
                 optimizer.step()
