@@ -99,14 +99,17 @@ class Chat:
         self.commands = {"/image": self.image, "/reset": self.reset, "/save": self.save}
 
     def image(self, path):
+        """One more picture in front of the next question."""
         self.groups = add_picture(self.model, self.groups, len(self.turns), path)
         if len(self.turns) not in self.groups:      # the model takes one picture: begin anew
             self.turns = []
 
     def reset(self, _):
+        """Forget all but the newest pictures."""
         self.turns, self.groups = [], {0: self.groups[max(self.groups)]}
 
     def save(self, path):
+        """Write the conversation so far."""
         if not path or not self.turns:
             self.unknown(path)
         save_conversation(path, self.turns, self.groups)
@@ -116,14 +119,15 @@ class Chat:
                          "been said), /quit")
 
     def question(self, text):
+        """Have it answered, after the turns that fit the context."""
         kept, groups = trim_history(self.model, self.turns + [text], self.groups,
                                     self.args.max_new_tokens)
         answer = self.reply(self.model, kept, groups, self.args)
         # only now: an answer that failed leaves the conversation as it was
         self.turns, self.groups = kept + [answer], groups
 
-    def line(self, text):
-        """One line of input. Raises UserError."""
+    def handle(self, text):
+        """One line of input: a command or a question. Raises UserError."""
         if wrong := prompt_error(text):
             raise UsageError(wrong)
         command, _, argument = text.partition(" ")
@@ -144,7 +148,7 @@ def chat(model, group, args, reply):
             if text.partition(" ")[0] == "/quit" and not prompt_error(text):
                 return 0
             if text:
-                conversation.line(text)
+                conversation.handle(text)
         except EOFError:
             return 0
         except UserError as error:

@@ -55,18 +55,19 @@ def exit_status(main, debug: bool = False) -> int:
 def progress(things, what, total=None, step=1):
     """The things. On a terminal a bar, elsewhere every ten seconds a line, says how far it is.
 
-    what: their name; total: how many there will be; step: how many of them each thing is."""
+    what: their name; total: how many there will be; step: how many of them a batch has, where the
+    things are batches (the last may have fewer)."""
+    n, most = 0, total or float("inf")
     if sys.stderr.isatty():
         with tqdm(total=total, unit=f" {what}") as bar:
             for thing in things:
                 yield thing
-                bar.update(step)
+                bar.update(min(step, most - bar.n))
         return
     start = last = time.monotonic()
-    n = 0
     for thing in things:
         yield thing
-        n += step
+        n = min(n + step, most)
         now = time.monotonic()
         if now - last > 10:
             of_all = f" of {total:,}" if total else ""

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -547,13 +548,18 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seconds, lines", [(1, 0), (4, 3)])
 def test_progress_is_a_line_every_ten_seconds(monkeypatch, capsys, seconds, lines):
-    """Of batches: 8 things each, and 9 batches in all."""
+    """Of batches: 8 things each, but the last has 5; on a terminal a bar says the same."""
     clock = iter(range(0, 10 * seconds, seconds))
     monkeypatch.setattr(errors.time, "monotonic", lambda: next(clock))
-    assert list(errors.progress(range(9), "pictures", 72, 8)) == list(range(9))
+    assert list(errors.progress(range(9), "pictures", 69, 8)) == list(range(9))
     found = capsys.readouterr().err.splitlines()
     assert len(found) == lines
-    assert lines == 0 or found[0] == "24 of 72 pictures, 2 a second"
+    if lines:
+        assert found[0] == "24 of 69 pictures, 2 a second" and found[-1].startswith("69 of 69 ")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(errors.progress(range(9), "pictures", 69, 8)) == list(range(9))
+    assert "69/69" in capsys.readouterr().err
 
 
 def test_attended_finds_the_box_of_the_thing_named(monkeypatch):
