@@ -17,10 +17,10 @@ class UserError(Exception):
 class BadImage(UserError): """A picture that cannot be used."""
 class BadModel(UserError): """A model folder that cannot be used."""
 class BadData(UserError): """Training text that cannot be used."""
-class NothingToLearn(BadData): """A sample without a word to learn: left out, and counted."""
-class Offline(UserError): code = 4            # something that would have to be downloaded
-class UsageError(UserError): code = 2              # a command line that makes no sense
-class TrainingFailed(UserError): code = 1     # NaN, divergence, out of memory, disk full
+class NothingToLearn(BadData): """A sample in which no token has loss: left out, and counted."""
+class Offline(UserError): code = 4              # something that would have to be downloaded
+class UsageError(UserError): code = 2           # a command line that makes no sense
+class TrainingFailed(UserError): code = 1       # NaN, divergence, out of memory, disk full
 
 
 def exit_status(main, debug: bool = False) -> int:
@@ -53,13 +53,14 @@ def exit_status(main, debug: bool = False) -> int:
 
 
 def progress(things, what):
-    """The things; every ten seconds a line on stderr tells how many there were."""
-    start = told = time.monotonic()
+    """Yield the things; every ten seconds a line on stderr says how many there were."""
+    start = last_line = time.monotonic()
     for n, thing in enumerate(things, 1):
         yield thing
-        if (now := time.monotonic()) - told > 10:
+        now = time.monotonic()
+        if now - last_line > 10:
             print(f"{n:,} {what}, {n / (now - start):,.0f} a second", file=sys.stderr)
-            told = now
+            last_line = now
 
 
 def printable(text: str) -> str:

@@ -1,12 +1,16 @@
-"""TODO"""
+"""Files that are whole or not there, and texts in UTF-8.
 
+    atomic_write         a small file: written aside, fsync, then under its name
+    rename_into_place    the same for a folder
+    read_text            a text without its BOM; UTF-16 and UTF-32 are named, not misread
+
+Write aside, fsync, rename: whatever moment the power fails at, either the old file is whole or the
+new one is. A rename is the only step that others can see."""
 import os
 from pathlib import Path
 
 from formats.errors import BadData
 
-# Write aside, fsync, rename, then prune: whatever moment the power fails at, either the old
-# checkpoint is whole or the new one is. A rename is the only step that others can see.
 
 def fsync_path(path):
     """Make a file, or the names in a folder, survive a power cut."""
@@ -17,21 +21,21 @@ def fsync_path(path):
         os.close(handle)
 
 
-def rename_into_place(aside, final):
-    """fsync everything in the folder `aside` and give it its name in one step."""
-    for path in sorted(aside.rglob("*")):
+def rename_into_place(tmp, final):
+    """fsync everything in the folder `tmp` and give it its name in one step."""
+    for path in sorted(tmp.rglob("*")):
         fsync_path(path)
-    fsync_path(aside)
-    os.rename(aside, final)
+    fsync_path(tmp)
+    os.rename(tmp, final)
     fsync_path(final.parent)
 
 
 def atomic_write(path, text):
     """Write a small file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    fsync_path(aside)
-    os.replace(aside, path)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    fsync_path(tmp)
+    os.replace(tmp, path)
 
 
 def other_unicode(raw: bytes) -> str:
