@@ -46,7 +46,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from formats import templates
@@ -276,7 +275,7 @@ def prompt_ids(text: str, tokenizer, special: bool = True) -> list[int]:
 
 # ---------------------------------------------------------------- samples to a batch
 
-def collate(pairs, pad: int) -> tuple[Tensor, Tensor]:
+def collate(pairs, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[(ids, labels)] of any lengths -> ids (B, T), labels (B, T), int64, padded on the right."""
     if not pairs:
         raise BadData("an empty batch: there is nothing to train on")
@@ -346,7 +345,7 @@ def clip_normalize(image, size) -> np.ndarray:
 
 
 def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
-               grids: tuple = ANYRES_GRIDS) -> Tensor:
+               grids: tuple = ANYRES_GRIDS) -> torch.Tensor:
     """Pixels (n, 3, size, size) float32; n = 1, or 1 + tiles for anyres, the overview first.
     aspect: square | pad | squash | anyres, with grids as in `anyres_grid`. Pillow's bicubic on
     uint8 is the reference: a resize of tensors is close but not equal."""

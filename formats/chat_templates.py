@@ -2,7 +2,7 @@
 
     chat_template.json, .jinja, tokenizer_config.json ... -- find -- ChatTemplate -- segments, ids
                                                                         |
-                                                        render, in formats/sandbox.py's process
+                                                        render, in a process of its own
 
 A chat template is a program in Jinja. Rendering it answers two questions. Which of our templates is
 this? `recognise` compares what both write of small conversations. And where it is none of ours,
@@ -18,25 +18,16 @@ To find a typed text again it is put between two characters that occur nowhere e
 
 Source: transformers 5.23, utils/chat_template_utils.py; tests compare with its rendering and ids.
 """
-import atexit
-import functools
-import json
-import os
 import re
-import select
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadData, BadModel
 from formats.files import read_text
+from formats.jinja_process import render
 from formats.strict_json import read_config
 from formats.templates import chat_template, opening
 
-SECONDS = 10.0                  # for one prompt; a template of the hub takes a millisecond
 LARGEST = 1_000_000             # bytes of a template file
 
 
@@ -89,60 +80,6 @@ def special_tokens(folder) -> dict:
             if isinstance(text, str):
                 found[name] = text
     return found
-
-
-# ---------------------------------------------------------------- the process that renders
-
-_LOCK = threading.Lock()
-
-
-@functools.cache
-def _process(pid):
-    """formats/sandbox.py, started when it is first needed; it ends when the program `pid` does."""
-    worker = subprocess.Popen(
-        [sys.executable, "-I", str(Path(__file__).with_name("sandbox.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    atexit.register(worker.kill)
-    return worker
-
-
-def _line(stream, deadline) -> bytes:
-    """The next line of a pipe; cut short where the pipe ends or the time is over."""
-    line = b""
-    while not line.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([stream], [], [], left)[0]:
-            return line
-        if not (more := os.read(stream.fileno(), 1 << 16)):
-            return line
-        line += more
-    return line
-
-
-def render(source: str, variables: dict) -> str:
-    """What the template writes. Raises ValueError with the reason why it does not, TimeoutError
-    where it takes too long."""
-    request = json.dumps({"source": source, "variables": variables}) + "\n"
-    with _LOCK:                             # one request at a time
-        deadline, worker, line = time.monotonic() + SECONDS, _process(os.getpid()), b""
-        try:
-            worker.stdin.write(request.encode())
-            worker.stdin.flush()
-            line = _line(worker.stdout, deadline)
-        except BrokenPipeError:             # it has ended, so the line is not whole
-            pass
-        if not line.endswith(b"\n"):
-            late = time.monotonic() >= deadline
-            worker.kill()
-            worker.communicate()
-            _process.cache_clear()          # the next request starts a new process
-            if late:
-                raise TimeoutError(f"it takes over {SECONDS:.0f} s")
-            raise ValueError("the process that renders it came to an end")
-    reply = json.loads(line)
-    if "fault" in reply:
-        raise ValueError(reply["fault"])
-    return reply["text"]
 
 
 # ---------------------------------------------------------------- a folder's own prompt

@@ -17,10 +17,10 @@ class UserError(Exception):
 class BadImage(UserError): """A picture that cannot be used."""
 class BadModel(UserError): """A model folder that cannot be used."""
 class BadData(UserError): """Training text that cannot be used."""
-class NothingToLearn(BadData): """A sample without a word to learn: left out, and counted."""
-class Offline(UserError): code = 4            # something that would have to be downloaded
-class UsageError(UserError): code = 2              # a command line that makes no sense
-class TrainingFailed(UserError): code = 1     # NaN, divergence, out of memory, disk full
+class NothingToLearn(BadData): """A sample in which no token has loss: left out, and counted."""
+class Offline(UserError): code = 4              # something that would have to be downloaded
+class UsageError(UserError): code = 2           # a command line that makes no sense
+class TrainingFailed(UserError): code = 1       # NaN, divergence, out of memory, disk full
 
 
 def exit_status(main, debug: bool = False) -> int:

@@ -1,5 +1,10 @@
 """formats/files.py: files that are whole or not there, and text in whatever Unicode it is saved.
 
+    atomic_write         a small file: written aside, fsync, then renamed
+    write_json           the same for a file that the user named
+    rename_into_place    the same for a folder
+    read_text            text without its BOM; UTF-16 and UTF-32 are named, not misread
+
 Write aside, fsync, rename: whatever moment the power fails at, the old file is whole or the new
 one is. A rename is the only step that others can see."""
 
@@ -19,12 +24,12 @@ def fsync_path(path):
         os.close(handle)
 
 
-def rename_into_place(aside, final):
-    """fsync everything in the folder `aside` and give it its name in one step."""
-    for path in sorted(aside.rglob("*")):
+def rename_into_place(tmp, final):
+    """fsync everything in the folder `tmp` and give it its name in one step."""
+    for path in sorted(tmp.rglob("*")):
         fsync_path(path)
-    fsync_path(aside)
-    os.rename(aside, final)
+    fsync_path(tmp)
+    os.rename(tmp, final)
     fsync_path(final.parent)
 
 

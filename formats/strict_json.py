@@ -24,7 +24,8 @@ def bounded_number(kind):
     return parse
 
 
-_STRICT = dict(parse_int=bounded_number(int), parse_float=bounded_number(float), parse_constant=bounded_number(float))
+_STRICT = dict(parse_int=bounded_number(int), parse_float=bounded_number(float),
+               parse_constant=bounded_number(float))        # constants are NaN and Infinity
 _JSON = json.JSONDecoder(**_STRICT)
 
 
@@ -68,23 +69,29 @@ def token_is_valid(token: str) -> bool:
         return False
 
 
+def field_name(path) -> str:
+    """"conversations[3].value: " of the keys and indices that lead to a value; at most three."""
+    name = ""
+    for step in path[:3]:
+        if type(step) is int:
+            name += f"[{step}]"
+        elif step:
+            name += f".{step[:40]}"
+    name = name.removeprefix(".")
+    return f"{name}: " if name else ""
+
+
 def locate_error(text: str, start: int, error) -> tuple[str, int | None]:
     """Where the JSON value at `start` goes wrong: ("image: ", where the value ends).
 
     The end is None if nobody can tell: from there on the text is no JSON."""
     stop, path, key, field = getattr(error, "pos", None), [], "", None
-
-    def here():
-        names = (f"[{at}]" if type(at) is int else f".{at[:40]}" for at in path[:3] if at != "")
-        name = "".join(names).removeprefix(".")
-        return name + ": " * bool(name)
-
     for found in _TOKEN.finditer(text, start, start + 10_000_000):      # seconds, not minutes
         token = found.group()
         if stop is not None and found.end() > stop:
             break
         if stop is None and field is None and (len(path) > 100 or not token_is_valid(token)):
-            field = here()
+            field = field_name(path)
         if token in "[{":
             path.append(0 if token == "[" else "")
         elif token in "]}" and path:
@@ -97,7 +104,7 @@ def locate_error(text: str, start: int, error) -> tuple[str, int | None]:
             key = token[1:-1]
         if not path and stop is None:
             return field or "", found.end()
-    return here() if field is None else field, None
+    return field_name(path) if field is None else field, None
 
 
 def decode_value(text: str, at: int = 0):
@@ -123,21 +130,32 @@ def read_json(path, limit: int = 2_000_000_000):
         raise BadData(f"{path}: {field}unreadable JSON ({error}): replace the file") from None
 
 
+def iter_lines(text: str):
+    """`iter_rows` of JSON lines; empty lines are passed over."""
+    row = 0
+    for number, found in enumerate(re.finditer(r"[^\n]*\n?", text), 1):
+        line = found.group().strip()
+        if not line:
+            continue
+        row += 1
+        value, end = decode_value(line)
+        if end not in (None, len(line)):
+            value = BadData("cannot be read as JSON (more than one value): one row a line")
+        yield row, f"line {number}, row {row}", value
+
+
 def iter_rows(text: str):
     """Yield (row, "row 3", value or BadData) of a JSON list, of cc_sbu_align's {"annotations":
     list}, or of JSON lines. A row that cannot be read does not hide those behind it."""
     head = re.match(r'\s*(\{\s*"annotations"\s*:\s*)?\[\s*', text)
     if not head:
-        lines = enumerate((found.group().strip() for found in re.finditer(r"[^\n]*\n?", text)), 1)
-        for row, (i, line) in enumerate(((i, line) for i, line in lines if line), 1):
-            value, end = decode_value(line)
-            if end not in (None, len(line)):
-                value = BadData("cannot be read as JSON (more than one value): one row a line")
-            yield row, f"line {i}, row {row}", value
+        yield from iter_lines(text)
         return
     close = re.compile(r"\s*\]\s*\}\s*\Z" if head[1] else r"\s*\]\s*\Z")
     comma, at = re.compile(r"\s*,\s*"), head.end()
-    for row in itertools.count(1) if not close.match(text, at) else ():
+    if close.match(text, at):                       # an empty list
+        return
+    for row in itertools.count(1):
         value, end = decode_value(text, at)
         if end is None:
             value = BadData(f"{value}; what follows was not read")
@@ -151,9 +169,9 @@ def iter_rows(text: str):
         at = found.end()
 
 
-HALF = re.compile("[\0\ud800-\udfff]")
+BROKEN = re.compile("[\0\ud800-\udfff]")
 
 
 def is_broken_text(text):
     """Does it hold half a surrogate pair, or a NUL?"""
-    return bool(HALF.search(text))
+    return bool(BROKEN.search(text))

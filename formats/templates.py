@@ -1,9 +1,8 @@
 """How model families write a conversation: the rows of a table, and the styles they are written in.
 
-A row gives the fields of data.Template. A style is a generator, of which data.py shows the two that
-LLaVA-1.5 is trained in, plain and two, and this file the others: it takes the turns
+A row gives the fields of data.Template. A style is a generator: it takes the turns
 [(is it an answer?, text)] and yields segments (text, learn, typed, start), whose texts join to the
-whole conversation.
+whole conversation. data.py has the two styles that LLaVA-1.5 is trained in, plain and two.
 
     learn   do its tokens have loss?
     typed   did a person type it?  Then no control token can come out of it in a prompt.
@@ -144,7 +143,7 @@ def chat(turns, t, training):
 
 
 def llama2(turns, t, training):
-    """LLaMA-2, Mistral: [INST] question [/INST] answer; the system text is in the first question."""
+    """LLaMA-2, Mistral: [INST] question [/INST] answer; the system text in the first question."""
     for number, (is_answer, text) in enumerate(turns):
         if not text:
             continue

@@ -209,7 +209,7 @@ def load_library(spec, path):
 # ---------------------------------------------------------------- for data.Tokenizer
 
 class TokenizerFile:
-    """The files of a folder, and what other files ask about added tokens. data.Tokenizer extends it.
+    """The files of a folder, and what is asked about added tokens. data.Tokenizer extends it.
 
     _lib: the library's tokenizer, to which no text is special; special_pattern: finds the added
     tokens in a text, the longest first."""

@@ -69,8 +69,10 @@ def prompt_turns(conversation, name, templates) -> tuple:
 
 
 def place_images(turns, image_text, pictures: int) -> list:
-    """The turns with <image> where training has it (LLaVA's preprocess_multimodal): a single
-    picture comes first in its turn, and twice in one turn is once; several stay where they stand."""
+    """The turns with <image> where training has it (LLaVA's preprocess_multimodal).
+
+    A single picture comes first in its turn, and twice in one turn is once; several stay where they
+    stand."""
     placed = []
     for is_answer, text in turns:
         if pictures == 1 and IMAGE_TOKEN in text:

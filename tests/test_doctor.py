@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -494,3 +495,11 @@ def test_usage(folder, capsys):
     assert run("check", file, "--images", folder, "--llm", folder / "none") == 3
     capsys.readouterr()
     assert data.main() == 0 and "learned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["check", "show"])
+def test_help_imports_no_torch(what):
+    done = subprocess.run([sys.executable, "-X", "importtime", data.__file__, what, "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: data.py {what} ")
+    assert "argparse" in done.stderr and "torch" not in done.stderr

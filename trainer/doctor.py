@@ -42,7 +42,7 @@ OFFICIAL_LENGTH = 2048          # where the official runs cut a sample
 # ---------------------------------------------------------------- how long is a sample?
 
 class TokenCounter(dict):
-    """word -> how many tokens it is; `of` adds up a sample, as long as `tokenize_segments` makes it.
+    """word -> how many tokens it is; `of` adds up a sample, to the length that `encode` gives it.
 
     A word looked up once is ten times faster than the library, to which LLaMA's texts are one long
     word. Exact where no token has a ▁, which is a space, behind another letter: then no pair of

@@ -7,9 +7,9 @@ the other refuses, in the same words.
     sample_pieces   its segments; refuses what cannot be trained on, without counting tokens
     encode_sample   its ids and labels, cut at --max-length
 
-`official_would_mask` is the official trainer's behaviour for --official-quirks (llava/train/train.py
-of haotian-liu/LLaVA c121f04): it counts the tokens twice, and where the counts differ it prints
-"tokenization mismatch" and gives the whole sample no loss."""
+`official_would_mask` is for --official-quirks: the official trainer (haotian-liu/LLaVA c121f04,
+llava/train/train.py) counts the tokens twice, and where the counts differ it prints "tokenization
+mismatch" and gives the whole sample no loss."""
 import re
 
 from data import (
