@@ -8,18 +8,19 @@
 A language model predicts every next token; a chat model learns only what an assistant says. Each
 token has a label: its own id where it has loss, IGNORE where it has none. With loss in [brackets]:
 
-    {system} USER: <image>⏎What is this? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
+    <s>{system} USER: <image>⏎What is it? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
 
     plain, minigpt4_caption   <s><image>[a cat⏎]
     blip2                     <image>[<s>][a cat⏎]
     instructblip              <image><s>Why?[A cat.</s>]
     minigpt4                  <s>###Human: <Img><image></Img> Why? ###Assistant: [A cat.###]
 
-A template writes a conversation as segments, whose joined text is tokenized once. A token has loss
-if its first character lies in a segment with loss, so labels cannot drift from ids, whatever the
-tokenizer merges across a border.
+A template writes a conversation as segments. Their texts are joined, cut only at pictures and BOS,
+and tokenized. A token has loss if its first character lies in a segment with loss, so labels cannot
+drift from ids, whatever the tokenizer merges across a border. The model then puts a picture's
+vectors in the place of -200, and compares each label with the prediction before it.
 
-A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, equal to the bit to CLIP's:
+A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, the same bits as CLIP's own:
 
     square  short side to S, centre crop         stage 1 of LLaVA-1.5
     pad     mean-coloured square, then square    stage 2 of LLaVA-1.5, and inference
@@ -30,7 +31,8 @@ A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, equal to t
     python data.py show FILE --sample 3         the same for the third row of a file
     python data.py check FILE --images DIR      all that would stop training, a line a fault
 
-Letters: B batch, T tokens, S picture side, n tiles. Quirks are of haotian-liu/LLaVA c121f04.
+Letters: B batch, T tokens, S picture side, n tiles. A quirk is odd official behaviour that is kept
+on purpose, of haotian-liu/LLaVA c121f04 if no other name stands there.
 """
 import runpy
 import sys
@@ -76,11 +78,11 @@ PAD = (122, 116, 104)           # colour around a picture. quirk: 255 * MEAN cut
 class Tokenizer(TokenizerFile):
     """The tokenizer of a model folder. .bos .eos .pad .unk: ids or None; len(): vocabulary size.
 
-    LLaMA writes a space as ▁ and puts one before the text. Which text is the rule .prefix:
+    LLaMA writes a space as ▁ and puts one before a text. Before which texts, .prefix says:
         every   each stretch between special tokens (legacy)      </s>USER -> </s> ▁US ER
         first   only the very start                               </s>USER -> </s> USER
-    Files disagree with their own config about it, so formats/tokenizers.py takes the prefix out of
-    the library's pipeline, and it is added here, where it can be seen."""
+    tokenizer.json and its config often disagree about it, so formats/tokenizers.py takes the rule
+    out of the library, and it is applied here, where it can be seen."""
 
     def encode_with_offsets(self, text, special=True, prefix=None) -> list[tuple[int, int]]:
         """[(id, index of its first character)] without BOS.
@@ -89,10 +91,10 @@ class Tokenizer(TokenizerFile):
         pairs, start, rule = [], 0, prefix or self.prefix
 
         def encode_span(end):               # text[start:end], in which nothing is special
-            pad = rule == "every" or rule == "first" and start == 0
+            space = rule == "every" or rule == "first" and start == 0
             if start < end:
-                for token, first in self.library_pairs(" " * pad + text[start:end]):
-                    pairs.append((token, start + max(0, first - pad)))      # the pad is not in text
+                for token, first in self.library_pairs(" " * space + text[start:end]):
+                    pairs.append((token, start + max(0, first - space)))    # it is not in text
 
         for match in self.special_pattern.finditer(text):
             if special is True or special and special(match):
@@ -121,7 +123,7 @@ class Segment(NamedTuple):
     """A stretch of a conversation's text."""
     text: str
     learn: bool = False         # do its tokens have loss?
-    typed: bool = False         # did a person type it? then no control token comes out in a prompt
+    typed: bool = False         # from the data, not the template: no control tokens in a prompt
     start: str = ""             # "bos": BOS before it; "text": tokenized as a text of its own
 
 
@@ -149,9 +151,9 @@ def template_of(name: str) -> Template:
 
 
 def plain(turns, t, training):
-    """A picture and its caption: stage 1. quirk: what a person typed is thrown away."""
+    """A picture and its caption: stage 1. quirk: the human turn's words are thrown away."""
     yield Segment(IMAGE_TOKEN)
-    if t.image_first:           # quirk: BLIP-2's BOS has loss, predicted from the last query
+    if t.image_first:           # quirk: BLIP-2's BOS has loss, at the picture's last vector
         yield Segment("", learn=training, start="bos")
     if training:
         yield Segment(turns[1][1], learn=True, typed=True)
@@ -188,7 +190,7 @@ def segments(turns, t: Template, training: bool) -> list[Segment]:
 
 def tokenize_segments(segments, tokenizer, pictures: int = -1, special: bool = True):
     """Ids and labels, lists of one length T, built side by side.
-    pictures: the first so many <image> are pictures, the rest are letters; -1: all are pictures.
+    pictures: so many <image>, from the first on, are pictures, the rest letters; -1: all are.
     special=False: no control token comes out of what a person typed."""
     text, learn, typed = "", bytearray(), bytearray()       # two flags for each character
     cuts = []                   # (position, characters to pass over, id put there, has it loss?)
@@ -218,12 +220,12 @@ def tokenize_segments(segments, tokenizer, pictures: int = -1, special: bool = T
         if put is not None:
             ids.append(put)
             labels.append(put if put_has_loss else IGNORE)
-        start = position + width                # behind a picture the text goes on
+        start = position + width
     return ids, labels
 
 
 def training_segments(conversation, template, has_image) -> tuple[Template, list]:
-    """The template, and the segments of a sample that it can hold. Raises BadData."""
+    """The template, and the sample's segments. BadData if the template has no place for a turn."""
     t, turns = training_turns(conversation, template, TEMPLATES, int(has_image))
     return t, segments(turns, t, training=True)
 
@@ -232,10 +234,10 @@ def encode(conversation, template: str, tokenizer, has_image: bool | int = True)
     """One training sample: (ids, labels), lists of one length T (llava/train/train.py).
 
     conversation: [{"from": "human" | "gpt" | "system", "value": str}].
-    has_image: how many pictures <image> marks; without one it is ordinary text.
-    Equal to the official code wherever that prints no warning, save where the text itself holds
-    </s> or a role marker. Where it warns of a mismatch nothing has loss; here the answers have.
-    mpt and chatml learn the answers with their end, which officially is missed by one."""
+    has_image: how many <image> are pictures (True: one); without a picture they are letters.
+    Equal to the official code where that prints no warning and the text holds no </s> or role
+    marker. After its warning nothing has loss; here the answers have. In mpt and chatml the end of
+    an answer has loss, which the official mask misses by one token."""
     t, parts = training_segments(conversation, template, has_image)
     if has_image:
         return tokenize_segments(parts, tokenizer)
@@ -309,7 +311,6 @@ def modality_order(lengths, batch: int, world_size: int, rng) -> list[int]:
     end, both in one, in the order of the file."""
     if 0 in lengths:
         raise BadData(f"sample number {lengths.index(0)} of the data has no words: take it out")
-    # the two kinds: samples with a picture, and text alone
     with_picture = [i for i, length in enumerate(lengths) if length > 0]
     text_only = [i for i, length in enumerate(lengths) if length < 0]
     if not with_picture or not text_only:
@@ -369,9 +370,7 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
 def colour_labels(ids, labels, tokenizer: Tokenizer, *image_names: str) -> str:
     """The tokens in a row, those with loss green on a terminal, in [brackets] elsewhere; for each
     picture the next of `image_names`, or <image> where none is left."""
-    on, off = "[", "]"
-    if sys.stdout.isatty():
-        on, off = "\033[32m", "\033[0m"
+    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "[]"
     names, tokens = iter(image_names), []
     for i, label in zip(ids, labels):
         text = next(names, IMAGE_TOKEN) if i == IMAGE else tokenizer.token(i).replace("\n", "⏎")

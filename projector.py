@@ -19,14 +19,16 @@ After splicing, for template v1 (x: a token with loss, .: a token that is only r
     mlp        W2 gelu(W1 p + b1) + b2             LLaVA-1.5, LLaVA-NeXT, ShareGPT4V
     qformer    norm, 32 queries, W q + b           BLIP-2, InstructBLIP, MiniGPT-4
 
-    VLM        LLaVA
+    Three classes below hold a whole model:
+    VLM        LLaVA: the patches of the second-last ViT block, without the class token
     LlavaNext  cuts pictures into tiles, and puts the tiles' vectors together again
     Blip2      has a Q-Former: Q vectors for a picture, not P; it reads the class token too
 
-BLIP-2 [BLIP-2] 2301.12597 puts its Q vectors before BOS, MiniGPT-4 [MiniGPT4] 2304.10592 behind it;
+BLIP-2 [BLIP-2] 2301.12597 puts its Q vectors before BOS, MiniGPT-4 [MiniGPT4] 2304.10592 after it;
 InstructBLIP's Q-Former [InstructBLIP] 2305.06500 reads the question together with the picture.
 
-Letters: B batch, T tokens, T' tokens after splicing, P patches, Q queries, C width, n pictures.
+Letters: B batch, T tokens, T' after splicing, P patches, Q queries, C width, Cv the tower's, C' the
+Q-Former's, n pictures.
 Alone: `python projector.py` prints a spliced row.    Next: data.py, which makes the rows.
 """
 
@@ -72,7 +74,7 @@ class MLPProjector(nn.Module):
 
 
 class QFormerProjector(nn.Module):
-    """BLIP-2's: (n, 1+P, Cv) -> (n, Q, C). `norm` is ln_vision; it is trained, the tower is not.
+    """BLIP-2's: (n, 1+P, Cv) -> (n, Q, C). `norm` is ln_vision, trained though the tower is not.
     A Q-Former with a text branch reads ids (n, T) under a mask (n, T) bool as well."""
 
     def __init__(self, norm, queries, width):
@@ -205,7 +207,6 @@ class VLM(nn.Module):
 
     def encode_images(self, pixels, sizes=None, questions=None):
         """pixels (n, 3, S, S) -> a list of (P, C), one for each picture: the image_embeds.
-
         sizes: [(width, height)] of the pictures in pixels, for LlavaNext. questions: [what is asked
         about each picture], for an InstructBLIP."""
         return list(self.projector(self.encode_vision(pixels)[:, 1:]))      # no class token
@@ -216,7 +217,6 @@ class VLM(nn.Module):
     def embed(self, ids, pixels=None, labels=None, attention_mask=None, left=False, sizes=None,
               questions=None, lengths=None):
         """ids (B, T) and pixels (n, 3, S, S) -> embeddings (B, T', C) and the rest: see `splice`.
-
         Without pictures the vision tower is not run. sizes, questions: see `encode_images`."""
         text_embeds, image_embeds = self.llm.embed(ids.clamp(min=0)), []    # IMAGE is negative
         if pixels is not None and len(pixels):
@@ -246,7 +246,7 @@ class VLM(nn.Module):
         targets = labels[:, 1:]                                             # (B, T'-1)
         has_loss = targets != data.IGNORE
         check_labels(has_loss)
-        # packed texts do not see each other
+        # packed texts do not see each other; padding, at the end, is seen by none
         doc_spans = None if lengths is None else document_spans(mask, x.device)
         hidden = self.llm.hidden(x, doc_spans=doc_spans)[:, :-1]            # (B, T'-1, C)
         if weights is not None:                 # splicing keeps the labels' order: one for each

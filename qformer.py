@@ -1,14 +1,14 @@
 """qformer.py: ask an image 32 learned questions, and read the answers as 32 vectors.
 
     queries (Q, C) learned --+                     pixels -> vision tower -> ln_vision -> (P, Cv)
-    text    (T, C) tokens ---+- norm -> depth blocks like BERT's, a norm after each part:
+    text    (T, C) tokens ---+- norm -> `depth` blocks, made like BERT's:
                                                                            queries   text
         self-attention   over queries and text, under one of three masks      x        x
         cross-attention  to the image features, in every second block         x
         MLP              one for the queries, another for the text            x        x
 
 The result has the same size for every image. BLIP-2 [BLIP-2] 2301.12597 trains it in two stages:
-first with captions, three masks and three losses, then before a language model (projector.py).
+with three losses (this file), then in front of a language model (projector.py).
 
 The three masks. Row: the token that looks; column: the token it may see. Q = 2, then T = 4:
 
@@ -24,12 +24,12 @@ The three masks. Row: the token that looks; column: the token it may see. Q = 2,
     itg  writing   text sees the queries and the text before it, queries see no text: write the
                    caption, which can only use what the queries have found
 
-Two details load without an error and are wrong when missed: text positions count from 0, although
-the queries come first; and queries have no position, but pass through the embedding's norm.
+Two details give wrong numbers and no error when they are missed: text position embeddings count
+from 0, although the queries come first; queries have none, but pass the embedding's norm as well.
 Left out: dropout (0.1 officially), and training the vision tower. Checked against transformers'
 Blip2ForImageTextRetrieval and InstructBLIP (tests/test_qformer.py).
-Letters: B batch, T text tokens, Q queries, P patches, C width, H heads, D head size, E width of the
-shared space, V vocabulary, N image-text pairs on all ranks.
+Letters: B batch, T text tokens, Q queries, P patches, S keys, C width, Cv width of the features, H
+heads, D head size, E width of the shared space, V vocabulary, N pairs on all ranks.
 Alone: `python qformer.py photo.jpg "a caption" "another"` scores captions; without arguments it
 prints the masks. Next: projector.py, which hands the queries to a language model.
 """
@@ -53,8 +53,8 @@ from kernels.gather import all_gather, gather_texts, require_negatives
 
 
 # ------------------------------------------------------------------------------------ the masks
-# May position q see position k? The first n positions are queries. kernels/attention.py calls the
-# same functions in PyTorch and inside its GPU kernel.
+# May the token at index q of the row see the one at index k? The first n tokens are the learned
+# queries. kernels/attention.py calls the same functions in PyTorch and inside its GPU kernel.
 
 def itc(q, k, n):
     return (q < n) == (k < n)
@@ -101,14 +101,14 @@ class Attention(nn.Module):
         self.norm = clip.LayerNorm(c.width, c.eps)
 
     def forward(self, x, source, allow=full, n=0, attention_mask=None, past_kv=None):
-        """x (B, T, C), source (B, S, C'); past_kv: keys and values that stand before the source's.
-        Returns (B, T, C), and keys and values (B, S, H, D) for a later call's past_kv."""
+        """x (B, T, C), any tokens; source (B, S, C'); past_kv: keys and values before the source's.
+        Returns (B, T, C), and keys and values (B, S, H, D) for a later past_kv."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, C // self.heads)
         k, v = self.kv(source).view(B, -1, 2, self.heads, C // self.heads).unbind(2)
-        start = 0
+        start = 0                                       # index of x's first token in the row
         if past_kv is not None:
-            start = past_kv[0].shape[1]                 # position of the first row of x
+            start = past_kv[0].shape[1]
             k, v = torch.cat((past_kv[0], k), 1), torch.cat((past_kv[1], v), 1)
         y = attention(q, k, v, allow, n, start, attention_mask)
         return self.norm(x + self.out(y.reshape(B, T, C))), (k, v)
@@ -138,9 +138,9 @@ class Block(nn.Module):
         self.text_mlp = FeedForward(c) if c.vocab else None
 
     def forward(self, x, num_queries, features, allow, attention_mask, past_kv):
-        """x (B, Q+T, C), queries first. Text alone has num_queries 0, and the queries' keys and
-        values in past_kv. Returns x, and keys and values of its self-attention."""
-        n = num_queries if past_kv is None else past_kv[0].shape[1]
+        """x (B, Q+T, C), queries first. Text alone: num_queries 0; past_kv holds the queries' keys
+        and values, or is None: no image. Returns x, and its self-attention's keys and values."""
+        n = num_queries if past_kv is None else past_kv[0].shape[1]     # queries in the whole row
         x, kv = self.attention(x, x, allow, n, attention_mask, past_kv)
         queries, text = x[:, :num_queries], x[:, num_queries:]
         if num_queries:
@@ -168,10 +168,10 @@ class QFormer(nn.Module):
 
     def forward(self, features, ids=None, allow=itm, text_mask=None, store=None, past=None):
         """Queries and text through all blocks -> (B, Q+T, C), queries first.
-        features (B, P, Cv), after ln_vision; None: text alone. ids (B, T), text_mask (B, T) bool,
-        False at padding; None: queries alone. store: a list that receives each block's keys and
-        values (B, Q, H, D). past: such a list, of queries alone, for text alone: under `itg` the
-        text comes out as if the queries stood before it."""
+        features (B, P, Cv), after ln_vision; None: text alone. ids (B, T); None: queries alone.
+        text_mask (B, T) bool, False at padding. store: a list that receives each block's keys and
+        values (B, Q, H, D). past: a list that a call with queries alone has filled; the text of
+        this call then comes out, under `itg`, as if the queries stood before it."""
         configs.check_qformer_call(self.config, features, ids, past)
         attention_mask, rows, num_queries = None, [], 0
         if features is not None:
@@ -205,7 +205,8 @@ class QFormer(nn.Module):
 
 # ------------------------------------------------------------------------------- three losses
 # All are of this rank's B pairs. The N = B * world_size pairs of all ranks stand in the order of
-# the ranks. `same` (B, N) is True where an image goes with a text: rows are mine, columns all.
+# the ranks. `same` (B, N): may my pair (row) and pair of all ranks (column) exchange image or text?
+# Names in the plural (images, texts) are of all ranks, and come without gradient.
 
 def max_query_similarity(image, text):
     """(B, Q, E) and (N, E) unit vectors -> (B, N): cosine of the text and its best query."""
@@ -245,12 +246,11 @@ def hard_negatives(to_text, to_image, same, seed=0, first=0):
 
 def itm_loss(logits, negatives):
     """Do they belong together? logits (3 B, 2), index 1 is yes, of pairs in this order:
-
         texts      mine    mine    wrong          B each
         images     mine    wrong   mine
-        label      1       0       0              none where no wrong one was found (-1)
-    """
-    labels = torch.cat((torch.ones_like(negatives[0]), negatives.clamp(max=0).flatten()))
+        label      1       0       0              none where no wrong one was found (-1)"""
+    wrong = negatives.clamp(max=0).flatten()            # an index becomes label 0; -1 stays -1
+    labels = torch.cat((torch.ones_like(negatives[0]), wrong))
     return F.cross_entropy(logits, labels.where(labels >= 0, data.IGNORE))
 
 
@@ -353,8 +353,8 @@ class Blip2Stage1(nn.Module):
     def matching_loss(self, vision, features, all_ids, all_mask, first, negatives):
         """Matching: each pair, and each of its halves with a hard negative."""
         wrong_image, wrong_text = negatives.clamp(min=0)                       # (B,) each
-        # vision features are gathered before ln_vision, which runs again here: it learns from the
-        # negatives of all ranks, and no gradient has to travel between ranks
+        # vision features are gathered before ln_vision, which runs again here: so ln_vision learns
+        # from the negatives of all ranks, and no gradient has to travel between ranks
         wrong = self.ln_vision(all_gather(vision)[wrong_image])                # (B, P, Cv)
         images = torch.cat((features, wrong, features))                        # (3 B, P, Cv)
         mine = torch.arange(first, first + len(wrong_text), device=wrong_text.device)
@@ -363,7 +363,7 @@ class Blip2Stage1(nn.Module):
 
     def caption_loss(self, ids, mask, queries_kv):
         """Writing: [DEC] takes the place of [CLS]. The queries see the same under itg as under itc,
-        so their keys and values are reused."""
+        so their keys and values are reused, with gradient: this loss trains the queries too."""
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.tokenizer.dec
         x = self.qformer(None, decoder_ids, itg, mask, past=queries_kv)        # (B, T, C)

@@ -8,9 +8,9 @@
 
     recipe      stage   starts from                     trains              learns to
                 0       nothing                         CLIP; LLaMA         see; read and answer
-    llava,      1       CLIP + LLaMA + new projector    projector           turn patches into words
+    llava and   1       CLIP + LLaMA + new projector    projector           turn patches into words
     llava-1.5   2       stage 1                         projector + LLaMA   answer about pictures
-    blip2       1       ViT + new Q-Former, no LLaMA    Q-Former            match pictures and texts
+    blip2       1       ViT + new Q-Former, no LLaMA    Q-Former            match and write captions
                 2       stage 1 + LLaMA                 Q-Former, linear    turn queries into words
     minigpt4    1       blip2's Q-Former + LLaMA        linear              caption
                 2       stage 1                         linear              describe at length
@@ -36,23 +36,23 @@ from trainer.flags import parse
 class Stage:
     """One row of a paper's table of hyper-parameters."""
     source: str                     # where the numbers come from
-    projector_type: str             # linear | mlp | qformer
+    projector_type: str             # linear | mlp | qformer: ln_vision, Q-Former, linear layer
     train: tuple                    # the parts that train, by their names in the model
     template: str                   # how the text is laid out: data.TEMPLATES; "": no LLaMA
     image_aspect: str               # how an image becomes a square: data.preprocess
     lr: float
     batch: int                      # samples a step
-    epochs: float = 1
+    epochs: float = 1               # where steps is 0, and for the schedule lavis
     steps: int = 0                  # 0: from epochs and the number of samples
-    warmup: float = .03             # share of the steps; from 1 on a number of steps
+    warmup: float = .03             # share of the steps; 1 and more: a number of steps
     decay: float = 0.0              # weight decay
-    clip: float = 0.0               # largest norm of the gradients; 0: as it is, as officially
+    clip: float = 0.0               # largest norm of the gradients; 0: no clipping, as in LLaVA's
     schedule: str = "llava"         # llava | lavis | minigpt4: trainer/schedules.py
     warm_lr: float = 0.0            # where the warm-up begins
     min_lr: float = 0.0             # where the cosine ends
     projector_lr: float = 0.0       # of the projector alone; 0: lr
-    losses: tuple = ()              # of a Q-Former: itc, itm, itg; (): the next token's
-    loss_groups: int = 8            # the loss is a mean of so many means: the official GPUs
+    losses: tuple = ()              # BLIP-2's itc, itm, itg: qformer.py; (): the next token's
+    loss_groups: int = 8            # mean of each group's mean loss; officially one group a GPU
     order: str = "shuffled"         # of the samples in --data; or modality: data.modality_order
     caption_style: str = ""         # the toy world's texts: toy.texts.training_sample
 
@@ -73,8 +73,8 @@ RECIPES = {
         Stage("LLaVA-1.5, October 2023", "mlp", ("projector", "llm"), "v1", "pad", 2e-5, 128,
               order="modality", caption_style="dialogue")),
     # [BLIP2] 2301.12597, LAVIS blip2_pretrain_stage{1,2}.yaml. Paper: stage 1 250k steps of 1,680
-    # pictures, stage 2 80k of 1,920 (OPT), warm-up 2k, lowest rate 5e-5 in stage 2, beta2 .98; here
-    # is the script. Its stage 2 uses OPT or FlanT5, which are not LLaMAs: this one is our
+    # pictures, stage 2 80k of 1,920 (OPT), warm-up 2k, lowest rate 5e-5 in stage 2, beta2 .98. The
+    # rows follow the script. Its stage 2 uses OPT or FlanT5, which are not LLaMAs: this one is our
     # composition, InstructBLIP-Vicuna its nearest official relative. Not run by us at full size.
     "blip2": (
         Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "vision_proj",
@@ -85,7 +85,7 @@ RECIPES = {
               "squash", 1e-4, 1024, 10, warmup=2000, decay=.05, schedule="lavis", warm_lr=1e-6,
               min_lr=1e-5, loss_groups=16, caption_style="captions")),
     # [MiniGPT4] 2304.10592, minigpt4_stage{1,2}_*.yaml. Paper: 400 steps in stage 2. Both stages
-    # train one linear layer. It was trained with Vicuna v0, of which only differences to LLaMA are
+    # train one linear layer. It was trained with Vicuna v0, whose difference to LLaMA alone is
     # public: give yours by --llm. Not run by us at full size.
     "minigpt4": (
         Stage("MiniGPT-4, April 2023", "qformer", ("projector.proj",), "minigpt4_caption", "squash",
@@ -103,7 +103,7 @@ RECIPES = {
         Stage("ShareGPT4V, November 2023", "mlp", ("projector", "llm"), "v1", "pad", 2e-5, 128,
               loss_groups=16, order="modality", caption_style="dialogue")),
 }
-# The same rows for the toy: a model 5,000 times smaller needs larger and fewer steps.
+# The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
 LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
 TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
@@ -179,7 +179,7 @@ def parameter_groups(trained, row):
         lr, decay = row.lr, 0.0
         if name.startswith("projector.") and row.projector_lr:
             lr = row.projector_lr
-        if p.dim() > 1 or p.dim() == 0 and row.schedule == "lavis":
+        if p.dim() > 1 or (p.dim() == 0 and row.schedule == "lavis"):
             decay = row.decay
         groups.setdefault((lr, decay), []).append(p)
     return [{"params": params, "lr": lr, "weight_decay": decay}
@@ -199,7 +199,7 @@ def make_optimizers(trained, row, args):
     optimizers = []
     for group in groups:
         for p in group["params"]:
-            seed = args.seed << 16 ^ len(optimizers)        # of its rounding: another for each
+            seed = args.seed << 16 ^ len(optimizers)        # each rounds with its own numbers
             optimizers.append(AdamW([p], group["lr"], weight_decay=group["weight_decay"],
                                     stochastic=args.stochastic, seed=seed))
     return optimizers
@@ -214,7 +214,7 @@ class TrainJob:
     optimizers: list
     steps: int
     batches: object                 # step -> its micro-batches
-    loss: object                    # micro-batch -> {name: scalar}; a step's loss is the sum of all
+    loss: object                    # micro-batch -> {name: scalar}; a step sums all of them
     lr_scale: object                # step -> factor of the peak learning rate
     save_model: object              # folder -> writes the finished model into it
     clip: float = 0.0
@@ -222,7 +222,7 @@ class TrainJob:
     batch: int = 0                  # samples a step, for the log
     count_flops: object = None      # micro-batch -> (tokens, FLOPs), for the log
     samples: object = None          # where the micro-batches come from, trainer.loader.Samples
-    local_params: dict | None = None    # name -> what optimizers hold: with several ranks a shard
+    local_params: dict | None = None    # name -> what optimizers hold: this rank's shard
 
     def __post_init__(self):
         self.local_params = self.local_params or self.trained()
@@ -247,6 +247,7 @@ def vlm_job(args, out, device):
         # each token with loss has a weight: over a step they add up to the official mean of means
         return {"loss": model.loss(batch.ids, batch.labels, batch.pixels, batch.attention_mask,
                                    batch.weights, batch.lengths, batch.questions)}
+    # the same loss; its first call also counts the bytes that backward keeps
     loss, report = measure_saved_bytes(loss, model, args)
 
     def save_model(folder):
@@ -273,7 +274,8 @@ def blip2_stage1_job(args, out, device):
     optimizer = adamw(parameter_groups(set_trainable(model, row.train), row))
 
     def loss(batch):
-        pixels, ids, mask, seed = batch                     # seed: of the negatives that ITM draws
+        # seed: of ITM's negatives. With --accum they come from one micro-batch only
+        pixels, ids, mask, seed = batch
         losses = model.losses(pixels, ids, mask, seed=seed, only=row.losses)
         return {name: value / args.accum for name, value in losses.items()}
 
@@ -313,11 +315,12 @@ def train_loop(job, run):
         for batch, is_last in run.micro_batches(step):      # data
             with run.autocast():                            # accumulate
                 losses = job.loss(batch)                    # {name: scalar}: BLIP-2 has three
-            # for the log; behind the last micro-batch a sum that is not finite ends the run here
+            # adds up for the log; after the last one the sum over all ranks must be finite. True:
+            # this is the last micro-batch, and some rank has a sample to learn from
             gradients.is_last = run.add_losses(losses, is_last, step)
             loss = sum(losses.values())
-            if loss.requires_grad:      # false if only a projector trains and the batch is text
-                loss.backward()         # 8-bit AdamW steps in here, at the last micro-batch
+            if loss.requires_grad:      # False: only the projector trains, and no image is here
+                loss.backward()         # 8-bit AdamW steps inside the last one: trainer/step.py
 
         grad_norm = gradients.finish()                      # of all ranks; clipped
         run.check_finite(grad_norm, step)
