@@ -1,4 +1,5 @@
-"""LoRA adapters in PEFT's layout, and LLaVA's: added to the weights of a base while it is loaded.
+"""formats/adapters.py: LoRA adapters in PEFT's layout, and LLaVA's, added to the weights of a base
+while it is loaded.
 
     adapter_config.json           r, lora_alpha, the base's name
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight (r, C_in)
@@ -8,8 +9,10 @@
 
     W becomes W + (lora_alpha / r) B A                  rslora: lora_alpha / sqrt(r)   [LoRA]
 
-What is not this is refused by name. [LoRA] 2106.09685; PEFT's peft/tuners/lora/layer.py;
-haotian-liu/LLaVA llava/model/builder.py."""
+Anything else is refused by name. [LoRA] 2106.09685; PEFT's peft/tuners/lora/layer.py;
+haotian-liu/LLaVA llava/model/builder.py.
+"""
+
 import math
 import re
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ from formats.names import canonical
 from formats.strict_json import read_config
 
 PREFIX = "base_model.model."
-# settings of PEFT that change the result in a way that is not built here, and what they must be
+# settings of PEFT that change the result and are not built here: {key: values that are allowed}
 PLAIN = {"peft_type": ("LORA",), "fan_in_fan_out": (False, None), "use_dora": (False, None),
          "use_qalora": (False, None), "lora_bias": (False, None), "megatron_config": (None,),
          "layer_replication": (None,), "alora_invocation_tokens": (None,),

@@ -17,8 +17,8 @@ def check_image_count(in_text, given):
 def check_tile_count(given, counts, sizes):
     """given: tiles; counts: tiles that pictures of these sizes [(width, height)] are cut into."""
     if given != sum(counts):
-        raise BadData(f"{given} tiles given, but pictures of sizes {sizes} have {sum(counts)}; give "
-                      "sizes=[(width, height)] of every picture")
+        raise BadData(f"{given} tiles given, but pictures of sizes {sizes} have {sum(counts)}; "
+                      "give sizes=[(width, height)] of every picture")
 
 
 def check_labels(has_loss):

@@ -90,7 +90,8 @@ class LazyWeights(Mapping):
         dtype = total.most_common(1)[0][0] if total else torch.float32
         if not dtype.is_floating_point:
             path = next(iter(self._entries.values()))[0]
-            raise BadModel(f"{path}: holds {dtype} weights: take a checkpoint that is not quantised")
+            raise BadModel(f"{path}: holds {dtype} weights: take a checkpoint that is not "
+                           "quantised")
         return dtype
 
     def __contains__(self, name):

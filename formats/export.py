@@ -23,6 +23,7 @@ from formats import configs, names
 from formats.checkpoints import dtype_name, export, save_weights
 from formats.conversations import IMAGE_TOKEN
 from formats.files import atomic_write
+from formats.folders import write_json
 from formats.prefix import write_prefix
 from formats.processors import MEAN, STD
 from formats.strict_json import read_model_json
@@ -30,10 +31,6 @@ from formats.templates import ChatTemplate, write_jinja
 from formats.tokenizers import token_dict, tokenizer_config
 
 PAD_TOKEN = "<pad>"
-
-
-def write_json(path, content, indent=2):
-    atomic_write(path, json.dumps(content, indent=indent) + "\n")
 
 
 # ----------------------------------------------------------------------------------- whole models
@@ -69,8 +66,9 @@ def save_llava(model, folder, template, stop_ids):
     save_rest(model, folder, llava_config(model, kind), picture, processor, stop_ids)
 
 
-def save_blip2(model, folder, stop_ids):
-    """Save a Blip2. A chat template is not written: the format has one question and one answer."""
+def save_blip2(model, folder, template, stop_ids):
+    """Save a Blip2; arguments as in `save_llava`. No chat template is written: the format has one
+    question and one answer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder, model_tensors(model))
@@ -96,11 +94,11 @@ def model_tensors(model):
 
 def save_rest(model, folder, config, picture, processor, stop_ids):
     """The small files that all kinds of models have."""
-    write_json(folder / "config.json", config)
-    write_json(folder / "preprocessor_config.json", picture)
-    write_json(folder / "processor_config.json", {**processor, "image_processor": picture})
+    write_json(folder, "config.json", config)
+    write_json(folder, "preprocessor_config.json", picture)
+    write_json(folder, "processor_config.json", {**processor, "image_processor": picture})
     # quirk: sampling settings with do_sample off make transformers refuse to save
-    write_json(folder / "generation_config.json", {
+    write_json(folder, "generation_config.json", {
         "bos_token_id": model.tokenizer.bos, "do_sample": False,
         "eos_token_id": eos_token_id(stop_ids, model.tokenizer),
         "pad_token_id": pad_token_id(model.tokenizer)})
@@ -231,7 +229,7 @@ def save_chat_template(folder, name, t, tokenizer):
 
 
 def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
-    """tokenizer.json and tokenizer_config.json of a data.Tokenizer; `extra` tokens get the next ids.
+    """tokenizer.json and tokenizer_config.json of a data.Tokenizer; `extra` tokens get new ids.
 
     own_template: the chat template is ours, in a file of its own. Then the language model's is left
     out, and other libraries shall tokenize what follows <image> as data.encode does."""
@@ -257,4 +255,4 @@ def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
         config.pop("chat_template", None)
         write_prefix(spec, tokenizer.stood, tokenizer.prefix, IMAGE_TOKEN)
     atomic_write(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
-    write_json(folder / "tokenizer_config.json", config, indent=1)
+    atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")

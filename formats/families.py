@@ -1,13 +1,13 @@
 """formats/families.py: which LLaVA or BLIP-2 a folder holds, and its weights into our model.
 
-    config.json, processor files ── read_family ──> Family: the class, the sizes, the kind of pictures
-    chat template, tokenizer ────── choose_template ──> the conversation format
-    model.safetensors ───────────── load_vlm ──> the weights of a VLM that was built with these sizes
+    config.json, processor files -- read_family --> Family: class, sizes, kind of pictures
+    chat template, tokenizer ------ choose_template --> conversation format
+    model.safetensors ------------- load_vlm --> the weights of a VLM that was built with these sizes
 
-Two layouts are known: that of transformers (model_type llava, llava_next, blip-2, instructblip), and
-the official one of LLaVA, a flat config.json that names the CLIP it was trained with. Where the two
-cut a picture into different tiles (anyres.anyres_grid), each model is shown pictures as its own code
-does it. Source: transformers 5.23, models/llava*/ and models/*blip*/; haotian-liu/LLaVA c121f04.
+Two layouts are known: that of transformers (model_type llava, llava_next, blip-2, instructblip),
+and the official one of LLaVA, a flat config.json that names the CLIP it was trained with. Where the
+two cut a picture into different tiles (anyres.anyres_grid), each model is shown pictures as its own
+code does it. Source: transformers 5.23, models/llava*/ and models/*blip*/; haotian-liu/LLaVA c121f04.
 """
 
 import json
@@ -43,7 +43,7 @@ class Family:
     llm: dict                       # for llama.Config(**llm)
     projector: str                  # linear | mlp | qformer
     aspect: str                     # square | pad | squash | anyres
-    grids: tuple = ANYRES_GRIDS     # of anyres: (tiles across, tiles down) to choose from
+    grids: tuple | None = None      # of anyres: (tiles across, tiles down) to choose from
     template: str | None = None     # where no file names one; None: the vocabulary decides
     qformer: dict | None = None     # for qformer.Config(**qformer)
     ln_vision_eps: float | None = None
@@ -160,7 +160,7 @@ def read_llava_config(folder, c):
     processor.expect(vision["image_size"], aspect,
                      f"config.json says image_aspect_ratio {aspect}")
     processor.image_tokens(vision["patch_size"])
-    grids = TRANSPOSED
+    grids = TRANSPOSED if aspect == "anyres" else None
     if aspect == "anyres" and c.get("image_grid_pinpoints"):        # (height, width) here
         processor.pinpoints(c["image_grid_pinpoints"])
         pairs = anyres_grids(folder, c["image_grid_pinpoints"], vision["image_size"])
@@ -183,10 +183,10 @@ def read_official_config(folder, c):
         require_values(folder, {"mm_patch_merge_type": "flat", **c},
                        mm_patch_merge_type=("spatial_unpad",))
     vision = read_official_tower(folder, c.get("mm_vision_tower"))
-    grids, pinpoints = ANYRES_GRIDS, c.get("image_grid_pinpoints")
     llm = configs.llama_from_hf({**c, "model_type": kind})
-    if pinpoints and aspect == "anyres":            # (width, height) here
-        grids = anyres_grids(folder, pinpoints, vision["image_size"])
+    grids = ANYRES_GRIDS if aspect == "anyres" else None
+    if aspect == "anyres" and c.get("image_grid_pinpoints"):        # (width, height) here
+        grids = anyres_grids(folder, c["image_grid_pinpoints"], vision["image_size"])
     return Family("llava_next" if aspect == "anyres" else "llava", folder, c, vision, llm,
                   "mlp" if c.get("mm_projector_type") == "mlp2x_gelu" else "linear", aspect, grids,
                   "mistral_instruct" if kind == "mistral" else None, official=True)
@@ -263,16 +263,24 @@ def read_stop_ids(family, template, tokenizer, templates, template_end_ids):
 
 # ------------------------------------------------------------------------------------ weights
 
-def load_vlm(model, family, weights, dtype):
-    """Fill a VLM that was built by the sizes in `family`. Raises BadModel."""
-    hf_names = dict(family.hf_names)
+def load_vlm(model, family, weights, dtype, load_tower):
+    """Fill a VLM that was built with the sizes in `family`; returns it. Raises BadModel.
+
+    load_tower(folder, dtype): clip.ViT.from_pretrained, for official files without a tower, which
+    was frozen in training."""
+    model.grids, hf_names = family.grids, dict(family.hf_names)
     ignore = {**unused.VISION, **unused.llama(model.llm.config)}
     if model.llm.config.tie_embeddings and HEAD in hf_names:
         ignore[re.escape(hf_names[HEAD])] = unused.TIED
         hf_names.setdefault(EMBED, hf_names[HEAD])      # a tied file may hold it as the head alone
     if family.projector == "linear" and "multi_modal_projector.linear_2.weight" in hf_names:
         ignore |= check_identity_layer(weights, hf_names, model.llm.config.width)
+    if family.tower is not None:
+        model.vision = None                             # loaded below
     table = {}
     for name, canonical in expand_names(model, model.names()).items():
         table[name] = tuple(hf_names.get(part, part) for part in canonical)
     load_into(model, table, weights, ignore, dtype)
+    if family.tower is not None:
+        model.vision = load_tower(family.tower, dtype or weights.dtype)
+    return model

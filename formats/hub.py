@@ -10,8 +10,8 @@ from pathlib import Path
 
 from formats.errors import BadModel, Offline
 
-# What the user runs once, on his own machine. weights_only: the restricted unpickler; clone: tensors
-# that share memory are stored once each.
+# What the user runs once, on his own machine. weights_only: the restricted unpickler; clone:
+# tensors that share memory are stored once each.
 CONVERT = ("python -c \"import glob, torch; from safetensors.torch import save_file as s; "
            "[s({k: v.clone() for k, v in torch.load(f, 'cpu', weights_only=True).items()}, "
            "f[:-3] + 'safetensors') for f in glob.glob('%s')]\"")

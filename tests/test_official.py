@@ -813,7 +813,7 @@ def clip_row(folder):
     out = theirs(input_ids=texts, pixel_values=pixels)
     a, b = ours.encode_image(pixels), ours.encode_text(texts)
     return max(gap(a, out.image_embeds), gap(b, out.text_embeds),
-               gap(a @ b.T * ours.scale.exp(), out.logits_per_image)), None
+               gap(a @ b.T * ours.logit_scale.exp(), out.logits_per_image)), None
 
 
 def vlm_row(folder, family):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-from formats import configs
+from formats import configs, names
 import clip
 import data
 import generate
@@ -26,7 +26,7 @@ import projector
 import qformer
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
 from decoding.flags import parse
-from formats.checkpoints import expand_names, export, save_weights
+from formats.checkpoints import export, save_weights
 from formats.conversations import MINIGPT4_INSTRUCTIONS, blip_caption
 from formats.errors import UsageError
 from formats.bert import BertTokenizer
@@ -208,10 +208,10 @@ def test_trap_3_lavis_names_with_no_bias_for_k(tmp_path, folders, monkeypatch):
     assert eye_gap(clip.ViT.from_pretrained(tmp_path), theirs) <= LIMIT
     k = clip.ViT.from_pretrained(tmp_path).blocks[0].qkv.bias[32:64]
     assert not k.any()
-    table = dict(clip.ViT.LAVIS_NAMES)                  # sprung: q, v, nothing
+    table = dict(names.EVA_LAVIS)                        # sprung: q, v, nothing
     q, zeros, v = table["blocks.{}.qkv.bias"]
     for wrong in ((q, v, zeros), (v, zeros, q)):
-        monkeypatch.setattr(clip.ViT, "LAVIS_NAMES", table | {"blocks.{}.qkv.bias": wrong})
+        monkeypatch.setattr(names, "EVA_LAVIS", table | {"blocks.{}.qkv.bias": wrong})
         assert eye_gap(clip.ViT.from_pretrained(tmp_path), theirs) > 100 * LIMIT
 
 
@@ -630,8 +630,9 @@ def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
     seen = stage1.qformer(stage1.ln_vision(stage1.vision(PIXELS)))
     assert gap(ours.projector.qformer(ours.projector.norm(ours.vision(PIXELS))), seen) <= LIMIT
     assert not ours.projector.qformer.config.vocab and ours.qformer_tokenizer is None
-    names = [name for name, _ in ours.projector.named_parameters()]
-    assert not any("word" in name for name in names) and {"proj.weight", "norm.bias"} < {*names}
+    own = [name for name, _ in ours.projector.named_parameters()]
+    assert not any("token." in name or "text_mlp" in name or "position" in name for name in own)
+    assert {"proj.weight", "norm.bias"} < {*own}
     assert ours.get_submodule("projector.proj") is ours.projector.proj
     again = new_vlm(None, folders["llama"], "qformer", "blip2", "squash",
                                      qformer=qformer.Blip2Stage1.from_pretrained(folder)).eval()
@@ -649,9 +650,7 @@ def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
 def test_parts_from_a_lavis_file(tmp_path, folders):
     folder, theirs = folders["blip2"]
     ours = projector.VLM.from_pretrained(folder)
-    asks = {k: v for k, v in qformer.QFormer.LAVIS_NAMES.items()
-            if k in expand_names(ours.projector.qformer, qformer.QFormer.NAMES) or "{}" in k}
-    save_weights(tmp_path, lavis(theirs) | export(ours.projector.qformer, asks) | {
+    save_weights(tmp_path, lavis(theirs) | export(ours.projector.qformer, names.QFORMER_LAVIS) | {
         "t5_proj.weight": torch.ones(32, 24), "temp": torch.ones(())})
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     made = new_vlm(None, folders["llama"], "qformer", "minigpt4", "squash",

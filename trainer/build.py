@@ -230,7 +230,7 @@ def load_qformer_parts(source, vision, dtype):
 
 
 def drop_text_branch(qformer):
-    """Drop what only text uses, for a place in front of a language model. Returns the QFormer."""
+    """Remove what only text uses: in front of a language model there is none. Returns qformer."""
     if qformer.config.vocab:
         qformer.config = replace(qformer.config, vocab=0)
         del qformer.token, qformer.position
