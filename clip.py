@@ -158,7 +158,7 @@ class ViT(nn.Module):
         x = x.reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T     # (B, P, C)
         if self.patch_bias is not None:
             x = x + self.patch_bias
-        x = torch.cat((self.cls.to(x.dtype).expand(B, 1, -1), x), dim=1)                                       # (B, 1+P, C)
+        x = torch.cat((self.cls.to(x.dtype).expand(B, 1, -1), x), dim=1)       # (B, 1+P, C)
         return self.norm_pre(x + self.position)
 
     def forward(self, pixels):

@@ -1,4 +1,8 @@
-"""BERT's tokenizer, which the Q-Former reads with, and the toy CLIP's."""
+"""formats/bert.py: the tokenizers of the Q-Former, which is BERT's, and of the toy CLIP.
+
+BERT cuts lower-cased words into the longest known pieces (WordPiece): circles -> circle ##s.
+"""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -28,10 +32,10 @@ def wordpiece_tokenizer(tokens):
 
 
 class BertTokenizer:
-    """BERT's words: texts to ids and back. .pad .cls .sep .dec: ids, len(): rows they need.
+    """Texts to ids and back, as BERT does it. .pad .cls .sep .dec: ids; len(): rows for all ids.
 
-    [DEC], which begins a caption that is to be written, is BLIP's: where a folder lacks it (BERT's
-    own) it gets the next free id, 30522."""
+    [DEC] is BLIP's: it takes the place of [CLS] where a caption is written. A folder without it
+    (BERT's own) gets it as the next free id, 30522."""
 
     def __init__(self, folder):
         """From tokenizer.json or vocab.txt of a folder. Raises BadModel."""
@@ -68,8 +72,8 @@ class BertTokenizer:
 
     @classmethod
     def build(cls, texts, size=30000):
-        """A vocabulary made on the spot: the characters, so that no word is unknown, and the most
-        frequent words of `texts`."""
+        """A vocabulary of `texts`: their characters, so that every word can be spelled, and their
+        most frequent words."""
         splits = wordpiece_tokenizer(list(SPECIAL))
         tally = Counter(word for text in texts for word, _ in splits.pre_tokenizer.pre_tokenize_str(
             splits.normalizer.normalize_str(text)))
@@ -77,7 +81,7 @@ class BertTokenizer:
         often = sorted(tally, key=lambda word: (-tally[word], word))
         tokens = dict.fromkeys((*SPECIAL, *letters, *("##" + c for c in letters), *often))
         words = cls.__new__(cls)
-        words._take(wordpiece_tokenizer(list(tokens)[:size - 1]), "Words.build")
+        words._take(wordpiece_tokenizer(list(tokens)[:size - 1]), "BertTokenizer.build")
         return words
 
     def __len__(self):

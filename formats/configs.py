@@ -326,7 +326,8 @@ def qformer_from_hf(c, queries=32, vision=1408):
                 vocab=(0, 2 ** 20), context=(1, 2 ** 20), cross_attention_freq=(1, 2 ** 9))
     if not is_positive(out["eps"]) or out["width"] % out["heads"]:
         raise BadModel(f"config.json: the Q-Former's layer_norm_eps {out['eps']!r} must be "
-                       f"positive and its width {out['width']} divide by its {out['heads']} heads; {TAKE}")
+                       f"positive and its width {out['width']} divide by its {out['heads']} "
+                       f"heads; {TAKE}")
     return out
 
 
