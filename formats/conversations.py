@@ -389,7 +389,7 @@ def llava_row(name, turns, shown=(0,)):
     """One LLaVA sample of texts of person and model alternately, the person's first.
 
     shown: numbers of turns, each for a picture at the front of that turn. name: of the picture, or
-    a list with one for each of them. In a file any <image> is a picture: a typed one gets a space."""
+    a list with one for each. In a file any <image> is a picture, so a typed one gets a space."""
     conversation = []
     for i, text in enumerate(turns):
         text = f"{IMAGE_TOKEN}\n" * list(shown).count(i) + text.replace(IMAGE_TOKEN, "< image>")
