@@ -211,10 +211,10 @@ def tokenize_segments(segments, tokenizer, pictures: int = -1, special: bool = T
 
     def may_be_special(match):
         return special or not any(typed[start + match.start():start + match.end()])
+
     # quirk: the text between two pictures is tokenized as if it stood alone, prefix space included
     for position, width, put, put_has_loss in cuts:
-        pairs = tokenizer.encode_with_offsets(text[start:position], may_be_special)
-        for token, offset in pairs:
+        for token, offset in tokenizer.encode_with_offsets(text[start:position], may_be_special):
             ids.append(token)
             labels.append(token if learn[start + offset] else IGNORE)
         if put is not None:

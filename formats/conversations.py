@@ -323,7 +323,7 @@ def images_of(sample) -> list:
 # ---------------------------------------------------------------- a file of them
 
 def read_rows(path):
-    """Yield (row number, "FILE: row 3", its samples or a BadData that tells field and reason).
+    """Yield (row number, "FILE: row 3", its samples or a BadData with field and reason).
 
     Raises BadData only for a file that cannot be read at all."""
     try:
@@ -332,7 +332,7 @@ def read_rows(path):
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
                       "lines") from None
-    except BadData as error:                    # UTF-16: no row of it can be told from the others
+    except BadData as error:                    # UTF-16: its rows cannot be separated
         why = str(error).removeprefix(f"{path}: ")
         yield 1, f"{path}: line 1, row 1", BadData(f"cannot be read as JSON ({why}); what follows "
                                                    "was not read")
@@ -389,7 +389,7 @@ def llava_row(name, turns, shown=(0,)):
     """One LLaVA sample of texts of person and model alternately, the person's first.
 
     shown: numbers of turns, each for a picture at the front of that turn. name: of the picture, or
-    a list with one for each of them. In a file any <image> is a picture: a typed one gets a space."""
+    a list with one for each. In a file any <image> is a picture, so a typed one gets a space."""
     conversation = []
     for i, text in enumerate(turns):
         text = f"{IMAGE_TOKEN}\n" * list(shown).count(i) + text.replace(IMAGE_TOKEN, "< image>")

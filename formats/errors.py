@@ -39,7 +39,7 @@ def exit_status(main, debug: bool = False) -> int:
         line, code = " ".join(str(error).split()), getattr(error, "code", None)
         if isinstance(error, KeyboardInterrupt):
             return 130
-        if isinstance(error, BrokenPipeError):      # `| head` has seen enough; flush into nothing
+        if isinstance(error, BrokenPipeError):      # `| head` has ended: flush into nothing
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 0
         if isinstance(error, full):

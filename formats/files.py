@@ -64,8 +64,8 @@ def write_json(path, rows):
 def other_unicode(raw: bytes) -> str:
     """UTF-16 or UTF-32, if the bytes of a JSON file are one of them; else "".
 
-    A BOM tells it. Without one, zero bytes tell it: JSON begins with ASCII and holds none. Half a
-    character more is neither."""
+    A BOM shows it. Without one, zero bytes do: JSON begins with ASCII, which in UTF-8 has none. A
+    text that ends in half a character is neither."""
     if len(raw) % 2:
         return ""
     if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):

@@ -13,7 +13,7 @@ METADATA = 1 << 20      # bytes of EXIF and XMP that are kept, for the orientati
 
 
 class _Parts(io.RawIOBase):
-    """A file of which only some stretches [(start, stop)] are seen, one behind the other."""
+    """A file of which only some stretches [(start, stop)] can be read, one behind the other."""
 
     def __init__(self, file, parts):
         self.file, self.parts, self.starts, self.end, self.at = file, parts, [], 0, 0

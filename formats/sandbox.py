@@ -88,7 +88,7 @@ def compiled(source):
 
 
 def answer(line: str) -> dict:
-    """What one line of stdin asks for."""
+    """The reply to one line of stdin."""
     request = json.loads(line)
     try:
         text = compiled(request["source"]).render(**request["variables"])

@@ -92,8 +92,8 @@ ROWS["llava_llama_3"] = ROWS["llama_3"]
 # ---------------------------------------------------------------- texts of a template, by its name
 
 def row_of(name: str) -> dict:
-    """The row of a name. Of a folder's own chat template that is none of ours, one that tells only
-    that people and the model talk in turns, and its end."""
+    """The row of a name. Of a folder's own chat template that is none of ours, one with
+    its end and a style of its own."""
     return ROWS.get(name) or row("own", end=getattr(name, "end", ""))
 
 
