@@ -17,8 +17,7 @@ token has a label: its own id where it has loss, IGNORE where it has none. With 
 
 A template writes a conversation as segments. Their texts are joined, cut only at pictures and BOS,
 and tokenized. A token has loss if its first character lies in a segment with loss, so labels cannot
-drift from ids, whatever the tokenizer merges across a border. The model then puts a picture's
-vectors in the place of -200, and compares each label with the prediction before it.
+drift from ids. The model puts pictures' vectors at -200, and compares label t with prediction t-1.
 
 A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, the same bits as CLIP's own:
 
@@ -31,8 +30,7 @@ A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, the same b
     python data.py show FILE --sample 3         the same for the third row of a file
     python data.py check FILE --images DIR      all that would stop training, a line a fault
 
-Letters: B batch, T tokens, S picture side, n tiles. A quirk is odd official behaviour that is kept
-on purpose, of haotian-liu/LLaVA c121f04 if no other name stands there.
+Letters: B batch, T tokens, S picture side, n tiles. quirk: what LLaVA c121f04 does, odd but kept.
 """
 import runpy
 import sys
@@ -370,7 +368,9 @@ def preprocess(image: Image.Image, size: int = 336, aspect: str = "pad",
 def colour_labels(ids, labels, tokenizer: Tokenizer, *image_names: str) -> str:
     """The tokens in a row, those with loss green on a terminal, in [brackets] elsewhere; for each
     picture the next of `image_names`, or <image> where none is left."""
-    on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "[]"
+    on, off = "[", "]"
+    if sys.stdout.isatty():
+        on, off = "\033[32m", "\033[0m"
     names, tokens = iter(image_names), []
     for i, label in zip(ids, labels):
         text = next(names, IMAGE_TOKEN) if i == IMAGE else tokenizer.token(i).replace("\n", "⏎")
