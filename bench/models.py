@@ -21,11 +21,10 @@ from bench.measure import (
     short,
     speeds,
 )
-from decoding.cuda_graph import capture, DecodeStep
-from formats import configs
+from decoding.cuda_graph import DecodeStep, capture
+from formats import configs, names
 from formats.checkpoints import export
 from formats.errors import UserError
-from formats.names import fused_rows
 from generate import Sampler
 from kernels.quantize import quantize
 from llama import Config, KVCache, Llama
@@ -42,7 +41,8 @@ def llama_7b():
             from transformers import LlamaConfig, LlamaForCausalLM
             hf_config = LlamaConfig(**configs.llama_to_hf(config), attn_implementation="sdpa")
             reference = LlamaForCausalLM(hf_config)
-        reference.load_state_dict(export(ours, ours.names(), fused_rows(config)), assign=True)
+        weights = export(ours, names.LLAMA, names.fused_rows(config))
+        reference.load_state_dict(weights, assign=True)
     except FAILURES as error:
         reference = short(error)
     finally:
