@@ -2,12 +2,12 @@
 
     config.json, processor files -- read_family --> Family: class, sizes, kind of pictures
     chat template, tokenizer ------ choose_template --> conversation format
-    model.safetensors ------------- load_vlm --> the weights of a VLM that was built with these sizes
+    model.safetensors ------------- load_vlm -----> the weights of a VLM built with these sizes
 
 Two layouts are known: that of transformers (model_type llava, llava_next, blip-2, instructblip),
 and the official one of LLaVA, a flat config.json that names the CLIP it was trained with. Where the
 two cut a picture into different tiles (anyres.anyres_grid), each model is shown pictures as its own
-code does it. Source: transformers 5.23, models/llava*/ and models/*blip*/; haotian-liu/LLaVA c121f04.
+code does it. Source: transformers 5.23, models/llava*/ and models/*blip*/; haotian-liu/LLaVA.
 """
 
 import json

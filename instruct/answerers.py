@@ -95,7 +95,9 @@ def from_llama(args, jobs, journal):
                          f"{', '.join(data.TEMPLATES)}")
     folder = resolve(args.llm)
     llm, tokenizer = Llama.from_pretrained(folder, DTYPES.get(args.dtype)), data.Tokenizer(folder)
-    template = args.template or folder_template(folder, tokenizer, data.TEMPLATES, data.prompt) or "v1"
+    template = args.template
+    if not template:
+        template = folder_template(folder, tokenizer, data.TEMPLATES, data.prompt) or "v1"
     llm = to_device(llm, args.device)
     eos = data.end_ids(template, tokenizer) | end_ids(folder, read_config(folder))
     for start, chunk in unanswered_chunks(jobs, journal, args.batch_size):

@@ -49,8 +49,9 @@ no model here draws any: dropout in training is refused (F.dropout inside a func
 A KV cache would remember the first run. And one backward a forward: attention's own graph is gone
 after the first, so retain_graph fails with PyTorch's own message.
 
-A model takes part by calling `checkpointed` in place of its loop over layers. What a region should know of
-attention and of quick functions it learns from `keep_output` and `recompute`, put around them once.
+A model takes part by calling `checkpointed` in place of its loop over layers. What a region should
+know of attention and of quick functions it learns from `keep_output` and `recompute`, put around
+them once.
 
 Alone: `python -m kernels.checkpoint` prints bytes kept and time of a small stack under each policy.
 Next: kernels/adamw.py, the optimizer's share of the memory.

@@ -77,8 +77,8 @@ def build_blip2_stage1(args):
 
 
 def new_blip2_stage1(vision, tokenizer, config, seed=0, bert=None, shared=256):
-    """vision: folder or hub id (see ViT.from_pretrained); tokenizer: a BertTokenizer; config: of the
-    Q-Former, which begins at random or, given a folder or hub id of a BERT, as that; shared: E."""
+    """vision: folder or hub id (see ViT.from_pretrained); tokenizer: a BertTokenizer; config: of
+    the Q-Former, which begins at random or as `bert`, a folder or hub id; shared: E."""
     tower = ViT.from_pretrained(vision).without_final_block().requires_grad_(False)
     with torch.device("meta"):
         model = Blip2Stage1(tower.config, config, shared)
@@ -95,8 +95,8 @@ def new_blip2_stage1(vision, tokenizer, config, seed=0, bert=None, shared=256):
 
 
 def init_from_bert(model, folder):
-    """Take BERT's weights for what a Q-Former has of BERT: self-attention, the text MLP, embeddings,
-    the head. Cross-attention, queries and the row of [DEC] stay random. [BLIP-2] 3.1"""
+    """Take BERT's weights for what a Q-Former has of BERT: self-attention, the text MLP, the
+    embeddings and the head. Cross-attention, queries and the row of [DEC] stay random. [BLIP-2] 3.1"""
     weights, qformer = data.load_weights(resolve(folder)), model.qformer
     table, ignore = names.bert(weights)
     embeddings = table["token.weight"]
@@ -120,7 +120,7 @@ def init_from_bert(model, folder):
 # ------------------------------------------------------------------------------------ VLMs
 
 def build_vlm(args, start, out):
-    """A VLM whose projector is new. start: BLIP-2's first stage, a model or its folder, or "none"."""
+    """A VLM with a new projector. start: BLIP-2's first stage, a model or its folder, or "none"."""
     row, (vision, llm) = args.row, base_models(args)
     if row.projector_type != "qformer":
         return new_vlm(vision, llm, row.projector_type, row.template, row.image_aspect, args.seed,
@@ -206,7 +206,7 @@ def match_embedding_scale(last, projector, width, llm):
 # ---------------------------------------------------------------------------- parts of others
 
 def load_qformer_parts(source, vision, dtype):
-    """(vision tower, ln_vision, Q-Former) for a projector; with text branch only of an InstructBLIP.
+    """(vision tower, ln_vision, Q-Former) for a projector; an InstructBLIP's has a text branch.
 
     source: a Blip2Stage1, a QFormer, or the folder or hub id of a BLIP-2 (of either kind; its
     language model is not loaded) or InstructBLIP. vision: folder of another tower, or None."""

@@ -1,4 +1,4 @@
-"""trainer/lora.py: train small matrices beside the frozen weights of a LLaMA.      [LoRA] 2106.09685
+"""trainer/lora.py: train small matrices beside the frozen weights of a LLaMA.    [LoRA] 2106.09685
 
     add_lora(llm, rank)     before training: every linear layer of the blocks becomes a LoRALinear
     merge_lora(llm)         after it: plain linear layers again, which are saved like any other
