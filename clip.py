@@ -1,41 +1,40 @@
-"""clip.py: turn an image into a row of patch vectors, and know which words they go with.
+"""clip.py: turn an image into a row of patch vectors, and know which texts it goes with.
 
     pixels (B, 3, S, S) -> S/p x S/p patches -> one vector each      (B, P, C)
     a class token in front, learned positions, a norm               (B, 1+P, C)
-    depth blocks of attention (all see all) and MLP
+    depth blocks of attention (every token sees every token) and MLP
 
-    picture  [cls] p1 p2 ... pP -> blocks ... -> block depth-1 -> last block -> norm, projection
-                                                     |                                |
-                                    LLaVA reads here: patches                 CLIP reads here: [cls]
+    image  [cls] p1 p2 ... pP -> blocks ... -> block depth-1 -> last block -> norm, projection
+                                                    |                                |
+                                   LLaVA reads here: patches                 CLIP reads here: [cls]
 
-Trained by contrast [CLIP] 2103.00020: among a batch of pictures and captions, find the pairs.
-LLaVA takes the second-last block: the last one has gathered its findings into the class token.
+CLIP is trained by contrast: in a batch of images and captions, find the pairs [CLIP] 2103.00020.
+LLaVA reads the output of the second-last block. The last block moves what it found into the class
+token, and its patches say less about their own place.
 
-CLIP details that load without an error and are wrong when missed: a norm *before* the blocks
-(spelled pre_layrnorm in the files), QuickGELU instead of GELU, no bias in the patch embedding.
-Checked against: transformers' CLIPModel (tests/test_parity.py).
+Four details load without an error and give wrong features when they are missed: a norm *before*
+the blocks (spelled pre_layrnorm in the files), QuickGELU instead of GELU, no bias in the patch
+embedding, the class token first. Checked against transformers' CLIPModel (tests/test_parity.py).
 
-The toy tower is trained by *late interaction* [FILIP] 2111.07783: a phrase of the caption scores
-by its best patch, not by the class token. The pooled loss alone is won by colour and place, and
-the patches, which are what LLaVA reads, lose the shape (README, "The parts").
+The toy tower is trained by *late interaction* [FILIP] 2111.07783: a phrase of the caption scores by
+its best patch, not by the class token. With the class token alone a tiny tower can pair images and
+captions by colour and place, and the patches, which LLaVA reads, lose the shape (docs/weights.md).
 
-EVA ViT-g/14 [EVA] 2211.07636, the eye of BLIP-2 and MiniGPT-4, is the same tower with other
-settings; what a Q-Former is given has no tail:
+EVA ViT-g/14 [EVA] 2211.07636 is the vision tower of BLIP-2 and MiniGPT-4: the same network with
+other settings. A Q-Former reads its last block:
 
-            GELU    patches  norm before  k bias  tail                      eps    read
-    CLIP    quick   no bias  yes          yes     last block, final norm    1e-5   patches
-    EVA     exact   bias     no           zero    none                      1e-6   [cls] and patches
+            GELU    patches  norm before  bias of k  final block, norm  eps    read
+    CLIP    quick   no bias  yes          yes        yes                1e-5   patches
+    EVA     exact   bias     no           zero       no                 1e-6   [cls] and patches
 
-Letters: B batch, T tokens, P patches, C width, H heads, D head size, E shared width.
-Alone: `python clip.py photo.jpg` prints the phrases nearest to a picture.
+Letters: B batch, T tokens, P patches, C width, H heads, D head size, E width of the shared space.
+Alone: `python clip.py photo.jpg` prints the phrases that fit an image best.
 Next: llama.py, the decoder.
 """
 
 import argparse
-import json
-import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,104 +42,37 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from formats.checkpoints import POSITIONS
-from formats.processors import Processor
-from kernels import attention, causal, full, gelu, layer_norm, quick_gelu, run
+from formats import checkpoints, configs, folders, names, unused
+from formats.bert import toy_clip_tokenizer
+from formats.errors import exit_status
+from kernels import attention, causal, checkpointed, full, gelu, layer_norm, quick_gelu
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes of one tower. Defaults are ViT-L/14's."""
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp: int = 4096
-    eps: float = 1e-5
-    image: int = 224                # pixels of a side (picture tower)
-    patch: int = 14
+    width: int = 1024               # C
+    depth: int = 24                 # number of blocks
+    heads: int = 16                 # H
+    mlp: int = 4096                 # width inside the MLP
+    eps: float = 1e-5               # of the norms
+    image_size: int = 224           # S, pixels of a side (vision tower)
+    patch_size: int = 14            # p, pixels of a side (vision tower)
     vocab: int = 49408              # (text tower)
-    context: int = 77
-    end: int | tuple = 49407        # ids of the token that closes a text, where it is read
+    context: int = 77               # longest text in tokens (text tower)
+    eos_id: int | tuple = 49407     # the tokens that end a text; the text is read there
     eva: bool = False               # the second row of the table above
-    tail: bool = True               # holds a block and a norm behind where bridges read
-
-    @classmethod
-    def from_hf(cls, c, text=False):
-        """From `vision_config` or `text_config` of a CLIP's or BLIP-2's config.json."""
-        if type(c) is not dict:
-            raise data.BadModel("config.json: a tower's settings must be an object; take the "
-                                "config.json of the weights")
-        # what transformers documents for fields left out: ViT-B/32's sizes, or ViT-g/14's
-        eva = c.get("model_type") in ("blip_2_vision_model", "instructblip_vision_model")
-        d = (cls(width=512, depth=12, heads=8, mlp=2048) if text else
-             cls(1408, 39, 16, 6144, 1e-6, eva=True, tail=False) if eva else
-             cls(width=768, depth=12, heads=12, mlp=3072, image=224, patch=32))
-        end = c.get("eos_token_id", d.end)
-        act = "gelu" if eva else "quick_gelu"
-        if c.get("hidden_act", act) != act or c.get("qkv_bias", True) is not True:
-            raise data.BadModel(f"config.json: hidden_act {c.get('hidden_act')!r} is not "
-                                f"{'EVA' if eva else 'CLIP'}'s {act}, or qkv_bias is not true; "
-                                f"give {'a BLIP-2 with ViT-g' if eva else 'an OpenAI CLIP'}")
-        made = cls(c.get("hidden_size", d.width), c.get("num_hidden_layers", d.depth),
-                   c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
-                   c.get("layer_norm_eps", d.eps), c.get("image_size", d.image),
-                   c.get("patch_size", d.patch), c.get("vocab_size", d.vocab),
-                   c.get("max_position_embeddings", d.context),
-                   tuple(end) if type(end) is list else end, d.eva, d.tail)
-        made.check()
-        return made
-
-    @classmethod
-    def eye(cls, c):
-        """Of the picture tower in the config.json of a CLIP, its tower alone, or a BLIP-2."""
-        inner = c.get("vision_config", c)
-        if c.get("model_type") not in ("blip-2", "instructblip"):
-            return cls.from_hf(inner)
-        # a CLIP in front of a Q-Former is a tower without its tail
-        return replace(cls.from_hf({"model_type": "blip_2_vision_model", **inner}
-                                   if type(inner) is dict else inner), tail=False)
-
-    def check(self):
-        """BadModel before any memory is taken, if the numbers cannot be a tower's."""
-        for name, high in (("width", 2 ** 15), ("depth", 2 ** 9), ("heads", 2 ** 9),
-                           ("mlp", 2 ** 17), ("image", 2 ** 13), ("patch", 2 ** 10),
-                           ("vocab", 2 ** 20), ("context", 2 ** 20)):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= high:
-                raise data.BadModel(f"config.json: {name} = {value!r} is not a whole number from 1 "
-                                    f"to {high}; take the config.json of the weights")
-        if not self.ends or any(type(i) is not int for i in self.ends) or (
-                type(self.eps) not in (int, float) or not self.eps > 0):
-            raise data.BadModel("config.json: eos_token_id must be a whole number or a list of "
-                                "them and layer_norm_eps positive; take the config.json of the "
-                                "weights")
-        if self.width % self.heads or self.patch > self.image:
-            raise data.BadModel(f"config.json: width {self.width} / heads {self.heads} or image "
-                                f"{self.image} / patch {self.patch} do not divide; take the "
-                                "config.json of the weights")
+    has_final_block: bool = True    # False: the last block is the one that is read
 
     @property
-    def ends(self):
-        """`end` as a tuple: a config.json may list several ids."""
-        return self.end if type(self.end) is tuple else (self.end,)
-
-    def to_hf(self, text=False):
-        shared = {"hidden_size": self.width, "num_hidden_layers": self.depth,
-                  "num_attention_heads": self.heads, "intermediate_size": self.mlp,
-                  "layer_norm_eps": self.eps, "hidden_act": "gelu" if self.eva else "quick_gelu"}
-        if text:
-            return {"model_type": "clip_text_model", **shared, "vocab_size": self.vocab,
-                    "max_position_embeddings": self.context,
-                    # transformers' own CLIP cannot read a list of one
-                    "bos_token_id": self.ends[0] - 1, "pad_token_id": 0,
-                    "eos_token_id": self.end if len(self.ends) > 1 else self.ends[0]}
-        picture = {**shared, "image_size": self.image, "patch_size": self.patch}
-        if self.eva:
-            return {"model_type": "blip_2_vision_model", **picture, "qkv_bias": True}
-        return {"model_type": "clip_vision_model", **picture, "num_channels": 3}
+    def eos_ids(self):
+        """eos_id as a tuple: a config.json may list several."""
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
 
 
 class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -156,9 +88,9 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.exact = c.heads, c.eva
+        self.heads, self.exact_gelu = c.heads, c.eva
         self.norm1 = LayerNorm(c.width, c.eps)
-        self.qkv = nn.Linear(c.width, 3 * c.width)
+        self.qkv = nn.Linear(c.width, 3 * c.width)      # q, k and v in one matrix product
         self.out = nn.Linear(c.width, c.width)
         self.norm2 = LayerNorm(c.width, c.eps)
         self.up = nn.Linear(c.width, c.mlp)
@@ -166,167 +98,98 @@ class Block(nn.Module):
 
     def forward(self, x, allow=full):
         B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).unbind(2)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.unbind(2)                                        # (B, T, H, D) each
         x = x + self.out(attention(q, k, v, allow).reshape(B, T, C))
-        return x + self.down((gelu if self.exact else quick_gelu)(self.up(self.norm2(x))))
+        act = gelu if self.exact_gelu else quick_gelu
+        return x + self.down(act(self.up(self.norm2(x))))
 
 
-def block_names(at, **theirs):
-    """{ours: theirs} of one block of theirs at `at`; {} is its number, a tuple is fused in ours."""
-    return {f"blocks.{{}}.{ours}.{kind}": tuple(f"{at}{n}.{kind}" for n in name)
-            if type(name) is tuple else f"{at}{name}.{kind}"
-            for kind in ("weight", "bias") for ours, name in theirs.items()}
+# ---------------------------------------------------------------------------- the vision tower
 
-
-BLOCK_NAMES = block_names(                      # in both towers of CLIP
-    "encoder.layers.{}.", norm1="layer_norm1", norm2="layer_norm2", up="mlp.fc1", down="mlp.fc2",
-    qkv=tuple(f"self_attn.{p}_proj" for p in "qkv"), out="self_attn.out_proj")
-
-
-def prefixed(names, ours, theirs):
-    """The table with a prefix on either side."""
-    return {ours + k: theirs + v if type(v) is str else tuple(theirs + x for x in v)
-            for k, v in names.items()}
-
-
-def resized(position, side):
-    """Learned positions (1+P, C) or (1, 1+P, C) for a square of side x side patches.
-
-    The class token's stays, the grid is stretched as a picture would be: bicubic, corners not
-    aligned, in fp32 (the official loader of EVA; transformers at run time)."""
-    rows = position.detach().float().view(-1, position.shape[-1])
+def interpolate_positions(position, side):
+    """Learned positions (1+P, C) or (1, 1+P, C) -> the same for an image of side x side patches.
+    The class token keeps its own. The grid of the others is resized like a picture: bicubic,
+    corners not aligned, in fp32, as the official loader of EVA does."""
+    rows = position.detach().float().view(-1, position.shape[-1])             # (1+P, C)
     old = round((len(rows) - 1) ** .5)
     grid = rows[1:].T.reshape(1, -1, old, old)                                # (1, C, old, old)
     grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-    rows = torch.cat((rows[:1], grid[0].flatten(1).T)).to(position.dtype)
+    rows = torch.cat((rows[:1], grid[0].flatten(1).T)).to(position.dtype)     # (1+side*side, C)
     return rows.view(*position.shape[:-2], *rows.shape)
 
 
 class ViT(nn.Module):
-    """The picture tower. A CLIP's has a tail, to hand it back: nothing here runs it."""
-    NAMES = {
-        "cls": "embeddings.class_embedding",
-        "patch": "embeddings.patch_embedding.weight",
-        "position": "embeddings.position_embedding.weight",
-        "norm_pre.weight": "pre_layrnorm.weight",          # quirk: spelled so in every file
-        "norm_pre.bias": "pre_layrnorm.bias",
-        **BLOCK_NAMES,
-        "norm_post.weight": "post_layernorm.weight",
-        "norm_post.bias": "post_layernorm.bias",
-    }
-    EVA_NAMES = {
-        "cls": "embeddings.class_embedding",
-        "patch": "embeddings.patch_embedding.weight",
-        "patch_bias": "embeddings.patch_embedding.bias",
-        "position": "embeddings.position_embedding",
-        **block_names("encoder.layers.{}.", norm1="layer_norm1", norm2="layer_norm2", up="mlp.fc1",
-                      down="mlp.fc2", qkv="self_attn.qkv", out="self_attn.projection"),
-    }
-    # quirk: k has no bias there. Adding one number to all scores of a query changes no softmax.
-    LAVIS_NAMES = {
-        "cls": "visual_encoder.cls_token",
-        "patch": "visual_encoder.patch_embed.proj.weight",
-        "patch_bias": "visual_encoder.patch_embed.proj.bias",
-        "position": "visual_encoder.pos_embed",
-        **block_names("visual_encoder.blocks.{}.", norm1="norm1", norm2="norm2", up="mlp.fc1",
-                      down="mlp.fc2", qkv="attn.qkv", out="attn.proj"),
-        "blocks.{}.qkv.bias": ("visual_encoder.blocks.{}.attn.q_bias", data.ZEROS,
-                               "visual_encoder.blocks.{}.attn.v_bias"),
-    }
-    IGNORE = {**POSITIONS,
-              r"(text_model\.|text_projection|visual_projection|logit_scale).*":
-                  "the half of CLIP that reads text"}
-    checkpoint = None           # what blocks keep for backward: see kernels/checkpoint.py
+    """The vision tower. CLIP's last block and final norm are loaded only so that they can be saved
+    again: `forward` does not run them."""
+    checkpoint = None               # what blocks keep for backward: see kernels/checkpoint.py
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        patches, front = (c.image // c.patch) ** 2, (1,) * c.eva       # as the files have them
-        self.cls = nn.Parameter(torch.randn(*front, *front, c.width) * c.width ** -0.5)
-        self.patch = nn.Parameter(torch.randn(c.width, 3, c.patch, c.patch) * c.patch ** -1 * .58)
+        patches = (c.image_size // c.patch_size) ** 2
+        lead = (1,) * c.eva         # EVA's files have dimensions of size 1 in front
+        self.cls = nn.Parameter(torch.randn(*lead, *lead, c.width) * c.width ** -0.5)
+        self.patch = nn.Parameter(torch.randn(c.width, 3, c.patch_size, c.patch_size)
+                                  * c.patch_size ** -1 * .58)
         self.patch_bias = nn.Parameter(torch.zeros(c.width)) if c.eva else None
-        self.position = nn.Parameter(torch.randn(*front, 1 + patches, c.width) * .1)
+        self.position = nn.Parameter(torch.randn(*lead, 1 + patches, c.width) * .1)
         self.norm_pre = nn.Identity() if c.eva else LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
-        self.norm_post = LayerNorm(c.width, c.eps) if c.tail else None
+        self.norm_post = LayerNorm(c.width, c.eps) if c.has_final_block else None
 
-    def names(self):
-        """The weight table that fits this tower, in transformers' spelling."""
-        table = self.EVA_NAMES if self.config.eva else self.NAMES
-        return {k: v for k, v in table.items() if self.config.tail or "norm_post" not in k}
-
-    def docked(self):
-        """This tower without its tail, for a Q-Former, which has a norm of its own in that place
-        (and in the files under that name). An EVA has none to lose. Returns self."""
-        if self.config.tail:
-            self.config = replace(self.config, depth=self.config.depth - 1, tail=False)
+    def without_final_block(self):
+        """Drop CLIP's last block and final norm, for a Q-Former, which has a norm of its own in
+        their place (and in the files under that name). Returns self."""
+        if self.config.has_final_block:
+            depth = self.config.depth - 1
+            self.config = replace(self.config, depth=depth, has_final_block=False)
             self.blocks, self.norm_post = self.blocks[:-1], None
         return self
 
     def embed(self, pixels):
-        """pixels (B, 3, S, S) -> (B, 1+P, C), ready for the blocks."""
-        B, p, side = len(pixels), self.config.patch, self.config.image // self.config.patch
-        if pixels.shape[1:] != (3, self.config.image, self.config.image):
-            raise ValueError(f"pixels {tuple(pixels.shape)} do not fit a tower for (B, 3, "
-                             f"{self.config.image}, {self.config.image}); use data.preprocess")
-        x = pixels[:, :, :side * p, :side * p].view(B, 3, side, p, side, p)
-        # a convolution with stride = size is one matrix product a patch
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T
-        x = x if self.patch_bias is None else x + self.patch_bias
+        """pixels (B, 3, S, S) -> (B, 1+P, C), the input of the first block."""
+        c, B = self.config, len(pixels)
+        p, side = c.patch_size, c.image_size // c.patch_size
+        configs.check_pixels(c, pixels)
+        x = pixels[:, :, :side * p, :side * p]          # a border smaller than a patch is unused
+        x = x.view(B, 3, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
+        # a convolution whose stride is its size is one matrix product per patch
+        x = x.reshape(B, side * side, 3 * p * p) @ self.patch.flatten(1).T     # (B, P, C)
+        if self.patch_bias is not None:
+            x = x + self.patch_bias
         x = torch.cat((self.cls.to(x.dtype).expand(B, 1, -1), x), dim=1)       # (B, 1+P, C)
         return self.norm_pre(x + self.position)
 
     def forward(self, pixels):
-        """pixels (B, 3, S, S) -> (B, 1+P, C), class first: what the second-last block of a CLIP, or
-        the last of a tower without a tail, puts out."""
-        blocks = self.blocks[:-1] if self.config.tail else self.blocks
-        return run(blocks, self.embed(pixels), policy=self.checkpoint)
+        """pixels (B, 3, S, S) -> (B, 1+P, C), class token first: the output of CLIP's second-last
+        block, or of the last block of a tower without a final one."""
+        blocks = self.blocks[:-1] if self.config.has_final_block else self.blocks
+        return checkpointed(blocks, self.embed(pixels), policy=self.checkpoint)
 
-    @torch.no_grad()
-    def unit_loudness(self, pixels):
-        """Scale the residual stream so that the second-last block's output has unit variance.
-
-        Every block reads the stream through a norm, so scaling all that writes into it changes no
-        answer. A tower trained by Muon comes out loud (26 x the toy's words), and what a bridge
-        hands on too loudly, the language model's own additions cannot be heard over."""
-        factor = 1 / self(pixels).std()
-        for layer in (self.norm_pre, *(x for b in self.blocks for x in (b.out, b.down))):
-            layer.weight.mul_(factor)
-            layer.bias.mul_(factor)
+    def resize(self, image_size):
+        """Take images of `image_size` pixels a side from now on. Returns self; raises BadModel."""
+        self.config = replace(self.config, image_size=image_size)
+        configs.check_vit(asdict(self.config))
+        side = image_size // self.config.patch_size
+        self.position = nn.Parameter(interpolate_positions(self.position, side))
+        return self
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, image=None):
-        """From a folder or hub id of a full CLIP, of its picture tower alone, or of a BLIP-2,
-        InstructBLIP or LAVIS model, in `dtype` or, if None, the file's own; for pictures of `image`
-        pixels a side, if that is given. Raises data.BadModel, data.Offline."""
-        folder = data.resolve(folder)
-        c, weights = data.read_config(folder), data.load_weights(folder)
-        with torch.device("meta"):
-            model = cls(Config.eye(c))
-        Processor(folder, c.get("model_type")).aspect(model.config.image)
-        prefix = next((p for p in ("vision_model.", "visual_encoder.")
-                       if any(k.startswith(p) for k in weights)), "")
-        ignore, names = dict(cls.IGNORE), prefixed(model.names(), "", prefix)
-        if prefix == "visual_encoder.":
-            names = cls.LAVIS_NAMES
-        if not model.config.tail and prefix:
-            ignore |= {rf"(?!{re.escape(prefix)}).*": "not of the tower",
-                       r"vision_model\.post_layernorm\..*": "ln_vision, which is not frozen with "
-                       "the tower and has a place of its own before the Q-Former"}
-        data.fill(model, names, weights, ignore, dtype)
-        if image and image != model.config.image:
-            model.config = replace(model.config, image=image)
-            model.config.check()
-            model.position = nn.Parameter(resized(model.position, image // model.config.patch))
-        return model.eval()
+    def from_pretrained(cls, folder, dtype=None):
+        """From a folder or hub id of a CLIP, of its vision tower alone, or of a BLIP-2,
+        InstructBLIP or LAVIS model, in `dtype` (None: the file's own)."""
+        folder = checkpoints.resolve(folder)
+        weights = checkpoints.load_weights(folder)
+        with torch.device("meta"):                      # shapes without memory
+            model = cls(Config(**configs.read_vision_tower(folder)))
+        table, ignore = names.vision_tower(weights, model.config)
+        return checkpoints.load_into(model, table, weights, ignore, dtype).eval()
 
 
-class Text(nn.Module):
-    """The text tower: causal, read where the text ends."""
-    NAMES = {"token": "embeddings.token_embedding.weight",
-             "position": "embeddings.position_embedding.weight", **BLOCK_NAMES,
-             "norm.weight": "final_layer_norm.weight", "norm.bias": "final_layer_norm.bias"}
-    checkpoint = None           # as in ViT
+class TextTower(nn.Module):
+    """The text tower: causal, and read where the text ends."""
+    checkpoint = None               # as in ViT
 
     def __init__(self, config):
         super().__init__()
@@ -337,40 +200,35 @@ class Text(nn.Module):
         self.norm = LayerNorm(c.width, c.eps)
 
     def forward(self, ids):
-        """ids (B, T) -> (B, C), the state at the first end token. ValueError if T is too long."""
-        if ids.shape[1] > self.config.context:
-            raise ValueError(f"a text of {ids.shape[1]} tokens; this CLIP has positions for "
-                             f"{self.config.context}: cut the text, and keep its end token")
-        x = self.token[ids] + self.position[:ids.shape[1]]
-        x = run(self.blocks, x, causal, policy=self.checkpoint)
-        # quirk: files that say eos_token_id 2 are from before the field was right; there the end
-        # is the largest id of the text
-        if self.config.ends == (2,):
-            end = ids.argmax(1)
+        """ids (B, T) -> (B, C), the state at the first end token."""
+        configs.check_text_length(self.config, ids)
+        x = self.token[ids] + self.position[:ids.shape[1]]                     # (B, T, C)
+        x = checkpointed(self.blocks, x, causal, policy=self.checkpoint)
+        # quirk: files with eos_token_id 2 are older than that key: a text ends at its largest id
+        if self.config.eos_ids == (2,):
+            end = ids.argmax(1)                                                # (B,)
         else:
-            end = torch.isin(ids, ids.new_tensor(self.config.ends)).int().argmax(1)
+            end = torch.isin(ids, ids.new_tensor(self.config.eos_ids)).int().argmax(1)
         return self.norm(x)[torch.arange(len(x)), end]
 
 
 class CLIP(nn.Module):
-    """Both towers and their projections into one space."""
-    NAMES = {**prefixed(ViT.NAMES, "vision.", "vision_model."),
-             **prefixed(Text.NAMES, "text.", "text_model."),
-             "to_shared.weight": "visual_projection.weight",
-             "text_to_shared.weight": "text_projection.weight", "scale": "logit_scale"}
-    IGNORE = POSITIONS
+    """Both towers and their projections into one shared space."""
 
     def __init__(self, vision, text, shared):
+        """vision, text: Config; shared: E."""
         super().__init__()
-        self.vision, self.text = ViT(vision), Text(text)
-        self.to_shared = nn.Linear(vision.width, shared, bias=False)
-        self.text_to_shared = nn.Linear(text.width, shared, bias=False)
-        self.scale = nn.Parameter(torch.tensor(2.6592))        # ln(1 / 0.07)      [CLIP] 2.5
+        self.vision, self.text = ViT(vision), TextTower(text)
+        self.visual_projection = nn.Linear(vision.width, shared, bias=False)
+        self.text_projection = nn.Linear(text.width, shared, bias=False)
+        # the inverse temperature is learned as a logarithm; it starts at ln(1 / 0.07) [CLIP] 2.5
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
 
     def patches(self, pixels):
-        """pixels -> (B, 1+P, E): class token and patches in the shared space, unit length."""
-        x = self.vision.blocks[-1](self.vision(pixels))
-        return F.normalize(self.to_shared(self.vision.norm_post(x)), dim=-1)
+        """pixels (B, 3, S, S) -> (B, 1+P, E): class token and patches, unit vectors."""
+        x = self.vision.blocks[-1](self.vision(pixels))         # here the last block runs
+        x = self.visual_projection(self.vision.norm_post(x))                   # (B, 1+P, E)
+        return F.normalize(x, dim=-1)
 
     def encode_image(self, pixels):
         """pixels (B, 3, S, S) -> (B, E) unit vectors."""
@@ -378,83 +236,65 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids):
         """ids (B, T), padded behind the end token -> (B, E) unit vectors."""
-        return F.normalize(self.text_to_shared(self.text(ids)), dim=-1)
+        return F.normalize(self.text_projection(self.text(ids)), dim=-1)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
-        """From a folder or hub id in the Hugging Face layout, in `dtype` or the file's own."""
-        folder = data.resolve(folder)
-        c = data.read_config(folder)
-        text = Config.from_hf(c.get("text_config", {}), text=True)
-        shared = c.get("projection_dim", 512)
-        if type(shared) is not int or not 1 <= shared <= 2 ** 15:
-            raise data.BadModel(f"config.json: projection_dim = {shared!r} is not a whole number "
-                                f"from 1 to {2 ** 15}; take the config.json of the weights")
+        """From a folder or hub id in the Hugging Face layout, in `dtype` (None: the file's own)."""
+        folder = checkpoints.resolve(folder)
+        vision, text, shared = configs.read_clip(folder)
         with torch.device("meta"):
-            model = cls(Config.from_hf(c.get("vision_config", {})), text, shared)
-        Processor(folder, "clip").aspect(model.vision.config.image)
-        return data.fill(model, cls.NAMES, data.load_weights(folder), cls.IGNORE, dtype).eval()
+            model = cls(Config(**vision), Config(**text), shared)
+        weights = checkpoints.load_weights(folder)
+        return checkpoints.load_into(model, names.CLIP, weights, unused.POSITIONS, dtype).eval()
 
     def save_pretrained(self, folder):
-        """config.json, preprocessor_config.json and model.safetensors, as transformers reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        shared = self.to_shared.weight.shape[0]
-        config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": shared,
-                  "dtype": data.dtype_name(self.scale.dtype),
-                  "vision_config": {**self.vision.config.to_hf(), "projection_dim": shared},
-                  "text_config": {**self.text.config.to_hf(text=True), "projection_dim": shared}}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        data.save_weights(folder, data.export(self, self.NAMES))
+        """config.json and model.safetensors, as transformers reads them."""
+        folders.save_clip(self, folder)
 
 
 # ----------------------------------------------------------------------- the contrastive losses
 
-def contrastive_loss(scores, truth, pairs):
+def contrastive_loss(scores, is_true, pairs):
     """Find the right one, both ways, among all that are not also right.
 
-    scores (B, K): picture b with text k, temperature included; truth (B, K) bool: k is true of b;
-    pairs (M, 2): which text stands with which picture. The other true ones are taken out of the
-    denominator: without that, "a red star" would be pushed away from every other red star."""
+    scores (B, K): image b with text k, over the temperature; is_true (B, K) bool: k is true of b;
+    pairs (M, 2): (b, k) that stand together. Other true texts are taken out of the denominator:
+    otherwise "a red star" would be pushed away from every other red star."""
     b, k = pairs[:, 0], pairs[:, 1]
-    own = scores[b, k]
-    masked = scores.masked_fill(truth, float("-inf"))
-    to_text = torch.logsumexp(torch.cat((own[:, None], masked[b]), 1), 1) - own
-    to_picture = torch.logsumexp(torch.cat((own[:, None], masked.T[k]), 1), 1) - own
-    return (to_text.mean() + to_picture.mean()) / 2
+    positive = scores[b, k]                                                    # (M,)
+    negatives = scores.masked_fill(is_true, float("-inf"))                     # (B, K)
+    over_texts = torch.cat((positive[:, None], negatives[b]), 1)               # (M, 1+K)
+    over_images = torch.cat((positive[:, None], negatives.T[k]), 1)            # (M, 1+B)
+    to_text = torch.logsumexp(over_texts, 1) - positive
+    to_image = torch.logsumexp(over_images, 1) - positive
+    return (to_text.mean() + to_image.mean()) / 2
 
 
-def late_scores(patches, phrases):
+def filip_scores(patches, phrases):
     """(B, P, E), (K, E) unit vectors -> (B, K): a phrase scores by its best patch. [FILIP]"""
     return (patches @ phrases.T).amax(dim=1)
 
 
-def read_tokenizer(folder):
-    """The toy CLIP's tokenizer: a function from texts to ids (B, T), padded behind the end."""
-    import tokenizers
-    words = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    words.enable_padding(pad_id=0)
-    return lambda texts: torch.tensor([e.ids for e in words.encode_batch(list(texts))])
-
-
 def main(argv=None):
-    """What of a few colours and shapes a picture's patches look like."""
-    p = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    p.add_argument("image", nargs="?", default=Path(__file__).parent / "tests/scene.png")
-    shown = p.parse_args(argv).image
-    toy = Path(__file__).parent / "weights/toy/clip"
-    clip, ids_of = CLIP.from_pretrained(toy), read_tokenizer(toy)
-    picture = data.load_image(shown)
-    texts = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "purple")
-             for shape in ("circle", "square", "triangle", "star", "cross")]
+    """Print which of a few colours and shapes fit an image best."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("image", nargs="?", default=Path(__file__).parent / "tests/scene.png")
+    image = data.load_image(parser.parse_args(argv).image)
+    folder = Path(__file__).parent / "toy/weights/clip"
+    clip, tokenize = CLIP.from_pretrained(folder), toy_clip_tokenizer(folder)
+    phrases = []
+    for colour in ("red", "green", "blue", "yellow", "purple"):
+        for shape in ("circle", "square", "triangle", "star", "cross"):
+            phrases.append(f"a {colour} {shape}")
     with torch.inference_mode():
-        dots = data.preprocess(picture, clip.vision.config.image, "pad")
-        vectors = clip.patches(dots)                                           # (1, 1+P, E)
-        close = late_scores(vectors[:, 1:], clip.encode_text(ids_of(texts)))[0]
-    print(f"pixels {tuple(dots.shape)} -> patches {tuple(clip.vision(dots).shape)}")
-    for i in close.topk(6).indices.tolist():
-        print(f"{float(close[i]):.3f}  {texts[i]}")
+        pixels = data.preprocess(image, clip.vision.config.image_size, "pad")  # (1, 3, S, S)
+        patches = clip.patches(pixels)[:, 1:]                                  # (1, P, E)
+        scores = filip_scores(patches, clip.encode_text(tokenize(phrases)))[0]
+    print(f"pixels {tuple(pixels.shape)} -> patches {tuple(clip.vision(pixels).shape)}")
+    for i in scores.topk(6).indices.tolist():
+        print(f"{float(scores[i]):.3f}  {phrases[i]}")
 
 
 if __name__ == "__main__":
-    sys.exit(data.guarded(main))
+    sys.exit(exit_status(main))

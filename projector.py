@@ -1,796 +1,399 @@
-"""projector.py: bridge the eye to the language model, and be the whole model.
+"""projector.py: put a picture's vectors between the words of a language model; the whole models.
 
-    picture --ViT--> patches (P, Cv) --bridge--> P vectors of the language model's width --+
-                                                                                          splice
-    words ----------embedding table------------> one vector a token ----------------------+
-                                                                                           |
-                                                            LLaMA, which sees one row of vectors
+    image --ViT--> patches (P, Cv) --projector--> P vectors of the language model's width --+
+                                                                                           splice
+    ids ----------embedding table------------> one vector a token --------------------------+
+                                                                                            |
+                                                              LLaMA, which reads one row of vectors
 
-The language model does not know that pictures exist: the bridge's vectors take the place of the
-`<image>` token, and attention does the rest. That is all of LLaVA [LLaVA] 2304.08485 section 4.1.
+The language model does not know that pictures exist: the projected vectors stand where the
+`<image>` token stood, and attention does the rest. That is all of LLaVA [LLaVA] 2304.08485 4.1.
 
-After splicing, for template v1 (x is learned from, . is only read):
+After splicing, for template v1 (x: a token with loss, .: a token that is only read):
 
     <s> A chat between ... USER: [p1 p2 p3 ... pP] \\n What is this ? ASSISTANT: A red star . </s>
     .   . .    .           .      .  .  .      .   .  .    .  .    . .          x x   x    x x
 
-    bridge     what it is                          systems
+    projector  what it computes                    models
     linear     W p + b                             LLaVA
     mlp        W2 gelu(W1 p + b1) + b2             LLaVA-1.5, LLaVA-NeXT, ShareGPT4V
     qformer    norm, 32 queries, W q + b           BLIP-2, InstructBLIP, MiniGPT-4
 
-A Q-Former hands on Q vectors, not P, and reads the class token too. BLIP-2 [BLIP-2] 2301.12597 puts
-them before BOS, MiniGPT-4 [MiniGPT4] 2304.10592 behind it; in InstructBLIP [InstructBLIP]
-2305.06500 the queries also read the instruction, and bring back what it asks for.
+    Three classes below hold a whole model:
+    VLM        LLaVA: the patches of the second-last ViT block, without the class token
+    LlavaNext  cuts pictures into tiles, and puts the tiles' vectors together again
+    Blip2      has a Q-Former: Q vectors for a picture, not P; it reads the class token too
 
-Letters: B batch, T tokens, T' tokens after splicing, P patches, Q queries, C width, n pictures.
-Alone: `python projector.py` prints a spliced row.
-Next: data.py, which makes the rows.
+BLIP-2 [BLIP-2] 2301.12597 puts its Q vectors before BOS, MiniGPT-4 [MiniGPT4] 2304.10592 after it;
+InstructBLIP's Q-Former [InstructBLIP] 2305.06500 reads the question together with the picture.
+
+Letters: B batch, T tokens, T' after splicing, P patches, Q queries, C width, Cv the tower's, C' the
+Q-Former's, n pictures.
+Alone: `python projector.py` prints a spliced row.    Next: data.py, which makes the rows.
 """
 
-import json
-import re
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import clip
 import data
-from clip import Config as ViTConfig
-from clip import LayerNorm, ViT, prefixed
-from formats.adapters import Adapted, Adapter, is_adapter
-from formats.processors import Processor
-from formats.templates import ChatTemplate, end_ids
+import llama
+import qformer
+from formats import families, names
+from formats.adapters import open_model
+from formats.anyres import anyres_grid, ANYRES_GRIDS
+from formats.batch_checks import check_image_count, check_labels, check_tile_count
+from formats.export import image_token_id, save_blip2, save_llava
 from kernels import gelu, linear_cross_entropy
-from kernels.attention import packed
-from llama import Config as LlamaConfig
-from llama import Llama
-from qformer import QFormer, Retriever, Words, config_of
+from kernels.attention import document_spans
 
 
-class Linear(nn.Module):
-    """LLaVA's bridge: (..., Cv) -> (..., C)."""
+class LinearProjector(nn.Module):
+    """LLaVA's: (..., Cv) -> (..., C)."""
 
-    def __init__(self, vision, width):
+    def __init__(self, vision_width, width):
         super().__init__()
-        self.first = nn.Linear(vision, width)
+        self.first = nn.Linear(vision_width, width)
 
     def forward(self, x):
         return self.first(x)
 
 
-class MLP(nn.Module):
-    """LLaVA-1.5's bridge, "mlp2x_gelu": exact GELU, not CLIP's quick one."""
+class MLPProjector(nn.Module):
+    """LLaVA-1.5's, "mlp2x_gelu": (..., Cv) -> (..., C). The exact GELU, not CLIP's quick one."""
 
-    def __init__(self, vision, width):
+    def __init__(self, vision_width, width):
         super().__init__()
-        self.first, self.second = nn.Linear(vision, width), nn.Linear(width, width)
+        self.first = nn.Linear(vision_width, width)
+        self.second = nn.Linear(width, width)
 
     def forward(self, x):
         return self.second(gelu(self.first(x)))
 
 
-class Queries(nn.Module):
-    """BLIP-2's bridge: (n, 1+P, Cv) -> (n, Q, C). `norm` is ln_vision, which is not of the frozen
-    tower and trains; a Q-Former with words reads ids (n, T) under mask (n, T) too."""
+class QFormerProjector(nn.Module):
+    """BLIP-2's: (n, 1+P, Cv) -> (n, Q, C). `norm` is ln_vision, trained though the tower is not.
+    A Q-Former with a text branch reads ids (n, T) under a mask (n, T) bool as well."""
 
-    def __init__(self, norm, qformer, width):
+    def __init__(self, norm, queries, width):
         super().__init__()
-        self.norm, self.qformer = norm, qformer
-        self.proj = nn.Linear(qformer.config.width, width)
+        self.norm, self.qformer = norm, queries
+        self.proj = nn.Linear(queries.config.width, width)
 
     def forward(self, x, ids=None, mask=None):
-        x = self.norm(x.to(self.norm.weight.dtype))             # the eye may be in half precision
-        x = self.qformer(x, ids, text_mask=mask)
-        return self.proj(x[:, :self.qformer.config.queries])
+        x = self.norm(x.to(self.norm.weight.dtype))         # the tower may be in half precision
+        x = self.qformer(x, ids, text_mask=mask)            # (n, Q+T, C')
+        return self.proj(x[:, :self.qformer.config.num_queries])
 
 
-BRIDGES = {"linear": Linear, "mlp": MLP}
+PROJECTORS = {"linear": LinearProjector, "mlp": MLPProjector}
 
 
-def merge(tiles, newline, grid):
-    """One anyres picture after the bridge: (1 + n, P, C) -> (grid.tokens, C)      [LLaVA-NeXT]
+def merge_tiles(tiles, image_newline, grid):
+    """One picture of LLaVA-NeXT after the projector: (1 + n, P, C) -> (grid.tokens, C).
 
-    The overview first. Then the tiles, laid out as they lay in the picture, without what was
-    padding, each row of patches closed by the vector `newline` (C):
+    The overview stands first. The tiles are laid out as they were in the picture, padding is cut
+    off, and each row of patches ends with the vector `image_newline` (C):
+        tiles 1 2     a a a b b b N           a: a patch of tile 1, b: of tile 2, N: image_newline
+              3 4     c c c d d d N
 
-        tiles 1 2     a a a b b b ↵           a patch of tile 1 is a, of tile 2 is b
-              3 4     c c c d d d ↵
-
-    grid: data.anyres_grid of the picture's size, or None for a single tile, which gets one newline
-    at its end. Official: llava_arch.py, "spatial_unpad"."""
-    overview, C = tiles[0], tiles.shape[-1]
+    grid: anyres_grid of the picture's size; None: the overview alone, with one image_newline at its
+    end. Official: llava_arch.py, "spatial_unpad"."""
+    overview, C = tiles[0], tiles.shape[-1]                 # (P, C)
     if grid is None:
-        return torch.cat((overview, newline[None]))
-    (across, down), side = grid.tiles, int(overview.shape[0] ** .5)
-    rows, columns = grid.unpadded
-    x = tiles[1:].view(down, across, side, side, C).transpose(1, 2)
-    x = x.reshape(down * side, across * side, C)
+        return torch.cat((overview, image_newline[None]))
+    across, down = grid.tiles                               # tiles in a row, in a column
+    side = int(overview.shape[0] ** .5)                     # patches along the side of a tile
+    x = tiles[1:].view(down, across, side, side, C).transpose(1, 2)     # (down, side, across, ...)
+    x = x.reshape(down * side, across * side, C)            # one large grid of patches
+    rows, columns = grid.unpadded                           # patches that are no padding
     top, left = (x.shape[0] - rows) // 2, (x.shape[1] - columns) // 2
     x = x[top:top + rows, left:left + columns]
-    x = torch.cat((x, newline.expand(rows, 1, C)), 1)
+    x = torch.cat((x, image_newline.expand(rows, 1, C)), 1)             # (rows, columns + 1, C)
     return torch.cat((overview, x.flatten(0, 1)))
 
 
-def splice(ids, words, features, labels=None, keep=None, left=False, lengths=None):
-    """Put each picture's vectors where its IMAGE token stands.
+def splice(ids, text_embeds, image_embeds, labels=None, attention_mask=None, left=False,
+           lengths=None):
+    """Put the vectors of each picture where its IMAGE token stands.
 
-    ids (B, T), IMAGE marking pictures; words (B, T, C) embeddings of the ids (anything at IMAGE);
-    features: a list of n tensors (P_i, C), in the order in which the pictures occur; labels (B, T);
-    keep (B, T) bool, False at padding, which is dropped and put back at the end (left: the front).
-    Returns embeddings (B, T', C), labels (B, T') with IGNORE at pictures, keep (B, T').
-    lengths: the documents of one packed row, [their tokens]; then B is 1, and in place of keep
-    comes [[their places after splicing]], for kernels.attention.packed.
-    Raises data.BadData when the number of pictures and of places for them differ."""
+    ids (B, T) with IMAGE for a picture; text_embeds (B, T, C) of the ids (any values at IMAGE);
+    image_embeds: n tensors (P_i, C) in the pictures' order; labels (B, T); attention_mask (B, T)
+    bool, False at padding, which is removed and put back at the end of the rows (left: the front).
+    Returns embeddings (B, T', C), labels (B, T') with IGNORE at pictures, attention_mask (B, T').
+    lengths: the tokens of each text in a packed row; then B is 1, and the third result is [[their
+    tokens after splicing]], for document_spans. Raises BadData if pictures are too few or many."""
     B, T = ids.shape
-    keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
-    labels = torch.full_like(ids, data.IGNORE) if labels is None else labels
-    picture = (ids == data.IMAGE) & keep
-    if int(picture.sum()) != len(features):
-        raise data.BadData(f"{int(picture.sum())} <image> places in the text, but {len(features)} "
-                           "pictures given; give one picture for each place")
-    width = keep.long()                                     # slots that a token takes: 0, 1 or P_i
-    width[picture] = width.new_tensor([len(f) for f in features])
-    source = torch.repeat_interleave(torch.arange(B * T, device=ids.device), width.flatten())
-    sums = width.sum(1)                                     # (B,)
-    longest = int(sums.max())
-    row = source // T
-    first = sums.cumsum(0) - sums
-    column = torch.arange(len(source), device=ids.device) - first[row]
-    if left:
-        column = column + (longest - sums)[row]
-    seen = picture.flatten()[source]                        # picture slots, in order
-    x = words.new_zeros(B, longest, words.shape[-1])
-    x[row[~seen], column[~seen]] = words.flatten(0, 1)[source[~seen]]
-    if len(features):
-        x[row[seen], column[seen]] = torch.cat(list(features)).to(x.dtype)
-    out = labels.new_full((B, longest), data.IGNORE)
-    out[row[~seen], column[~seen]] = labels.flatten()[source[~seen]]
-    if lengths is not None:
-        return x, out, [[int(part.sum()) for part in width[0].cpu().split(lengths)]]
-    there = torch.zeros(B, longest, dtype=torch.bool, device=ids.device)
-    there[row, column] = True
-    return x, out, there
-
-
-# Every way in which the tensors of a LLaVA have been spelled, rewritten step by step to the first,
-# which `save_pretrained` writes. The prefixes and vision_model. come and go independently.
-#   2023-25  language_model.model.*   multi_modal_projector.linear_1   vision_tower.vision_model.*
-#   4.52-    model.language_model.*, lm_head, model.multi_modal_projector.*, model.vision_tower.*
-#   5.x      as the first, without vision_model.
-#   official model.layers.*, model.mm_projector.0, model.vision_tower.vision_tower.vision_model.*
-SPELLINGS = [(re.compile(old), new) for old, new in (
-    (r"^model\.(?=(language_model|multi_modal_projector|mm_projector|vision_tower)\.)", ""),
-    (r"^model\.(?=image_newline$)", ""),
-    (r"^(vision_tower\.)+(vision_model\.)?", "vision_tower.vision_model."),
-    (r"^(language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^mm_projector\.(0\.)?(?=weight|bias)", "multi_modal_projector.linear_1."),
-    (r"^mm_projector\.2\.", "multi_modal_projector.linear_2."))]
-
-
-def canonical(name):
-    """A tensor's name in the first spelling."""
-    for old, new in SPELLINGS:
-        name = old.sub(new, name)
-    return name
-
-
-def spelled(weights):
-    """{our spelling of a tensor's name: the file's}. Raises data.BadModel if two are the same."""
-    table = {}
-    for name in weights:
-        ours = canonical(name)
-        if ours in table:
-            raise data.BadModel(f"tensors {table[ours]} and {name} are the same one in two "
-                                "spellings: take the checkpoint from one source")
-        table[ours] = name
-    return table
-
-
-def sources(folder, base):
-    """(the tokenizer's folder, config.json's, the weights) of a model, or of an adapter's folder
-    and its base. LLaVA's adapters hold the config.json of the whole model, PEFT's none."""
-    if not is_adapter(folder):
-        if base is not None:
-            raise data.Usage(f"--model-base {base}: {folder} is a whole model, no LoRA adapter; "
-                             "leave the base out")
-        return folder, folder, data.load_weights(folder)
-    adapter = Adapter(folder, data.load_weights)
-    if base is None and adapter.base is None:
-        raise data.Usage(f"{folder}: a LoRA adapter that does not name its base; give it as well "
-                         "(--model-base)")
-    base = data.resolve(base or adapter.base)
-    home = folder if (folder / "tokenizer.json").exists() else base
-    whole = folder if (folder / "config.json").exists() else base
-    return home, whole, Adapted(data.load_weights(base), adapter, canonical)
-
-
-def known_values(folder, c, **allowed):
-    """Raises data.BadModel where config.json holds a setting that this code does not know."""
-    for key, values in allowed.items():
-        if key in c and c[key] not in values:
-            raise data.BadModel(f"{folder}: config.json says {key} {c[key]!r}, which is not one of "
-                                f"{', '.join(map(str, values))}; take another model")
-
-
-def grids_of(folder, pinpoints, size):
-    """[[first, second]] in pixels -> ((tiles, tiles)), in that order. Raises data.BadModel."""
-    try:
-        if type(pinpoints) is str:                  # "[(336, 672), ...]", as old files have it
-            pinpoints = json.loads(pinpoints.replace("(", "[").replace(")", "]"))
-        grids = tuple((a // size, b // size) for a, b in pinpoints)
-        good = all(1 <= n <= 16 for pair in grids for n in pair) and 0 < len(grids) <= 64
-        if not good or [[a * size, b * size] for a, b in grids] != [list(p) for p in pinpoints]:
-            raise ValueError("not multiples of the tower's picture")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise data.BadModel(f"{folder}: config.json's image_grid_pinpoints {str(pinpoints)[:80]} "
-                            f"({error}); take the config.json of the weights") from None
-    return grids
-
-
-def settings(folder, c):
-    """Of a folder in transformers' layout: eye, tongue, bridge, aspect, grids, template or None."""
-    asks = c.get("model_type") in ("blip-2", "instructblip")
-    if not asks and c.get("model_type") not in ("llava", "llava_next"):
-        raise data.BadModel(f"{folder}: config.json says model_type {c.get('model_type')!r}, not "
-                            "'llava', 'llava_next', 'blip-2' or 'instructblip'; give the model/ "
-                            "folder of a run")
-    text, aspects = c.get("text_config", {}), ("squash",) if asks else (
-        "square", "pad", "squash", "anyres")
-    known_values(folder, c, vision_feature_select_strategy=("default",),
-                 projector_hidden_act=("gelu", "linear"), tie_word_embeddings=(True, False),
-                 image_aspect_ratio=aspects)
-    if asks and "text_config" not in c:
-        raise data.BadModel(f"{folder}: a Q-Former without a language model, BLIP-2's first stage: "
-                            "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
-    if asks:
-        kind = text.get("model_type", "opt") if type(text) is dict else text
-        if kind not in ("llama", "mistral"):
-            raise data.BadModel(
-                f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
-                "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from FOLDER), "
-                "or Salesforce/instructblip-vicuna-7b, which has one")
-        eye, processor = ViTConfig.eye(c), Processor(folder, c["model_type"])
-        processor.expect(eye.image, "squash", "a Q-Former's are squashed")
-        processor.places(None, c.get("num_query_tokens", 32))
-        return (eye, LlamaConfig.from_hf(text), "qformer", "squash", data.OFFICIAL,
-                "instructblip" if c["model_type"] == "instructblip" else "blip2")
-    eye = ViTConfig.from_hf(c["vision_config"]) if "vision_config" in c else ViTConfig(image=336)
-    layers = -2, eye.depth - 1                      # the same one, counted from either end
-    known_values(folder, c, vision_feature_layer=(*layers, *([layer] for layer in layers)))
-    tongue = LlamaConfig.from_hf(text)
-    # quirk: a tie said in text_config alone counts in LLaVA, not in LLaVA-NeXT (transformers 5)
-    heard = tongue.tied and c["model_type"] == "llava"
-    tongue = replace(tongue, tied=c.get("tie_word_embeddings", False) or heard)
-    # quirk: the hub's LLaVA-1.5 processors crop, though the model was trained on padded pictures
-    processor = Processor(folder, c["model_type"])
-    aspect, grids = processor.aspect(eye.image), data.TRANSPOSED
-    if (aspect == "anyres") != (c["model_type"] == "llava_next"):
-        processor.refuse("image_processor_type", f"{processor.kind}ImageProcessor",
-                         f"config.json says model_type {c['model_type']}")
-    aspect = c.get("image_aspect_ratio", aspect)    # ours; transformers goes by the processor
-    processor.expect(eye.image, aspect, f"config.json says image_aspect_ratio {aspect}")
-    processor.places(eye.patch)
-    if aspect == "anyres" and c.get("image_grid_pinpoints"):        # (height, width) here
-        processor.pinpoints(c["image_grid_pinpoints"])
-        pairs = grids_of(folder, c["image_grid_pinpoints"], eye.image)
-        grids = tuple((across, down) for down, across in pairs)
-    return (eye, tongue, "linear" if c.get("projector_hidden_act") == "linear" else "mlp",
-            aspect, grids,
-            "mistral_instruct" if text.get("model_type") == "mistral" else None)
-
-
-def official_settings(folder, c):
-    """The same of an official folder: one flat config.json, which names the tower it began with."""
-    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
-    known_values(folder, c, model_type=tuple(kinds), mm_vision_select_layer=(-2,),
-                 mm_vision_select_feature=("patch",), mm_use_im_start_end=(False,),
-                 mm_projector_type=("linear", "mlp2x_gelu"),
-                 image_aspect_ratio=("square", "pad", "anyres", None))
-    kind, aspect = kinds[c.get("model_type", "llava")], c.get("image_aspect_ratio") or "square"
-    if aspect == "anyres":
-        known_values(folder, {"mm_patch_merge_type": "flat", **c},
-                     mm_patch_merge_type=("spatial_unpad",))
-    tower = c.get("mm_vision_tower")
-    if type(tower) is not str:
-        raise data.BadModel(f"{folder}: config.json's mm_vision_tower {tower!r} must name a CLIP; "
-                            "take the config.json of the weights")
-    large = re.fullmatch(r"openai/clip-vit-large-patch14(-336)?", tower)
-    if large:                                       # no need to fetch what everybody knows
-        eye = ViTConfig(image=336 if large[1] else 224)
-    else:
-        tower = data.resolve(tower)
-        config = data.read_config(tower)
-        eye = ViTConfig.from_hf(config.get("vision_config", config))
-        Processor(tower, "clip").aspect(eye.image)
-    pinpoints = c.get("image_grid_pinpoints")       # (width, height) here
-    return (eye, LlamaConfig.from_hf({**c, "model_type": kind}),
-            "mlp" if c.get("mm_projector_type") == "mlp2x_gelu" else "linear", aspect,
-            grids_of(folder, pinpoints, eye.image) if pinpoints and aspect == "anyres"
-            else data.OFFICIAL, "mistral_instruct" if kind == "mistral" else None)
-
-
-def identity(weights, known, C):
-    """{tensor: reason} of a second linear layer that does nothing. Raises data.BadModel else."""
-    names = [known.get(f"multi_modal_projector.linear_2.{k}") for k in ("weight", "bias")]
-    if None in names or weights.shape(names[0]) != (C, C) or not (
-            torch.equal(weights[names[0]].float(), torch.eye(C))
-            and not weights[names[1]].any()):
-        raise data.BadModel(f"tensor {names[0]}: projector_hidden_act is linear, so this must be "
-                            "the identity; take another model")
-    return {re.escape(name): "the identity, see save_pretrained" for name in names}
-
-
-def norm_eps(folder, c, eps):
-    """ln_vision's: PyTorch's default in LAVIS, the tower's in transformers (quirk), whose files
-    cannot say anything else; ours do, in a key that transformers passes over."""
-    eps = c.get("ln_vision_eps", eps)
-    if type(eps) not in (int, float) or not eps > 0:
-        raise data.BadModel(f"{folder}: config.json says ln_vision_eps {eps!r}, which is not a "
-                            "positive number; take the config.json of the weights")
-    return eps
-
-
-def queries_of(source, vision, dtype):
-    """(eye, norm, Q-Former) for a bridge, without words unless it is an InstructBLIP's.
-
-    source: a Retriever, a QFormer, or the folder or hub id of a BLIP-2 (of either kind, with any
-    language model: that is left where it is) or InstructBLIP. vision: folder of another eye."""
-    if isinstance(source, Retriever):
-        eye = ViT.from_pretrained(vision, dtype) if vision else source.vision
-        return eye.docked(), source.ln_vision, source.qformer.without_words()
-    if isinstance(source, QFormer):
-        eye = ViT.from_pretrained(vision, dtype).docked()
-        return eye, LayerNorm(eye.config.width, eye.config.eps), source.without_words()
-    folder = data.resolve(source)
-    eye, weights = ViT.from_pretrained(vision or folder, dtype).docked(), data.load_weights(folder)
-    c = data.read_config(folder)
-    reads = c.get("model_type") == "instructblip"
-    asks = QFormer.from_pretrained(folder, dtype, words=reads)
-    lavis = "ln_vision.weight" in weights
-    eps = norm_eps(folder, c, 1e-5 if lavis else ViTConfig.eye(c).eps)
-    norm = LayerNorm(asks.config.vision, eps)
-    name = "ln_vision." if lavis else "vision_model.post_layernorm."
-    table = {kind: name + kind for kind in ("weight", "bias")}
-    return eye, data.fill(norm.to(asks.query_tokens.dtype), table, weights,
-                          {".*": "not of the norm"}), asks
-
-
-def goes_on(source, template, weight):
-    """Is source a folder with a projection of this shape to a LLaMA asked by this template?"""
-    if isinstance(source, nn.Module):
-        return False
-    folder = data.resolve(source)
-    c, weights = data.read_config(folder), data.load_weights(folder)
-    text, name = c.get("text_config"), "language_projection.weight"
-    return (type(text) is dict and text.get("model_type") in ("llama", "mistral")
-            and name in weights and weights.shape(name) == tuple(weight.shape)
-            and c.get("template", c["model_type"].replace("-", "")) == template)
-
-
-def asked_in(folder, words, bridge, official, default):
-    """The template in which a folder without our key is asked: what its chat template says, else
-    `default`, else what the tokens of its vocabulary are for."""
-    told = data.folder_template(folder, words) if bridge != "qformer" else None
-    if official and isinstance(told, ChatTemplate):
-        # the chat template there is the language model's own, which the official code never reads
-        told = str(told) if told.known and told != "qwen_1_5" else None
-    if isinstance(told, ChatTemplate) and not told.known:
-        print(f"note: {folder}: its chat template ({told.file}) is none of ours: the model is "
-              "asked as it says; training needs --template", file=sys.stderr)
-    if told or default:
-        return told or default
-    tokens = {"<|start_header_id|>": "llama_3", "<|im_start|>": "chatml_direct"}
-    return next((name for token, name in tokens.items() if words.added(token) is not None), "v1")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(ids, dtype=torch.bool)
+    if labels is None:
+        labels = torch.full_like(ids, data.IGNORE)          # nothing has loss
+    is_image = (ids == data.IMAGE) & attention_mask
+    check_image_count(int(is_image.sum()), len(image_embeds))
+    # slots that a token takes: 0 (padding), 1 (text) or P_i (picture)
+    slots = attention_mask.long()                           # (B, T)
+    slots[is_image] = slots.new_tensor([len(x) for x in image_embeds])
+    row_lengths = slots.sum(1)                              # (B,)
+    longest = int(row_lengths.max())                        # T'
+    # one entry for each slot of all rows: the token it comes from, and where it goes
+    token = torch.repeat_interleave(torch.arange(B * T, device=ids.device), slots.flatten())
+    row = token // T                                        # (all slots,), like token and column
+    row_starts = row_lengths.cumsum(0) - row_lengths
+    column = torch.arange(len(token), device=ids.device) - row_starts[row]
+    if left:                                                # padding first: rows end together
+        column = column + (longest - row_lengths)[row]
+    from_image = is_image.flatten()[token]
+    text = ~from_image                                      # slots of one token
+    x = text_embeds.new_zeros(B, longest, text_embeds.shape[-1])
+    x[row[text], column[text]] = text_embeds.flatten(0, 1)[token[text]]
+    if len(image_embeds):
+        x[row[from_image], column[from_image]] = torch.cat(list(image_embeds)).to(x.dtype)
+    spliced_labels = labels.new_full((B, longest), data.IGNORE)
+    spliced_labels[row[text], column[text]] = labels.flatten()[token[text]]
+    if lengths is not None:                                 # one packed row: no padding
+        parts = slots[0].cpu().split(lengths)
+        return x, spliced_labels, [[int(part.sum()) for part in parts]]
+    mask = torch.zeros(B, longest, dtype=torch.bool, device=ids.device)
+    mask[row, column] = True
+    return x, spliced_labels, mask
 
 
 class VLM(nn.Module):
-    """Eye, bridge and language model. `words` is its tokenizer; `template` and `aspect` are how it
-    was trained to be asked and shown pictures; they are saved with it. bridge: a name in BRIDGES,
-    or a Queries; `reader` is the tokenizer of its Q-Former, if that reads the instruction.
+    """LLaVA: vision tower, projector, language model and its tokenizer. `template` names the
+    conversation format of its training, `aspect` how pictures are made square (data.preprocess)."""
+    # With several ranks a text-only batch runs the vision tower on a blank picture, so that all
+    # ranks issue the same collectives.
+    always_run_vision = False
+    grids, qformer_tokenizer = None, None   # of LlavaNext; of Blip2
+    save_files = staticmethod(save_llava)
 
-    With aspect anyres it has the vector `newline` (C), and `grids` to cut pictures by; where pixels
-    go in, the pictures' sizes go in too: [(width, height)], in pixels, as they were; not in `loss`,
-    models of tiles are not trained here."""
-    # ours: theirs, for the bridge; the two ends use their own tables behind a prefix
-    BRIDGE_NAMES = {f"bridge.{ours}.{kind}": f"multi_modal_projector.linear_{i}.{kind}"
-                    for i, ours in ((1, "first"), (2, "second")) for kind in ("weight", "bias")}
-    QUERY_NAMES = {f"bridge.{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")
-                   for ours, theirs in (("norm", "vision_model.post_layernorm"),
-                                        ("proj", "language_projection"))}
-    IGNORE = {**ViT.IGNORE, **Llama.IGNORE}
-    # text alone, too, passes by eye and bridge: of several ranks all must come to the same places
-    always_look = False
-
-    def __init__(self, vision, bridge, llm, words, template="v1", aspect="pad",
-                 grids=data.OFFICIAL, reader=None):
+    def __init__(self, vision, projector, llm, tokenizer, template="v1", aspect="pad"):
+        """vision: a ViT; projector: linear or mlp; llm: a Llama; tokenizer: a data.Tokenizer."""
         super().__init__()
-        self.vision, self.llm, self.words, self.reader = vision, llm, words, reader
-        self.kind = bridge if type(bridge) is str else "qformer"
-        self.template, self.aspect, self.grids = template, aspect, grids
-        self.ends = frozenset()             # ids that end an answer, beside the template's own
-        self.bridge = (bridge if self.kind == "qformer" else
-                       BRIDGES[bridge](vision.config.width, llm.config.width))
-        if self.kind == "qformer" and aspect != "squash":
-            raise data.Usage(f"aspect {aspect!r}: a Q-Former is shown pictures squashed, and its "
-                             "files cannot say anything else; choose squash")
-        if aspect == "anyres":
-            C = llm.config.width
-            self.newline = nn.Parameter(torch.randn(C) * C ** -.5)
+        self.vision, self.llm, self.tokenizer = vision, llm, tokenizer
+        self.template, self.aspect, self.projector_type = template, aspect, projector
+        self.projector = PROJECTORS[projector](vision.config.width, llm.config.width)
+        self.stop_ids = frozenset()         # ids that end an answer, beside the template's own
 
     @property
-    def image_size(self):
-        return self.vision.config.image
+    def image_size(self):                   # pixels of a side
+        return self.vision.config.image_size
 
     @property
-    def patches(self):
-        return (self.vision.config.image // self.vision.config.patch) ** 2
+    def patches(self):                      # P, of one picture or tile
+        return (self.image_size // self.vision.config.patch_size) ** 2
+
+    @property
+    def image_token(self):
+        """Id of <image> in the files; here a picture is data.IMAGE, which is in no vocabulary."""
+        return image_token_id(self.tokenizer)
 
     def pixels(self, image):
-        """PIL image -> pixels (n, 3, S, S), as this model was trained to be shown pictures."""
+        """PIL image -> pixels (n, 3, S, S), prepared as in this model's training."""
         return data.preprocess(image, self.image_size, self.aspect, self.grids)
 
-    def grid(self, size):
-        """data.Grid of a picture of `size` (width, height)."""
-        side = self.vision.config.image // self.vision.config.patch
-        return data.anyres_grid(*size, self.image_size, side, self.grids)
-
-    def places(self, size=None):
+    def num_image_tokens(self, size=None):
         """Vectors that a picture of `size` (width, height) becomes."""
-        if self.kind == "qformer":
-            return self.bridge.qformer.config.queries
-        return self.grid(size).tokens if self.aspect == "anyres" else self.patches
+        return self.patches
 
-    def asked(self, ids, labels=None, keep=None):
-        """What an InstructBLIP's Q-Former reads where only ids are known: for each picture in ids
-        (B, T) the text of its row, without what is learned or padding."""
-        read = ids >= 0 if keep is None else (ids >= 0) & keep
-        read = read if labels is None else read & (labels == data.IGNORE)
-        counts = (ids == data.IMAGE).sum(1).tolist()
-        return [self.words.decode(row[there].tolist()).strip()
-                for row, there, count in zip(ids, read, counts) for _ in range(count)]
+    def encode_vision(self, pixels):
+        """pixels (n, 3, S, S) -> (n, 1+P, Cv), the class token first."""
+        vision_trains = any(p.requires_grad for p in self.vision.parameters())
+        # not inference mode: the projector must keep its input for backward
+        with torch.set_grad_enabled(torch.is_grad_enabled() and vision_trains):
+            return self.vision(pixels.to(self.vision.cls.dtype))
 
-    def see(self, pixels, sizes=None, questions=None):
-        """pixels (n, 3, S, S) -> a list of (P, C), one a picture: what the language model gets.
+    def encode_images(self, pixels, sizes=None, questions=None):
+        """pixels (n, 3, S, S) -> a list of (P, C), one for each picture: the image_embeds.
+        sizes: [(width, height)] of the pictures in pixels, for LlavaNext. questions: [what is asked
+        about each picture], for an InstructBLIP."""
+        return list(self.projector(self.encode_vision(pixels)[:, 1:]))      # no class token
 
-        With sizes the pictures are in tiles, n in all. The class token is dropped: LLaVA reads
-        patches only. A Q-Former reads it, and one with words a question for each picture, too.
-        (`questions`: as they were typed, for ids may lose some of it.)
-        Raises data.BadData when tiles and sizes do not fit."""
-        # inference mode would be no faster, and the bridge could not keep its input for backward
-        with torch.set_grad_enabled(torch.is_grad_enabled()
-                                    and any(p.requires_grad for p in self.vision.parameters())):
-            patches = self.vision(pixels.to(self.vision.cls.dtype))
-        if self.kind == "qformer":
-            longest = min(128, self.bridge.qformer.config.context)
-            text = self.reader.encode(questions, longest, left=True) if self.reader else ()
-            return list(self.bridge(patches, *(t.to(pixels.device) for t in text)))
-        features = self.bridge(patches[:, 1:])
-        if self.aspect != "anyres":
-            return list(features)
-        grids = [self.grid(size) for size in sizes or ()]
-        counts = [1 + grid.tiles[0] * grid.tiles[1] for grid in grids]
-        if len(pixels) == len(grids) != sum(counts):        # overviews alone
-            grids, counts = [None] * len(grids), [1] * len(grids)
-        if sum(counts) != len(pixels):
-            raise data.BadData(f"{len(pixels)} tiles given, but pictures of sizes {sizes} have "
-                               f"{sum(counts)}; give sizes=[(width, height)] of every picture")
-        return [merge(tiles, self.newline, grid)
-                for tiles, grid in zip(features.split(counts), grids)]
+    def qformer_text(self, ids, labels=None, attention_mask=None, lengths=None):
+        """Questions for a Q-Former, of which there is none here."""
 
-    def embed(self, ids, pixels=None, labels=None, keep=None, left=False, sizes=None,
+    def embed(self, ids, pixels=None, labels=None, attention_mask=None, left=False, sizes=None,
               questions=None, lengths=None):
-        """ids and pictures -> one row of vectors each; see `splice` and, for questions, `asked`.
-        Text alone wakes no eye."""
-        words, features = self.llm.embed(ids.clamp(min=0)), []
+        """ids (B, T) and pixels (n, 3, S, S) -> embeddings (B, T', C) and the rest: see `splice`.
+        Without pictures the vision tower is not run. sizes, questions: see `encode_images`."""
+        text_embeds, image_embeds = self.llm.embed(ids.clamp(min=0)), []    # IMAGE is negative
         if pixels is not None and len(pixels):
-            if self.reader and questions is None:
-                questions = self.asked(ids, labels, keep) if lengths is None else [
-                    text for one in zip(ids.split(lengths, 1), labels.split(lengths, 1))
-                    for text in self.asked(*one)]
-            features = self.see(pixels, sizes, questions)
-        elif self.always_look:
+            if questions is None:
+                questions = self.qformer_text(ids, labels, attention_mask, lengths)
+            image_embeds = self.encode_images(pixels, sizes, questions)
+        elif self.always_run_vision:
             blank = torch.zeros(1, 3, self.image_size, self.image_size, device=ids.device)
-            words = words + 0 * self.see(blank, questions=["?"])[0].sum()
-        return splice(ids, words, features, labels, keep, left, lengths)
+            # times 0: nothing changes, and backward runs through the projector as well
+            text_embeds = text_embeds + 0 * self.encode_images(blank, questions=["?"])[0].sum()
+        return splice(ids, text_embeds, image_embeds, labels, attention_mask, left, lengths)
 
     def forward(self, ids, pixels=None, sizes=None, questions=None):
         """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V)."""
         return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0])
 
-    def loss(self, ids, labels, pixels=None, keep=None, weights=None, lengths=None,
+    def loss(self, ids, labels, pixels=None, attention_mask=None, weights=None, lengths=None,
              questions=None):
-        """Cross-entropy of the next token over supervised places; a scalar.
+        """Cross-entropy of the next token, where labels are not IGNORE; a scalar.
 
-        weights (B, T), of the ids: the sum of weight · loss; None: the mean. lengths: of documents
-        packed into one row, [their ids]; the first label of each must be IGNORE, for no text stands
-        before it. questions: for `embed`. Only supervised rows reach the output head. Raises
-        data.BadData if there are none."""
-        learned = labels[:, 1:] != data.IGNORE
-        x, labels, there = self.embed(ids, pixels, labels, keep, questions=questions,
-                                      lengths=lengths)
-        rows = labels[:, 1:] != data.IGNORE
-        if not rows.any():
-            raise data.BadData("a batch has nothing to train on: every label is masked; look at "
-                               "it with --show-batch")
-        documents = None if lengths is None else packed(there, x.device)
-        hidden = self.llm.hidden(x, documents=documents)[:, :-1]
-        # splicing moves labels and keeps their order, so these are the weights of those rows
-        return linear_cross_entropy(hidden[rows], self.llm.head.weight, labels[:, 1:][rows],
-                                    None if weights is None else weights[:, 1:][learned])
-
-    # ------------------------------------------------------------------------- from and to disk
+        weights (B, T), one for each id: the sum of weight * loss; None: the mean. lengths: see
+        `splice`; each text's first label must be IGNORE, as no token of its own stands before it.
+        Only positions with loss reach the output head. Raises BadData if there are none."""
+        id_has_loss = labels[:, 1:] != data.IGNORE                          # (B, T-1)
+        x, labels, mask = self.embed(ids, pixels, labels, attention_mask, questions=questions,
+                                     lengths=lengths)
+        targets = labels[:, 1:]                                             # (B, T'-1)
+        has_loss = targets != data.IGNORE
+        check_labels(has_loss)
+        # packed texts do not see each other; padding, at the end, is seen by none
+        doc_spans = None if lengths is None else document_spans(mask, x.device)
+        hidden = self.llm.hidden(x, doc_spans=doc_spans)[:, :-1]            # (B, T'-1, C)
+        if weights is not None:                 # splicing keeps the labels' order: one for each
+            weights = weights[:, 1:][id_has_loss]
+        return linear_cross_entropy(hidden[has_loss], self.llm.head.weight, targets[has_loss],
+                                    weights)
 
     def names(self):
-        """The weight table, in the spelling that `save_pretrained` writes."""
-        tongue = prefixed(self.llm.names(), "llm.", "language_model.")
-        if self.kind == "qformer":
-            asks = self.bridge.qformer
-            asks = asks.INSTRUCT_NAMES if asks.config.vocab else asks.NAMES
-            return {**prefixed(self.vision.names(), "vision.", "vision_model."),
-                    **self.QUERY_NAMES, **prefixed(asks, "bridge.qformer.", ""), **tongue}
-        table = {**prefixed(ViT.NAMES, "vision.", "vision_tower.vision_model."),
-                 **self.BRIDGE_NAMES, **tongue}
-        if self.kind == "linear":
-            table = {k: v for k, v in table.items() if "bridge.second" not in k}
-        return table | ({"newline": "image_newline"} if self.aspect == "anyres" else {})
-
-    def split_sizes(self, name):
-        if name.startswith("llm."):
-            return self.llm.split_sizes(name)
-        if name.startswith("vision."):
-            return [self.vision.config.width] * 3
-        return [self.bridge.qformer.config.width] * 2
+        """{our name: name in the files} of all weights, as `save_pretrained` writes them."""
+        return names.LLAVA
 
     @classmethod
-    def from_parts(cls, vision, llm, bridge="mlp", template="v1", aspect="pad", seed=0, dtype=None,
-                   qformer=None):
-        """A new model from a CLIP folder and a LLaMA folder; the bridge is drawn from the seed.
-
-        bridge "qformer" takes `queries_of(qformer, vision)`, and draws the projection only: that of
-        a model before a LLaMA of this width goes on if it is asked by the same template.
-        (MiniGPT-4, too, takes BLIP-2's Q-Former and a projection of its own.)"""
-        tongue = Llama.from_pretrained(llm, dtype)
-        words, reader = data.Tokenizer(data.resolve(llm)), None
-        rows = -(-(len(words) + 2) // 64) * 64      # room for <image> and <pad>, as the hub has it
-        if rows > tongue.config.vocab:
-            tongue.grow(rows)
-        if bridge == "qformer":
-            eye, norm, asks = queries_of(qformer, vision, dtype)
-            if asks.config.vision != eye.config.width:
-                raise data.BadModel(f"the Q-Former reads features of width {asks.config.vision}, "
-                                    f"the eye's have {eye.config.width}; take both from one model")
-            if asks.config.vocab:
-                reader = Words(data.resolve(qformer) / "qformer_tokenizer")
-        else:
-            eye = ViT.from_pretrained(vision, dtype)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if bridge == "qformer":
-                bridge = Queries(norm, asks, tongue.config.width)
-            model = cls(eye, bridge, tongue, words, template, aspect, reader=reader)
-            # The bridge should speak as loudly as words do, and in the channels that words use.
-            # Torch's default start is louder than Vicuna's words (0.02) and stays, as in the
-            # official runs. The toy's words are at 1, in a quarter of the channels: there the
-            # bridge starts with random mixtures of words.
-            with torch.no_grad():
-                parts = model.bridge._modules               # a Q-Former ends in a norm: heard at 1
-                last = parts.get("proj", parts.get("second", parts.get("first")))
-                speak = last if model.kind == "qformer" else model.bridge
-                heard = torch.randn(1000, last.in_features if speak is last else eye.config.width)
-                table = tongue.embed.weight.float()
-                if table.std() > speak(heard).std():
-                    last.weight.copy_(table.T @ torch.randn(len(table), last.in_features))
-                    last.bias.zero_()
-                    last.weight.mul_(table.std() / speak(heard).std())
-        if model.kind == "qformer" and goes_on(qformer, template, last.weight):
-            model.load_bridge(qformer)
-        model.bridge.to(tongue.embed.weight.dtype)
-        return model
-
-    def load_bridge(self, path):
-        """Take over a projector alone: a folder or a .safetensors file with mm_projector.* or
-        multi_modal_projector.*; before a Q-Former language_projection.*, or llama_proj.* of
-        MiniGPT-4 (other tensors in it are passed over). Raises data.BadModel."""
-        weights = data.load_weights(path)
-        if self.kind == "qformer":
-            name = next((n for n in ("llama_proj", "llm_proj", "opt_proj", "t5_proj")
-                         if f"{n}.weight" in weights), "language_projection")
-            data.fill(self.bridge.proj, {k: f"{name}.{k}" for k in ("weight", "bias")}, weights,
-                      {rf"(?!{name}\.).*": "not of the projection"})
-            return
-        known = spelled(weights)
-        table = {k.removeprefix("bridge."): known.get(v, v) for k, v in self.names().items()
-                 if k.startswith("bridge.")}
-        rest = r"(?!.*projector).*"
-        data.fill(self.bridge, table, weights, {rest: "not of the bridge"})
+    def from_family(cls, family, tokenizer, template):
+        """A model with the sizes in `family` (formats/families.py)."""
+        vision = clip.ViT(clip.Config(**family.vision))
+        llm = llama.Llama(llama.Config(**family.llm))
+        return cls(vision, family.projector, llm, tokenizer, template, family.aspect)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, base=None):
-        """From a folder or hub id, in `dtype` or, if None, the file's own: transformers' LLaVA and
-        LLaVA-NeXT in any spelling, the official safetensors (liuhaotian/llava-v1.6-*), InstructBLIP
-        with Vicuna, and BLIP-2 and MiniGPT-4 of ours (with OPT or T5: refused).
+        """The VLM, LlavaNext or Blip2 of a folder or hub id; in `dtype` or the file's own.
 
-        Where transformers and the official code cut a picture differently (data.anyres_grid), a
-        model in transformers' layout is shown it as transformers does, and an official one as the
-        official code does: each answers as it does at home. A LoRA adapter is added to its base,
-        which it names itself if `base` is None. Raises data.BadModel, data.Offline, data.Usage."""
-        folder = data.resolve(folder)
-        home, folder, weights = sources(folder, base)
-        c, reader = data.read_config(folder), None
-        official = "mm_projector_type" in c or "mm_vision_tower" in c
-        made = (official_settings if official else settings)(folder, c)
-        eye, tongue, bridge, aspect, grids, default = made
-        words, known = data.Tokenizer(home), spelled(weights)
-        embed, head = (f"language_model.{Llama.NAMES[k]}" for k in ("embed.weight", "head.weight"))
-        tongue = Llama.settle_tie(tongue, weights, known.get(embed), known.get(head))
-        template = (c["template"] if "template" in c else
-                    asked_in(home, words, bridge, official, default))
-        if not isinstance(template, ChatTemplate) and template not in list(data.TEMPLATES):
-            raise data.BadModel(f"{folder}: config.json says template {template!r}, which is not "
-                                f"one of {', '.join(data.TEMPLATES)}; take another model")
-        if c.get("model_type") == "instructblip":
-            reader, rows = Words(folder / "qformer_tokenizer"), config_of(c).vocab
-            if len(reader) > rows + 1:              # a [DEC] more does no harm: nobody writes it
-                raise data.BadModel(f"{folder}: qformer_tokenizer has {len(reader)} tokens, the "
-                                    f"Q-Former {rows} rows; take both from one place")
-        ends = end_ids(folder, c)
-        if not isinstance(template, ChatTemplate) and data.TEMPLATES[template].end == "\n":
-            ends -= data.end_ids(template, words)       # a captioner's, not of what it learns next
-        with torch.device("meta"):
-            if bridge == "qformer":
-                norm = LayerNorm(eye.width, norm_eps(folder, c, eye.eps))
-                bridge = Queries(norm, QFormer(config_of(c)), tongue.width)
-            model = cls(ViT(eye), bridge, Llama(tongue), words, template, aspect, grids, reader)
-        model.ends = frozenset(ends)
-        words.fit(tongue.vocab, template)
-        ignore, apart = dict(cls.IGNORE), not any(k.startswith("vision_tower.") for k in known)
-        ignore |= Llama.ignored(tongue)
-        if tongue.tied and head in known:
-            ignore[re.escape(known[head])] = "tied: the embedding once more, see settle_tie"
-            known.setdefault(embed, known[head])        # the one name a tied file has it under
-        if bridge == "linear" and "multi_modal_projector.linear_2.weight" in known:
-            ignore |= identity(weights, known, tongue.width)
-        if official and apart:
-            model.vision = None             # frozen in training and not in the file: as it was
-        table = {ours: tuple(known.get(t, t) for t in theirs)
-                 for ours, theirs in data.expand(model, model.names()).items()}
-        data.fill(model, table, weights, ignore, dtype)
-        if official and apart:
-            model.vision = ViT.from_pretrained(c["mm_vision_tower"], dtype or weights.dtype)
-        return model.eval()
-
-    def config(self):
-        """The dict of config.json, as transformers' LlavaConfig or Blip2Config reads it."""
-        tiles = self.aspect == "anyres"
-        if self.kind == "qformer":
-            asks, eye, norm = self.bridge.qformer.config, self.vision.config, self.bridge.norm
-            kind, name = ("instructblip", "InstructBlip") if asks.vocab else ("blip-2", "Blip2")
-            eye = eye.to_hf() | ({"model_type": "instructblip_vision_model"}
-                                 if asks.vocab and eye.eva else {})
-            return {
-                "model_type": kind,
-                "architectures": [f"{name}ForConditionalGeneration"] * self.vision.config.eva,
-                "dtype": data.dtype_name(self.llm.head.weight.dtype),
-                "num_query_tokens": asks.queries, "image_token_index": self.image_token,
-                "use_decoder_only_language_model": True,
-                "tie_word_embeddings": self.llm.config.tied, "vision_config": eye,
-                "qformer_config": asks.to_hf(bool(asks.vocab)),
-                **({"ln_vision_eps": norm.eps} if norm.eps != self.vision.config.eps else {}),
-                "text_config": self.llm.config.to_hf(), "template": self.template,
-                "image_aspect_ratio": self.aspect}
-        own = isinstance(self.template, ChatTemplate)       # then its file says it
-        return {
-            "model_type": "llava_next" if tiles else "llava",
-            "architectures": [f"Llava{'Next' * tiles}ForConditionalGeneration"],
-            "dtype": data.dtype_name(self.llm.head.weight.dtype),
-            **({"image_grid_pinpoints": self.pinpoints} if tiles else {}),
-            "image_token_index": self.image_token, "image_seq_length": self.patches,
-            "projector_hidden_act": "gelu" if self.kind == "mlp" else "linear",
-            "multimodal_projector_bias": True, "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": self.llm.config.tied,
-            "text_config": self.llm.config.to_hf(), "vision_config": self.vision.config.to_hf(),
-            **({} if own else {"template": self.template}), "image_aspect_ratio": self.aspect}
-
-    @property
-    def pinpoints(self):
-        """Of config.json: [[height, width]], so that transformers cuts pictures as we do."""
-        return [[down * self.image_size, across * self.image_size] for across, down in self.grids]
-
-    @property
-    def pad_token(self):
-        """Id of `<pad>` in the files: the next one, if the tokenizer has none yet."""
-        return self.words.added("<pad>", max(len(self.words), self.image_token + 1))
-
-    @property
-    def image_token(self):
-        """Id of `<image>` in the files; ours is data.IMAGE, which is in no vocabulary."""
-        return self.words.added("<image>", len(self.words))
+        Read are transformers' LLaVA, LLaVA-NeXT and InstructBLIP, official safetensors (liuhaotian/
+        llava-v1.6-*), and what `save_pretrained` writes. A LoRA adapter is added to `base`, None:
+        to the base that it names. Raises BadModel, Offline, UsageError."""
+        tokenizer_folder, folder, weights = open_model(folder, base)
+        family = families.read_family(folder, weights)
+        tokenizer = data.Tokenizer(tokenizer_folder)
+        template = families.choose_template(family, tokenizer, data.TEMPLATES, data.prompt)
+        with torch.device("meta"):                          # shapes without memory
+            model = CLASSES[family.name].from_family(family, tokenizer, template)
+        model.stop_ids = families.read_stop_ids(family, template, tokenizer, data.TEMPLATES,
+                                                data.end_ids)
+        tokenizer.fit(model.llm.config.vocab, template)     # no ids beyond the embedding's rows
+        return families.load_vlm(model, family, weights, dtype, clip.ViT.from_pretrained).eval()
 
     def save_pretrained(self, folder):
-        """Everything that transformers' Llava(Next), Blip2 or InstructBlip ForConditionalGeneration
-        and their processors read.
+        """Everything that transformers' model of the same name and its processor read."""
+        stop_ids = data.end_ids(self.template, self.tokenizer) | self.stop_ids
+        self.save_files(self, folder, data.template_of(self.template), stop_ids)
 
-        The linear bridge is written as two layers, the second the identity, the activation
-        "linear": the one form of it that transformers can express. A CLIP before a Q-Former is
-        written as it is, and cannot be expressed there: transformers refuses it for its shapes."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        last = max(self.image_token, self.pad_token)
-        if last >= self.llm.config.vocab:
-            self.llm.grow(last + 1)                 # transformers looks them up, then replaces them
-        tensors = data.export(self, self.names())
-        if self.kind == "linear":
-            first = self.bridge.first
-            tensors["multi_modal_projector.linear_2.weight"] = torch.eye(len(first.bias)).to(
-                first.weight)
-            tensors["multi_modal_projector.linear_2.bias"] = torch.zeros_like(first.bias)
-        data.save_weights(folder, tensors)
-        S = {"height": self.image_size, "width": self.image_size}
-        picture = {"do_resize": True, "resample": 3, "do_rescale": True, "do_normalize": True,
-                   "rescale_factor": 1 / 255, "image_mean": list(data.MEAN),
-                   "image_std": list(data.STD), "do_convert_rgb": True}
-        if self.kind == "qformer":
-            kind = f"{'InstructBlip' if self.reader else 'Blip2'}Processor"
-            picture |= {"size": S, "image_processor_type": "BlipImageProcessor"}
-            shared = {"processor_class": kind, "num_query_tokens": self.places()}
-        else:
-            kind = "LlavaNext" if self.aspect == "anyres" else "Llava"
-            side = S if self.aspect == "squash" else {"shortest_edge": self.image_size}
-            picture |= {"size": side, "do_center_crop": True, "crop_size": S,
-                        "do_pad": self.aspect in ("pad", "anyres"),
-                        "image_processor_type": f"{kind}ImageProcessor",
-                        **({"image_grid_pinpoints": self.pinpoints} if kind != "Llava" else {})}
-            shared = {"processor_class": f"{kind}Processor", "patch_size": self.vision.config.patch,
-                      "vision_feature_select_strategy": "default", "image_token": "<image>",
-                      "num_additional_image_tokens": 1}
-            self.save_chat_template(folder)
-        if self.reader:
-            self.reader.save(folder / "qformer_tokenizer")
-        files = {"config.json": self.config(), "preprocessor_config.json": picture,
-                 "processor_config.json": {**shared, "image_processor": picture},
-                 # quirk: sampling settings with do_sample off make transformers refuse to save
-                 "generation_config.json": {"bos_token_id": self.words.bos, "do_sample": False,
-                                            "eos_token_id": self.stop_ids(),
-                                            "pad_token_id": self.pad_token}}
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        data.save_tokenizer(self.words, folder, ("<image>", "<pad>"),
-                            not isinstance(self.template, ChatTemplate))
 
-    def stop_ids(self):
-        """Ids that end an answer, as generation_config.json has them: one, or EOS and the rest."""
-        ends = data.end_ids(self.template, self.words) | self.ends
-        ends = sorted(ends, key=lambda i: (i != self.words.eos, i))
-        return ends if len(ends) > 1 else ends[0] if ends else None
+class LlavaNext(VLM):
+    """LLaVA-NeXT: the whole picture, then its tiles, each at the tower's resolution. Beside pixels
+    it needs `sizes`, the pictures' (width, height). `loss` has none: it is not trained here."""
 
-    def save_chat_template(self, folder):
-        """A processor reads chat_template.json and adds BOS itself; a tokenizer reads
-        chat_template.jinja and does not, so that this one begins with it. A folder's own goes
-        on as it came."""
-        texts = {"chat_template.jinja": None, "chat_template.json": None}
-        if isinstance(self.template, ChatTemplate):
-            texts["chat_template.jinja"] = self.template.source
-        elif told := data.chat_template(self.template):
-            texts["chat_template.jinja"] = data.chat_template(self.template, self.words)
-            texts["chat_template.json"] = json.dumps({"chat_template": told}, indent=2) + "\n"
-        for name, text in texts.items():
-            (folder / name).unlink(missing_ok=True)
-            if text is not None:
-                (folder / name).write_text(text)
+    def __init__(self, vision, projector, llm, tokenizer, template="v1", aspect="anyres"):
+        super().__init__(vision, projector, llm, tokenizer, template, aspect)
+        self.grids = ANYRES_GRIDS           # (tiles across, tiles down) to choose from
+        C = llm.config.width
+        self.image_newline = nn.Parameter(torch.randn(C) * C ** -.5)    # ends a row of patches
+
+    def grid(self, size):
+        """How a picture of `size` (width, height) is cut: an AnyresGrid."""
+        side = self.image_size // self.vision.config.patch_size
+        return anyres_grid(*size, self.image_size, side, self.grids)
+
+    def num_image_tokens(self, size=None):
+        return self.grid(size).tokens
+
+    def encode_images(self, pixels, sizes=None, questions=None):
+        """pixels (n, 3, S, S), the tiles of all pictures -> a list of (tokens, C), one a picture.
+        Raises BadData when tiles and sizes do not fit."""
+        features = self.projector(self.encode_vision(pixels)[:, 1:])        # (n, P, C)
+        grids = [self.grid(size) for size in sizes or ()]
+        counts = [1 + grid.tiles[0] * grid.tiles[1] for grid in grids]      # tiles of a picture
+        if len(pixels) == len(grids) != sum(counts):        # overviews alone
+            grids, counts = [None] * len(grids), [1] * len(grids)
+        check_tile_count(len(pixels), counts, sizes)
+        pairs = zip(features.split(counts), grids)
+        return [merge_tiles(tiles, self.image_newline, grid) for tiles, grid in pairs]
+
+
+class Blip2(VLM):
+    """BLIP-2, InstructBLIP and MiniGPT-4: a Q-Former between the vision tower and a LLaMA."""
+    projector_type = "qformer"
+    save_files = staticmethod(save_blip2)
+
+    def __init__(self, vision, projector, llm, tokenizer, template="blip2", qformer_tokenizer=None):
+        """projector: a QFormerProjector; qformer_tokenizer: a BertTokenizer, of an InstructBLIP."""
+        nn.Module.__init__(self)                            # not VLM's, which makes a projector
+        self.vision, self.llm, self.tokenizer = vision, llm, tokenizer
+        self.projector, self.qformer_tokenizer = projector, qformer_tokenizer
+        self.template, self.aspect = template, "squash"     # its files cannot say anything else
+        self.stop_ids = frozenset()
+
+    def num_image_tokens(self, size=None):
+        return self.projector.qformer.config.num_queries
+
+    def encode_images(self, pixels, sizes=None, questions=None):
+        """pixels (n, 3, S, S) -> a list of (Q, C). The Q-Former reads the class token, too."""
+        features = self.encode_vision(pixels)               # (n, 1+P, Cv)
+        if self.qformer_tokenizer is None:                  # not an InstructBLIP
+            return list(self.projector(features))           # Q vectors of each picture
+        longest = min(128, self.projector.qformer.config.context)           # officially 128
+        ids, mask = self.qformer_tokenizer.encode(questions, longest, left=True)
+        return list(self.projector(features, ids.to(pixels.device), mask.to(pixels.device)))
+
+    def qformer_text(self, ids, labels=None, attention_mask=None, lengths=None):
+        """An InstructBLIP's questions by ids alone: for each picture in ids (B, T) the text of its
+        row, without tokens that have loss and without padding."""
+        if self.qformer_tokenizer is None:
+            return None
+        is_read = ids >= 0                                  # (B, T), not IMAGE
+        if attention_mask is not None:
+            is_read = is_read & attention_mask
+        if labels is not None:
+            is_read = is_read & (labels == data.IGNORE)
+        rows, masks = ids, is_read
+        if lengths is not None:                             # the texts of one packed row
+            rows, masks = ids[0].split(lengths), is_read[0].split(lengths)
+        texts = []
+        for row, mask in zip(rows, masks):
+            text = self.tokenizer.decode(row[mask].tolist()).strip()
+            texts += [text] * int((row == data.IMAGE).sum())
+        return texts
+
+    def names(self):
+        return names.blip2(self.vision.config, bool(self.projector.qformer.config.vocab))
+
+    @classmethod
+    def from_family(cls, family, tokenizer, template):
+        vision = clip.ViT(clip.Config(**family.vision))
+        llm = llama.Llama(llama.Config(**family.llm))
+        norm = clip.LayerNorm(vision.config.width, family.ln_vision_eps)
+        queries = qformer.QFormer(qformer.Config(**family.qformer))
+        projector = QFormerProjector(norm, queries, llm.config.width)
+        qformer_tokenizer = families.read_qformer_tokenizer(family)
+        return cls(vision, projector, llm, tokenizer, template, qformer_tokenizer)
+
+
+CLASSES = {"llava": VLM, "llava_next": LlavaNext, "blip2": Blip2}
+
+
+def main():
+    """Print a row before and after splicing."""
+    toy = Path(__file__).parent / "toy/weights"
+    vision, llm = clip.ViT.from_pretrained(toy / "clip"), llama.Llama.from_pretrained(toy / "llama")
+    vlm = VLM(vision, "mlp", llm, data.Tokenizer(toy / "llama"))        # the projector is random
+    talk = [{"from": "human", "value": "<image>\nWhat colour is the star?"},
+            {"from": "gpt", "value": "The star is red."}]
+    ids, labels = data.encode(talk, "v1", vlm.tokenizer)
+    grey = torch.zeros(1, 3, vlm.image_size, vlm.image_size)
+    x, labels, _ = vlm.embed(torch.tensor([ids]), grey, torch.tensor([labels]))
+    print(f"{len(ids)} ids -> {tuple(x.shape)}, {int((labels != data.IGNORE).sum())} with loss")
+    print(*("[picture]" if i == data.IMAGE else vlm.tokenizer.decode([i]) for i in ids))
 
 
 if __name__ == "__main__":
-    toy = Path(__file__).parent / "weights/toy"
-    vlm = VLM.from_parts(toy / "clip", toy / "llama")
-    row, target = data.encode([{"from": "human", "value": "<image>\nWhat colour is the star?"},
-                               {"from": "gpt", "value": "The star is red."}], "v1", vlm.words)
-    grey = torch.zeros(1, 3, vlm.image_size, vlm.image_size)
-    x, y, _ = vlm.embed(torch.tensor([row]), grey, torch.tensor([target]))
-    print(f"{len(row)} ids -> {tuple(x.shape)} vectors, {int((y != data.IGNORE).sum())} learned")
-    spans = " ".join("[picture]" if i == data.IMAGE else vlm.words.decode([i]) for i in row)
-    print(spans)
+    main()

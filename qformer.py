@@ -1,17 +1,16 @@
-"""qformer.py: ask a picture 32 learned questions, and read the answers as 32 vectors.
+"""qformer.py: ask an image 32 learned questions, and read the answers as 32 vectors.
 
-    queries (Q, C) learned ─┐                       pixels ─> eye ─> ln_vision ─> features (P, Cv)
-    words   (T, C) ids ─────┴─ norm ─> depth blocks, of BERT's kind, norms behind:
-                                                                             queries   words
-        attention    all of the row, under one of three masks                  ×         ×
-        cross        to the features, in every second block                    ×
-        MLP          one for the queries, another for the words                ×         ×
+    queries (Q, C) learned --+                     pixels -> vision tower -> ln_vision -> (P, Cv)
+    text    (T, C) tokens ---+- norm -> `depth` blocks, made like BERT's:
+                                                                           queries   text
+        self-attention   over queries and text, under one of three masks      x        x
+        cross-attention  to the image features, in every second block         x
+        MLP              one for the queries, another for the text            x        x
 
-What the queries bring back has the same size for every picture: Q vectors, whatever P is. Trained
-in two stages [BLIP-2] 2301.12597: first with captions, under three masks and three losses (here),
-then in front of a language model (projector.py).
+The result has the same size for every image. BLIP-2 [BLIP-2] 2301.12597 trains it in two stages:
+with three losses (this file), then in front of a language model (projector.py).
 
-Row: who looks. Column: what is seen. Q = 2 queries, then T = 4 words:
+The three masks. Row: the token that looks; column: the token it may see. Q = 2, then T = 4:
 
     itc  # # . . . .      itm  # # # # # #      itg  # # . . . .
          # # . . . .           # # # # # #           # # . . . .
@@ -20,859 +19,412 @@ Row: who looks. Column: what is seen. Q = 2 queries, then T = 4 words:
          . . # # # #           # # # # # #           # # # # # .
          . . # # # #           # # # # # #           # # # # # #
 
-    itc  two towers in one: picture and words know nothing of each other. Contrast in the batch
-    itm  one reader of both. Does this caption belong to this picture?
-    itg  words see the queries and the past, the queries see no word: write the caption. What the
-         queries did not bring back, nobody can write
+    itc  contrast  queries and text do not see each other: two towers in one, compared in the batch
+    itm  matching  everything sees everything: does this caption belong to this image?
+    itg  writing   text sees the queries and the text before it, queries see no text: write the
+                   caption, which can only use what the queries have found
 
-Quirks that load without an error and are wrong when missed: words count positions from 0, though
-queries stand before them; queries have no position, but pass the embedding's norm all the same.
-Checked against: transformers' Blip2ForImageTextRetrieval and InstructBLIP (tests/test_qformer.py).
-Left out: dropout (officially 0.1, a regulariser: without it a step is a function of its inputs, so
-that resuming is exact and activations can be made again); training the eye in the first stage.
-
-Letters: B batch, T words, Q queries, P patches, C width, H heads, E shared width, V vocabulary,
-N pairs of all ranks.
+Two details give wrong numbers and no error when they are missed: text position embeddings count
+from 0, although the queries come first; queries have none, but pass the embedding's norm as well.
+Left out: dropout (0.1 officially), and training the vision tower. Checked against transformers'
+Blip2ForImageTextRetrieval and InstructBLIP (tests/test_qformer.py).
+Letters: B batch, T text tokens, Q queries, P patches, S keys, C width, Cv width of the features, H
+heads, D head size, E width of the shared space, V vocabulary, N pairs on all ranks.
 Alone: `python qformer.py photo.jpg "a caption" "another"` scores captions; without arguments it
-draws the masks.   Next: projector.py, which hands the answers to a language model.
+prints the masks. Next: projector.py, which hands the queries to a language model.
 """
 
 import argparse
-import json
-import math
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
+import clip
 import data
-from clip import LayerNorm, ViT, block_names, prefixed
-from clip import Config as ViTConfig
-from formats.checkpoints import POSITIONS, tied_decoder
-from formats.processors import Processor
-from kernels import attention, full, gelu, linear_cross_entropy
+from formats import checkpoints, configs, folders, names, unused
+from formats.bert import BertTokenizer
+from formats.errors import exit_status
+from kernels import attention, full, gelu, linear_cross_entropy, spans
 from kernels.attention import visible
+from kernels.gather import all_gather, gather_texts, require_negatives
 
 
-# ------------------------------------------------------------------------------------ masks
+# ------------------------------------------------------------------------------------ the masks
+# May the token at index q of the row see the one at index k? The first n tokens are the learned
+# queries. kernels/attention.py calls the same functions in PyTorch and inside its GPU kernel.
 
 def itc(q, k, n):
     return (q < n) == (k < n)
 
 
-def itc_span(lo, hi, n, end):
-    first, last = n if lo >= n else 0, n if hi <= n else end
-    return first, last, first, (last if (lo >= n) | (hi <= n) else 0)
-
-
 def itm(q, k, n):
-    return (q >= 0) & (k >= 0)
-
-
-def itm_span(lo, hi, n, end):
-    return 0, end, 0, end
+    return (q >= 0) & (k >= 0)              # always True, in the shape of q and k together
 
 
 def itg(q, k, n):
     return (k < n) | ((q >= n) & (k <= q))
 
 
-def itg_keys(lo, hi, n, end):
-    return 0, (hi if hi > n else n), 0, (lo + 1 if lo >= n else n)
+# where the rules are True, so that the kernel skips what they hide
+itc.keys = itc.queries = spans.itc_span
+itm.keys = itm.queries = full.keys
+itg.keys, itg.queries = spans.itg_keys, spans.itg_queries
 
-
-def itg_queries(lo, hi, n, end):
-    return (0 if lo < n else lo), end, (0 if hi <= n else hi - 1), end
-
-
-itc.keys = itc.queries = itc_span
-itm.keys = itm.queries = itm_span
-itg.keys, itg.queries = itg_keys, itg_queries
-
-
-# ------------------------------------------------------------------------------- the Q-Former
 
 @dataclass(frozen=True)
 class Config:
     """Sizes. Defaults are BLIP-2's, which are BERT-base's."""
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 3072
-    eps: float = 1e-12
-    queries: int = 32
-    vision: int = 1408              # width of the features
-    vocab: int = 30523              # BERT's 30,522 and [DEC]; 0: no words, only queries
-    context: int = 512              # positions of words
-    every: int = 2                  # cross-attention in blocks 0, every, 2 every ...
-
-    @classmethod
-    def from_hf(cls, c, queries=32, vision=1408):
-        """From `qformer_config` of a config.json; queries and vision stand outside of it."""
-        if type(c) is not dict:
-            raise data.BadModel("config.json: qformer_config must be an object; take the "
-                                "config.json of the weights")
-        if c.get("hidden_act", "gelu") != "gelu":
-            raise data.BadModel(f"config.json: the Q-Former's hidden_act {c['hidden_act']!r} is "
-                                "not BERT's gelu; give a BLIP-2 or InstructBLIP")
-        d = cls()
-        # InstructBLIP's always reads words; BLIP-2's only where the config says so
-        reads = c.get("use_qformer_text_input", "instruct" in str(c.get("model_type")))
-        made = cls(c.get("hidden_size", d.width), c.get("num_hidden_layers", d.depth),
-                   c.get("num_attention_heads", d.heads), c.get("intermediate_size", d.mlp),
-                   c.get("layer_norm_eps", d.eps), queries, vision,
-                   c.get("vocab_size", 30522) if reads else 0,
-                   c.get("max_position_embeddings", d.context),
-                   c.get("cross_attention_frequency", d.every))
-        made.check()
-        return made
-
-    def check(self):
-        """BadModel before any memory is taken, if the numbers cannot be a Q-Former's."""
-        for name, low, high in (("width", 1, 2 ** 15), ("depth", 1, 2 ** 9), ("heads", 1, 2 ** 9),
-                                ("mlp", 1, 2 ** 17), ("queries", 1, 2 ** 12),
-                                ("vision", 1, 2 ** 15), ("vocab", 0, 2 ** 20),
-                                ("context", 1, 2 ** 20), ("every", 1, 2 ** 9)):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise data.BadModel(f"config.json: the Q-Former's {name} = {value!r} is not a whole"
-                                    f" number from {low} to {high}; take the config.json of the "
-                                    "weights")
-        if type(self.eps) not in (int, float) or not self.eps > 0 or self.width % self.heads:
-            raise data.BadModel(f"config.json: the Q-Former's layer_norm_eps {self.eps!r} must be "
-                                f"positive and its width {self.width} divide by its {self.heads} "
-                                "heads; take the config.json of the weights")
-
-    def to_hf(self, instruct=False):
-        """`qformer_config` of a BLIP-2, or of an InstructBLIP."""
-        return {"model_type": "instructblip_qformer" if instruct else "blip_2_qformer",
-                "hidden_size": self.width, "num_hidden_layers": self.depth,
-                "num_attention_heads": self.heads, "intermediate_size": self.mlp,
-                "layer_norm_eps": self.eps, "hidden_act": "gelu", "vocab_size": self.vocab or 30523,
-                "max_position_embeddings": self.context, "pad_token_id": 0,
-                "cross_attention_frequency": self.every, "encoder_hidden_size": self.vision,
-                **({} if instruct else {"use_qformer_text_input": bool(self.vocab)})}
+    width: int = 768                # C
+    depth: int = 12                 # number of blocks
+    heads: int = 12                 # H
+    mlp: int = 3072                 # width inside the MLP
+    eps: float = 1e-12              # of the norms
+    num_queries: int = 32           # Q
+    vision_width: int = 1408        # Cv, width of the image features
+    vocab: int = 30523              # BERT's 30,522 and [DEC]; 0: it reads no text
+    context: int = 512              # longest text in tokens
+    cross_attention_freq: int = 2   # cross-attention in blocks 0, 2, 4 ...
 
 
 class Attention(nn.Module):
-    """norm(x + attention(x, source)): of a row to itself, or of the queries to the features."""
+    """norm(x + attention(x, source)): self-attention, or cross-attention to image features."""
 
-    def __init__(self, c, source):
+    def __init__(self, c, source_width):
         super().__init__()
         self.heads = c.heads
         self.q = nn.Linear(c.width, c.width)
-        self.kv = nn.Linear(source, 2 * c.width)
+        self.kv = nn.Linear(source_width, 2 * c.width)
         self.out = nn.Linear(c.width, c.width)
-        self.norm = LayerNorm(c.width, c.eps)
+        self.norm = clip.LayerNorm(c.width, c.eps)
 
-    def forward(self, x, source, allow=full, n=0, keep=None, past=None):
-        """x (B, T, C), source (B, S, C'), past: k and v that stand before the source's own.
-        Returns (B, T, C), and k and v (B, S, H, D) for a later call's `past`."""
+    def forward(self, x, source, allow=full, n=0, attention_mask=None, past_kv=None):
+        """x (B, T, C), any tokens; source (B, S, C'); past_kv: keys and values before the source's.
+        Returns (B, T, C), and keys and values (B, S, H, D) for a later past_kv."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, C // self.heads)
         k, v = self.kv(source).view(B, -1, 2, self.heads, C // self.heads).unbind(2)
-        start = 0
-        if past is not None:
-            start = past[0].shape[1]
-            k, v = (torch.cat((old, new), 1) for old, new in zip(past, (k, v)))
-        y = attention(q, k, v, allow, n, start, keep)
+        start = 0                                       # index of x's first token in the row
+        if past_kv is not None:
+            start = past_kv[0].shape[1]
+            k, v = torch.cat((past_kv[0], k), 1), torch.cat((past_kv[1], v), 1)
+        y = attention(q, k, v, allow, n, start, attention_mask)
         return self.norm(x + self.out(y.reshape(B, T, C))), (k, v)
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """norm(x + MLP(x))."""
 
     def __init__(self, c):
         super().__init__()
         self.up = nn.Linear(c.width, c.mlp)
         self.down = nn.Linear(c.mlp, c.width)
-        self.norm = LayerNorm(c.width, c.eps)
+        self.norm = clip.LayerNorm(c.width, c.eps)
 
     def forward(self, x):
         return self.norm(x + self.down(gelu(self.up(x))))
 
 
 class Block(nn.Module):
+    """Self-attention together; cross-attention for the queries; an MLP for each."""
+
     def __init__(self, c, layer):
         super().__init__()
         self.attention = Attention(c, c.width)
-        self.cross = Attention(c, c.vision) if layer % c.every == 0 else None
-        self.mlp = MLP(c)                                       # of the queries
-        self.words_mlp = MLP(c) if c.vocab else None
+        self.cross = Attention(c, c.vision_width) if layer % c.cross_attention_freq == 0 else None
+        self.mlp = FeedForward(c)                               # of the queries
+        self.text_mlp = FeedForward(c) if c.vocab else None
 
-    def forward(self, x, n, features, allow, keep, past):
-        """x (B, n+T, C), its first n the queries; n = 0 with `past`, the queries' k and v.
-        Returns x, and k and v of its self-attention."""
-        ahead = n if past is None else past[0].shape[1]
-        x, kv = self.attention(x, x, allow, ahead, keep, past)
-        asks, words = x[:, :n], x[:, n:]
-        if n:
+    def forward(self, x, num_queries, features, allow, attention_mask, past_kv):
+        """x (B, Q+T, C), queries first. Text alone: num_queries 0; past_kv holds the queries' keys
+        and values, or is None: no image. Returns x, and its self-attention's keys and values."""
+        n = num_queries if past_kv is None else past_kv[0].shape[1]     # queries in the whole row
+        x, kv = self.attention(x, x, allow, n, attention_mask, past_kv)
+        queries, text = x[:, :num_queries], x[:, num_queries:]
+        if num_queries:
             if self.cross is not None:
-                asks, _ = self.cross(asks, features)
-            asks = self.mlp(asks)
-        if words.shape[1]:
-            words = self.words_mlp(words)
-        return torch.cat((asks, words), 1), kv
-
-
-def block_table(at, inner):
-    """{ours: theirs} of one block; attention is called `inner` inside of theirs."""
-    parts = {f"{ours}.{part}": f"{theirs[i]}.{name}"
-             for ours, theirs in (("mlp", ("intermediate_query", "output_query")),
-                                  ("words_mlp", ("intermediate", "output")))
-             for part, i, name in (("up", 0, "dense"), ("down", 1, "dense"),
-                                   ("norm", 1, "LayerNorm"))}
-    for ours, theirs in (("attention", "attention"), ("cross", "crossattention")):
-        parts |= {f"{ours}.q": f"{theirs}.{inner}.query", f"{ours}.out": f"{theirs}.output.dense",
-                  f"{ours}.kv": (f"{theirs}.{inner}.key", f"{theirs}.{inner}.value"),
-                  f"{ours}.norm": f"{theirs}.output.LayerNorm"}
-    return block_names(at, **parts)
-
-
-def layers(**names):
-    """{ours: theirs} of layers with a weight and a bias."""
-    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")
-            for ours, theirs in names.items()}
-
-
-def table(blocks, norm, words):
-    return {"query_tokens": "query_tokens", **blocks, **layers(norm=norm),
-            "word.weight": f"{words}.word_embeddings.weight",
-            "position.weight": f"{words}.position_embeddings.weight"}
+                queries, _ = self.cross(queries, features)      # only queries see the image
+            queries = self.mlp(queries)
+        if text.shape[1]:
+            text = self.text_mlp(text)
+        return torch.cat((queries, text), 1), kv
 
 
 class QFormer(nn.Module):
-    # quirk: BLIP-2 and InstructBLIP hold the same embeddings under different names
-    NAMES = table(block_table("qformer.encoder.layer.{}.", "attention"),
-                  "qformer.layernorm", "embeddings")
-    INSTRUCT_NAMES = table(block_table("qformer.encoder.layer.{}.", "attention"),
-                           "qformer.embeddings.layernorm", "qformer.embeddings")
-    LAVIS_NAMES = table(block_table("Qformer.bert.encoder.layer.{}.", "self"),
-                        "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings")
-    IGNORE = {**POSITIONS, r"Qformer\.cls\..*": "the head of the captions; Retriever has it",
-              r"(?!Qformer\.|qformer\.|embeddings\.|query_tokens).*": "not of the Q-Former"}
-    IGNORE_WORDS = {r".*encoder\.layer\.\d+\.(intermediate|output)\..*|.*(word|position)_emb.*":
-                    "the words' part, which a language model in front does without"}
+    """Learned queries and, if it has a vocabulary, text, through blocks like BERT's."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # the 1 in front is the files'
-        self.query_tokens = nn.Parameter(torch.randn(1, c.queries, c.width) * .02)
+        # the files have a dimension of size 1 in front
+        self.query_tokens = nn.Parameter(torch.randn(1, c.num_queries, c.width) * .02)
         if c.vocab:
-            self.word = nn.Embedding(c.vocab, c.width)
+            self.token = nn.Embedding(c.vocab, c.width)
             self.position = nn.Embedding(c.context, c.width)
-        self.norm = LayerNorm(c.width, c.eps)
+        self.norm = clip.LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.depth))
 
-    @property
-    def queries(self):
-        """(Q, C), a view of the parameter."""
-        return self.query_tokens[0]
-
     def forward(self, features, ids=None, allow=itm, text_mask=None, store=None, past=None):
-        """Queries and words through all blocks: (B, Q+T, C), queries first.
-
-        features (B, P, Cv), after ln_vision; None: words alone, no queries. ids (B, T); None:
-        queries alone. text_mask (B, T) bool, False at padding. store: a list that receives k and v
-        (B, Q, H, D) of each block's self-attention; past: such a list of a pass of queries alone,
-        in front of words alone: under `itg` the words come out as if the queries were there."""
-        if features is None and ids is None or past is not None and features is not None:
-            raise ValueError("QFormer: give features, ids or both; with past, ids alone")
-        keep, rows, n = None, [], 0
+        """Queries and text through all blocks -> (B, Q+T, C), queries first.
+        features (B, P, Cv), after ln_vision; None: text alone. ids (B, T); None: queries alone.
+        text_mask (B, T) bool, False at padding. store: a list that receives each block's keys and
+        values (B, Q, H, D). past: a list that a call with queries alone has filled; the text of
+        this call then comes out, under `itg`, as if the queries stood before it."""
+        configs.check_qformer_call(self.config, features, ids, past)
+        attention_mask, rows, num_queries = None, [], 0
         if features is not None:
-            n = self.config.queries
-            features = features.to(self.query_tokens.dtype)     # the eye may be in half precision
-            rows.append(self.query_tokens.expand(len(features), -1, -1))
+            num_queries = self.config.num_queries
+            features = features.to(self.query_tokens.dtype)     # the tower may be in half precision
+            rows.append(self.query_tokens.expand(len(features), -1, -1))       # (B, Q, C)
         if ids is not None:
-            if not self.config.vocab or ids.shape[1] > self.config.context:
-                raise ValueError(f"QFormer: {ids.shape[1]} words for a Q-Former with room for "
-                                 f"{self.config.context if self.config.vocab else 0}")
-            rows.append(self.word(ids) + self.position.weight[:ids.shape[1]])
-            if text_mask is not None:
-                ahead = n if past is None else past[0][0].shape[1]
-                keep = F.pad(text_mask, (ahead, 0), value=True)
-        x = self.norm(torch.cat(rows, 1))
+            rows.append(self.token(ids) + self.position.weight[:ids.shape[1]])  # (B, T, C)
+            if text_mask is not None:                           # queries are never padding
+                ahead = num_queries if past is None else past[0][0].shape[1]
+                attention_mask = F.pad(text_mask, (ahead, 0), value=True)      # (B, Q+T)
+        x = self.norm(torch.cat(rows, 1))                                      # (B, Q+T, C)
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, n, features, allow, keep, None if past is None else past[i])
+            past_kv = None if past is None else past[i]
+            x, kv = block(x, num_queries, features, allow, attention_mask, past_kv)
             if store is not None:
                 store.append(kv)
         return x
 
-    def without_words(self):
-        """Drop what only words use, for a life in front of a language model. Returns self."""
-        if self.config.vocab:
-            self.config = replace(self.config, vocab=0)
-            del self.word, self.position
-            for block in self.blocks:
-                block.words_mlp = None
-        return self
-
     @classmethod
-    def spelling(cls, weights):
-        """The weight table in whose names a file is written."""
-        if any(k.startswith("Qformer.bert.") for k in weights):
-            return cls.LAVIS_NAMES
-        instruct = "qformer.embeddings.layernorm.weight" in weights
-        return cls.INSTRUCT_NAMES if instruct else cls.NAMES
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=None, words=True):
-        """Out of a BLIP-2 (either kind), an InstructBLIP or a LAVIS file with its config.json, in
-        `dtype` or the file's own. words=False leaves the words' part of it where it is.
-
-        Raises data.BadModel, data.Offline."""
-        folder = data.resolve(folder)
-        config, weights = config_of(data.read_config(folder)), data.load_weights(folder)
-        ignore = dict(cls.IGNORE)
-        if not words:
-            config, ignore = replace(config, vocab=0), ignore | cls.IGNORE_WORDS
-        with torch.device("meta"):
-            model = cls(config)
-        return data.fill(model, cls.spelling(weights), weights, ignore, dtype).eval()
-
-
-def config_of(c):
-    """The Q-Former's Config out of the config.json of a whole BLIP-2 or InstructBLIP."""
-    if c.get("model_type") not in ("blip-2", "instructblip"):
-        raise data.BadModel(f"config.json: model_type {c.get('model_type')!r} has no Q-Former; "
-                            "give a BLIP-2 or InstructBLIP")
-    vision = c.get("vision_config", {})
-    return Config.from_hf(c.get("qformer_config", {}), c.get("num_query_tokens", 32),
-                          vision.get("hidden_size", 1408) if type(vision) is dict else vision)
-
-
-# ------------------------------------------------------------------------------------- words
-
-SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
-
-
-def word_piece(tokens):
-    """BERT's tokenizer over a list of tokens: lower case, no accents, words cut into pieces."""
-    lib = tokenizers.Tokenizer(tokenizers.models.WordPiece(
-        {token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    lib.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    lib.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    lib.decoder = tokenizers.decoders.WordPiece()
-    lib.add_special_tokens(list(SPECIAL))
-    lib.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1",
-        [(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")])
-    return lib
-
-
-class Words:
-    """BERT's words: texts to ids and back. .pad .cls .sep .dec: ids, len(): rows they need.
-
-    [DEC], which begins a caption that is to be written, is BLIP's: where a folder lacks it (BERT's
-    own) it gets the next free id, 30522."""
-
-    def __init__(self, folder):
-        """From tokenizer.json or vocab.txt of a folder. Raises data.BadModel."""
-        folder = Path(folder)
-        if (folder / "tokenizer.json").exists() or not (folder / "vocab.txt").exists():
-            data.Tokenizer(folder)                              # refuses what is damaged
-            lib = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            lib.no_truncation()
-            lib.no_padding()
-        else:
-            try:
-                tokens = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-            except ValueError as error:
-                raise data.BadModel(f"{folder}/vocab.txt: {error}: replace the file") from None
-            if len(set(tokens)) != len(tokens) or set(SPECIAL) - set(tokens):
-                raise data.BadModel(f"{folder}/vocab.txt: a token twice, or one of "
-                                    f"{' '.join(SPECIAL)} missing: replace the file")
-            lib = word_piece(tokens)
-        self._take(lib, folder)
-
-    def _take(self, lib, where):
-        ids = [lib.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
-        if None in ids:
-            raise data.BadModel(f"{where}: its tokenizer has no [PAD], [CLS] or [SEP]; give BERT's")
-        base = lib.get_vocab_size(with_added_tokens=False)
-        if lib.get_vocab_size() == base:
-            lib.add_special_tokens(["[DEC]"])
-        # whatever else was added since, <image> for one, the row behind BERT's is that of [DEC]
-        self.dec = lib.token_to_id("[DEC]") or base
-        self.pad, self.cls, self.sep = ids
-        self.size = max(base, self.dec + 1)
-        lib.encode_special_tokens = True            # a caption that says "[SEP]" says just that
-        self.lib = lib
-
-    @classmethod
-    def build(cls, texts, size=30000):
-        """A vocabulary made on the spot: the characters, so that no word is unknown, and the most
-        frequent words of `texts`."""
-        splits = word_piece(list(SPECIAL))
-        tally = Counter(word for text in texts for word, _ in splits.pre_tokenizer.pre_tokenize_str(
-            splits.normalizer.normalize_str(text)))
-        letters = sorted({c for word in tally for c in word})
-        often = sorted(tally, key=lambda word: (-tally[word], word))
-        tokens = dict.fromkeys((*SPECIAL, *letters, *("##" + c for c in letters), *often))
-        words = cls.__new__(cls)
-        words._take(word_piece(list(tokens)[:size - 1]), "Words.build")
-        return words
-
-    def __len__(self):
-        return self.size
-
-    def encode(self, texts, length=32, left=False):
-        """Texts to ids (B, T) and mask (B, T) bool, False at padding: [CLS] words [SEP], of which
-        `length` tokens are kept, the last words if left. Official lengths: 32 in training, 35 in
-        retrieval, 128, left, for InstructBLIP, which may be asked without words: [CLS] [SEP], as
-        in transformers. Elsewhere a text without words raises data.BadData."""
-        rows = []
-        for i, text in enumerate([texts] if type(texts) is str else texts):
-            try:
-                row = self.lib.encode(text, add_special_tokens=False).ids
-            except TypeError:
-                raise data.BadData(f"text {i}: {text!r:.60} is not Unicode text: save it as valid "
-                                   "UTF-8") from None
-            if not row and not left:
-                raise data.BadData(f"text {i}: {text!r:.60} holds no word: a picture cannot be "
-                                   "compared with nothing; leave it out")
-            row = row[2 - length:] if left else row[:length - 2]
-            rows.append(torch.tensor([self.cls, *row, self.sep]))
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        size = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(ids.shape[1]) < size[:, None]
-
-    def decode(self, ids):
-        return self.lib.decode([int(i) for i in ids])
-
-    def save(self, folder):
-        """tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lib.save(str(folder / "tokenizer.json"))
-        names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep",
-                                                                   "mask")}
-        (folder / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "BertTokenizer", **names, "bos_token": "[DEC]",
-            "do_lower_case": True, "padding_side": "right", "model_max_length": 512},
-            indent=2) + "\n")
+    def from_pretrained(cls, folder, dtype=None, text=True):
+        """From a folder or hub id of a BLIP-2 (either stage), an InstructBLIP or a LAVIS model, in
+        `dtype` (None: the file's own). text=False leaves the text branch out."""
+        folder = checkpoints.resolve(folder)
+        weights = checkpoints.load_weights(folder)
+        with torch.device("meta"):                      # shapes without memory
+            model = cls(Config(**configs.read_qformer(folder, text)))
+        table, ignore = names.qformer(weights), unused.qformer(text)
+        return checkpoints.load_into(model, table, weights, ignore, dtype).eval()
 
 
 # ------------------------------------------------------------------------------- three losses
-# All are of one rank's B pairs. The N = B · ranks pairs of all stand in the order of the ranks;
-# `same` (B, N) says which picture goes with which text: mine are rows, everyone's are columns.
+# All are of this rank's B pairs. The N = B * world_size pairs of all ranks stand in the order of
+# the ranks. `same` (B, N): may my pair (row) and pair of all ranks (column) exchange image or text?
+# Names in the plural (images, texts) are of all ranks, and come without gradient.
 
-def gather(x):
-    """x (B, ...) of every rank -> (N, ...), without gradient, this rank's own part too; x without
-    gradient where there are no ranks. B must be the same everywhere."""
-    x = x.detach()
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def best_query(image, text):
-    """(B, Q, E) and (N, E) unit vectors -> (B, N) cosines, each of the query that fits best."""
+def max_query_similarity(image, text):
+    """(B, Q, E) and (N, E) unit vectors -> (B, N): cosine of the text and its best query."""
     return torch.einsum("bqe,ne->bqn", image, text).amax(1)
 
 
 def similarities(image, text, images, texts, temp):
-    """Mine (B, Q, E) and (B, E), everyone's (N, Q, E) and (N, E) -> (B, N) twice: my pictures to
-    all texts, my texts to all pictures; divided by the temperature, after the best is taken."""
-    return best_query(image, texts) / temp, best_query(images, text).T / temp
+    """My (B, Q, E) and (B, E), all ranks' (N, Q, E) and (N, E) -> two (B, N): my images to all
+    texts, my texts to all images. Divided by the temperature after the best query is chosen."""
+    return max_query_similarity(image, texts) / temp, max_query_similarity(images, text).T / temp
 
 
 def itc_loss(to_text, to_image, same, smoothing=.1):
-    """Which text is the picture's, which picture the text's?      [BLIP-2] 3.2, with LAVIS' target
-
-    to_text, to_image, same (B, N). Everyone's vectors carry no gradient, so pictures learn from
-    to_text alone, texts from to_image. Where several columns are right, they share the target."""
+    """Which text is the image's, and which image the text's?      [BLIP-2] 3.2; LAVIS' target
+    to_text, to_image, same (B, N) -> scalar. Gathered vectors carry no gradient, so images learn
+    from to_text alone and texts from to_image. Several right columns share the target."""
     target = (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / same.shape[1]
     return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
 
 
 def hard_negatives(to_text, to_image, same, seed=0, first=0):
-    """Draw, for each of my texts, a wrong picture and, for each of my pictures, a wrong text.
-
-    Likely is what is similar: softmax of a row without the right ones. The draw depends on (seed,
-    index among all N pairs) alone, so neither on the number of ranks nor on what was drawn before;
-    `first` is the index of my first pair. Returns columns (2, B): pictures, then texts; -1 where
-    every column is right."""
+    """Draw a wrong image for each of my texts, and a wrong text for each of my images.
+    The more similar, the likelier: softmax of a row without its right columns. The draw depends
+    only on (seed, index among all N pairs); `first` is the index of my first pair. Returns columns
+    (2, B): images, then texts; -1 where no column is wrong."""
     B, N = same.shape
     u = torch.rand(N, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     u = u[first:first + B].T.to(same.device, torch.float64)                    # (2, B)
-    scores = torch.stack((to_image, to_text)).detach().double().masked_fill(same, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0)              # (2, B, N); all right: NaN, so 0
-    mass = weights.cumsum(-1)
-    drawn = (mass <= (u * mass[..., -1])[..., None]).sum(-1)
+    scores = torch.stack((to_image, to_text)).detach().double()                # (2, B, N)
+    # a row without a wrong column is NaN
+    weights = scores.masked_fill(same, -torch.inf).softmax(-1).nan_to_num(0)
+    cumulative = weights.cumsum(-1)
+    # inverse-CDF sampling: the first column whose cumulative weight is above u
+    drawn = (cumulative <= (u * cumulative[..., -1])[..., None]).sum(-1)       # (2, B)
     return drawn.masked_fill(same.all(1), -1)
 
 
-def itm_loss(logits, drawn):
-    """Do they belong together? logits (3 B, 2), index 1 is yes, of the pairs in this order:
-
+def itm_loss(logits, negatives):
+    """Do they belong together? logits (3 B, 2), index 1 is yes, of pairs in this order:
         texts      mine    mine    wrong          B each
-        pictures   mine    wrong   mine
-        label      1       0       0              none where nothing wrong was to be had (drawn -1)
-    """
-    labels = torch.cat((torch.ones_like(drawn[0]), drawn.clamp(max=0).flatten()))
+        images     mine    wrong   mine
+        label      1       0       0              none where no wrong one was found (-1)"""
+    wrong = negatives.clamp(max=0).flatten()            # an index becomes label 0; -1 stays -1
+    labels = torch.cat((torch.ones_like(negatives[0]), wrong))
     return F.cross_entropy(logits, labels.where(labels >= 0, data.IGNORE))
 
 
 def itg_loss(x, weight, bias, ids, mask, smoothing=.1):
-    """Write the caption: x (B, T, C) at [DEC] and words, ids (B, T), mask (B, T) bool, vocabulary
-    rows weight (V, C) and bias (V). Mean over all words of the batch, the closing [SEP] too."""
+    """Write the caption: next-token loss, a mean over all text tokens, the closing [SEP] too.
+    x (B, T, C) at [DEC] and the text, ids and mask (B, T), the head's weight (V, C), bias (V)."""
     labels = ids[:, 1:].where(mask[:, 1:], data.IGNORE).flatten()
-    # the bias is the weight of eight more channels, of which one is 1 (eight: a GPU likes it)
-    one = F.pad(torch.ones_like(x[:, 1:, :1]), (0, 7))
-    x = torch.cat((x[:, :-1], one), -1).flatten(0, 1)
-    return linear_cross_entropy(x, torch.cat((weight, F.pad(bias[:, None], (0, 7))), 1), labels,
-                                smoothing=smoothing)
+    # the loss kernel has no bias: it becomes the weight of a channel of ones (and 7 of zeros)
+    one = F.pad(torch.ones_like(x[:, 1:, :1]), (0, 7))                         # (B, T-1, 8)
+    x = torch.cat((x[:, :-1], one), -1).flatten(0, 1)                          # (B*(T-1), C+8)
+    weight = torch.cat((weight, F.pad(bias[:, None], (0, 7))), 1)              # (V, C+8)
+    return linear_cross_entropy(x, weight, labels, smoothing=smoothing)
 
 
 # ------------------------------------------------------------------------------ BLIP-2, stage 1
 
-class Head(nn.Module):
-    """BERT's word head, without its last product, which is by the word embeddings."""
+class LMHead(nn.Module):
+    """BERT's language-model head, without its last product, which uses the token embeddings."""
 
     def __init__(self, c):
         super().__init__()
         self.dense = nn.Linear(c.width, c.width)
-        self.norm = LayerNorm(c.width, c.eps)
+        self.norm = clip.LayerNorm(c.width, c.eps)
         self.bias = nn.Parameter(torch.zeros(c.vocab))
 
     def forward(self, x):
         return self.norm(gelu(self.dense(x)))
 
 
-HEAD_NAMES = {**layers(dense="transform.dense", norm="transform.LayerNorm"), "bias": "bias"}
+class Blip2Stage1(nn.Module):
+    """A frozen vision tower, a Q-Former, and what its three losses need."""
 
-
-class Retriever(nn.Module):
-    """An eye, a Q-Former, and what its three losses need: BLIP-2 after its first stage.
-
-    The eye is frozen, the norm behind it is not. words: set by from_pretrained and from_parts."""
-    NAMES = {
-        **prefixed(QFormer.NAMES, "qformer.", ""),
-        **layers(ln_vision="vision_model.post_layernorm", to_shared="vision_projection",
-                 text_to_shared="text_projection", match="itm_head")}
-    # what transformers has no place for
-    REST_NAMES = {**prefixed(HEAD_NAMES, "head.", "Qformer.cls.predictions."), "temp": "temp"}
-    LAVIS_NAMES = {
-        **prefixed(ViT.LAVIS_NAMES, "vision.", ""), **prefixed(QFormer.LAVIS_NAMES, "qformer.", ""),
-        **layers(ln_vision="ln_vision", to_shared="vision_proj", text_to_shared="text_proj",
-                 match="itm_head"), **REST_NAMES}
-    IGNORE = {**POSITIONS, **tied_decoder(
-        r"Qformer\.cls\.predictions\.decoder", "Qformer.bert.embeddings.word_embeddings.weight",
-        "Qformer.cls.predictions.bias")}
-
-    def __init__(self, eye, config, shared=256, eps=None):
-        """eye, config: settings of ViT and QFormer; shared: E; eps: ln_vision's."""
+    def __init__(self, vision, config, shared=256, eps=None):
+        """vision: clip.Config; config: Config; shared: E; eps: ln_vision's (None: the tower's)."""
         super().__init__()
-        if config.vision != eye.width or not config.vocab:
-            raise data.BadModel(f"a Q-Former for features {config.vision} wide with {config.vocab} "
-                                f"words, an eye {eye.width} wide: config.json must give both one "
-                                "width, and a vocabulary")
-        self.vision = ViT(eye).requires_grad_(False)
-        # quirk: 1e-5 in LAVIS whatever the tower has, the tower's (1e-6) in transformers
-        self.ln_vision = LayerNorm(eye.width, eye.eps if eps is None else eps)
+        configs.check_stage1(vision, config)
+        self.vision = clip.ViT(vision).requires_grad_(False)
+        # quirk: 1e-5 in LAVIS whatever the tower has; the tower's (1e-6) in transformers
+        self.ln_vision = clip.LayerNorm(vision.width, vision.eps if eps is None else eps)
         self.qformer = QFormer(config)
-        self.to_shared = nn.Linear(config.width, shared)
-        self.text_to_shared = nn.Linear(config.width, shared)
-        self.match = nn.Linear(config.width, 2)
-        self.head = Head(config)
-        self.temp = nn.Parameter(torch.tensor(.07))     # divides, and is never clamped
-        self.words = None
+        self.vision_proj = nn.Linear(config.width, shared)
+        self.text_proj = nn.Linear(config.width, shared)
+        self.itm_head = nn.Linear(config.width, 2)
+        self.lm_head = LMHead(config)
+        self.temp = nn.Parameter(torch.tensor(.07))     # divides the cosines, and is never clamped
+        self.tokenizer = None                           # a BertTokenizer
 
     @property
     def image_size(self):
-        return self.vision.config.image
+        return self.vision.config.image_size
 
-    def see(self, pixels):
-        """pixels (B, 3, S, S) -> what the frozen eye says (B, P, Cv), ln_vision not yet applied."""
+    def encode_vision(self, pixels):
+        """pixels (B, 3, S, S) -> (B, P, Cv) of the frozen tower, before ln_vision."""
         with torch.no_grad():
             x = self.vision(pixels.to(self.vision.patch.dtype))
         return x.to(self.ln_vision.weight.dtype)
 
     def encode_image(self, features, store=None):
         """features (B, P, Cv), after ln_vision -> (B, Q, E) unit vectors."""
-        return F.normalize(self.to_shared(self.qformer(features, allow=itc, store=store)), dim=-1)
+        x = self.qformer(features, allow=itc, store=store)
+        return F.normalize(self.vision_proj(x), dim=-1)
 
     def encode_text(self, ids, mask):
         """ids, mask (B, T) -> (B, E) unit vectors, read at [CLS]."""
         x = self.qformer(None, ids, itc, mask)
-        return F.normalize(self.text_to_shared(x[:, 0]), dim=-1)
+        return F.normalize(self.text_proj(x[:, 0]), dim=-1)
 
-    def matched(self, features, ids, mask):
-        """(B, 2), index 1 is yes: the mean of the queries' logits, not of their probabilities."""
+    def itm_logits(self, features, ids, mask):
+        """(B, 2), index 1 is yes: the mean over queries of logits, not of probabilities."""
         x = self.qformer(features, ids, itm, mask)
-        return self.match(x[:, :self.qformer.config.queries]).mean(1)
+        return self.itm_head(x[:, :self.qformer.config.num_queries]).mean(1)
 
-    def similarity(self, pixels, ids, mask):
-        """Pictures (B, 3, S, S) and texts (N, T) -> (B, N) cosines, without temperature."""
-        image = self.encode_image(self.ln_vision(self.see(pixels)))
-        return best_query(image, self.encode_text(ids, mask))
-
-    def match_logit(self, pixels, ids, mask):
-        """B pictures, each with its text -> (B, 2) logits of "no" and "yes"."""
-        return self.matched(self.ln_vision(self.see(pixels)), ids, mask)
-
-    def score(self, pixels, ids, mask):
-        """B pictures, each with its text -> (B,): raw match logit + cosine, as published."""
-        features = self.ln_vision(self.see(pixels))
-        cosine = torch.einsum("bqe,be->bq", self.encode_image(features),
-                              self.encode_text(ids, mask)).amax(1)
-        return self.matched(features, ids, mask)[:, 1] + cosine
-
-    def losses(self, pixels, ids, mask, seed=0, only=("itc", "itm", "itg"), owner=None):
-        """{"itc", "itm", "itg": scalar} of B pairs, those in `only`; to be summed.
-
-        ids, mask (B, T) from words.encode, the same B on every rank. seed: of the negatives, the
-        same on every rank. owner (B,): a number for each picture, where one picture may occur
-        twice. Pairs of one owner, or of the same words, are no negatives of each other, and share
-        ITC's target. One pair alone has ITC 0. Raises data.BadData if nothing in the batch is a
-        negative of anything: ITM would learn to say yes."""
-        if odd := set(only) - {"itc", "itm", "itg"}:
-            raise ValueError(f"losses: {', '.join(sorted(odd))} is none of itc, itm, itg")
-        x, store, made = self.see(pixels), [], {}
-        features = self.ln_vision(x)
-        image = self.encode_image(features, store)
-        if {"itc", "itm"} & set(only):
-            text = self.encode_text(ids, mask)
-            longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-            wide = (0, longest - ids.shape[1])
-            ids_n = gather(F.pad(ids, wide, value=self.words.pad))
-            mask_n = gather(F.pad(mask, wide))
-            first = dist.get_rank() * len(ids) if len(ids_n) > len(ids) else 0
-            mine = slice(first, first + len(ids))
-            same = (ids_n[mine, None] == ids_n).all(-1)                                # (B, N)
-            if owner is not None:
-                same = same | (owner[:, None] == gather(owner))
-            both = similarities(image, text, gather(image), gather(text), self.temp)
+    def losses(self, pixels, ids, mask, seed=0, only=("itc", "itm", "itg"), image_ids=None):
+        """{"itc", "itm", "itg": scalar} of B pairs, those in `only`; their sum is the loss.
+        ids, mask (B, T) from tokenizer.encode; B and seed (of negatives) are alike on all ranks.
+        image_ids (B,): equal where two pairs have the same image. Raises BadData if nothing in the
+        batch is a negative: ITM would learn to say yes."""
+        configs.check_losses(only)
+        vision, queries_kv, out = self.encode_vision(pixels), [], {}
+        features = self.ln_vision(vision)                                      # (B, P, Cv)
+        image = self.encode_image(features, queries_kv)                        # (B, Q, E)
+        if "itc" in only or "itm" in only:
+            text = self.encode_text(ids, mask)                                 # (B, E)
+            sims = similarities(image, text, all_gather(image), all_gather(text), self.temp)
+            all_ids, all_mask, first = gather_texts(ids, mask, self.tokenizer.pad)
+            # pairs with one text, or one image, are no negatives and share ITC's target
+            same = (all_ids[first:first + len(ids), None] == all_ids).all(-1)  # (B, N)
+            if image_ids is not None:
+                same = same | (image_ids[:, None] == all_gather(image_ids))
         if "itc" in only:
-            made["itc"] = itc_loss(*both, same)
+            out["itc"] = itc_loss(*sims, same)
         if "itm" in only:
-            if bool(gather(same.all().view(1)).all()):          # refused by all ranks, or by none
-                raise data.BadData(f"a batch of {len(ids_n)} pairs with the same words or picture "
-                                   "has no negatives: shuffle the data, or take a larger batch")
-            drawn = hard_negatives(*both, same, seed, first)
-            wrong_image, wrong_text = drawn.clamp(min=0)
-            # gathered before ln_vision, which is run again here: so it learns from the negatives,
-            # wherever they come from, and no gradient has to travel between ranks
-            features = torch.cat((features, self.ln_vision(gather(x)[wrong_image]), features))
-            ids3 = torch.cat((ids_n[mine], ids_n[mine], ids_n[wrong_text]))
-            mask3 = torch.cat((mask_n[mine], mask_n[mine], mask_n[wrong_text]))
-            made["itm"] = itm_loss(self.matched(features, ids3, mask3), drawn)
+            require_negatives(same)
+            negatives = hard_negatives(*sims, same, seed, first)               # (2, B)
+            out["itm"] = self.matching_loss(vision, features, all_ids, all_mask, first, negatives)
         if "itg" in only:
-            begun = ids.clone()
-            begun[:, 0] = self.words.dec
-            # under itg the queries' keys and values are those of itc: they are not made again
-            out = self.head(self.qformer(None, begun, itg, mask, past=store))
-            made["itg"] = itg_loss(out, self.qformer.word.weight, self.head.bias, ids, mask)
-        return {name: made[name] for name in only}
+            out["itg"] = self.caption_loss(ids, mask, queries_kv)
+        return {name: out[name] for name in only}
 
-    def fits(self, words):
-        """Take these words. Raises data.BadModel if there are more than rows for them."""
-        if len(words) > self.qformer.config.vocab:
-            raise data.BadModel(f"the tokenizer has {len(words)} tokens, the Q-Former "
-                                f"{self.qformer.config.vocab} rows; take both from one place")
-        self.words = words
-        return self
+    def matching_loss(self, vision, features, all_ids, all_mask, first, negatives):
+        """Matching: each pair, and each of its halves with a hard negative."""
+        wrong_image, wrong_text = negatives.clamp(min=0)                       # (B,) each
+        # vision features are gathered before ln_vision, which runs again here: so ln_vision learns
+        # from the negatives of all ranks, and no gradient has to travel between ranks
+        wrong = self.ln_vision(all_gather(vision)[wrong_image])                # (B, P, Cv)
+        images = torch.cat((features, wrong, features))                        # (3 B, P, Cv)
+        mine = torch.arange(first, first + len(wrong_text), device=wrong_text.device)
+        texts = torch.cat((mine, mine, wrong_text))                            # (3 B,)
+        return itm_loss(self.itm_logits(images, all_ids[texts], all_mask[texts]), negatives)
 
-    @classmethod
-    def from_parts(cls, vision, words, config, seed=0, bert=None, shared=256):
-        """A new one: an eye (folder or hub id, see ViT.from_pretrained), Words, settings of the
-        Q-Former, which begins at random or, given a folder or hub id of BERT, as that."""
-        eye = ViT.from_pretrained(vision).docked().requires_grad_(False)
-        with torch.device("meta"):
-            model = cls(eye.config, config, shared)
-        model.vision, model.temp = eye, nn.Parameter(torch.tensor(.07))
-        for i, (name, part) in enumerate(model.named_children()):
-            if name != "vision":
-                begin(part.to_empty(device="cpu"), config.width, 100 * seed + i)
-        if bert is not None:
-            begin_as_bert(model, bert)
-        for block in model.qformer.blocks:                  # as published
-            block.mlp.load_state_dict(block.words_mlp.state_dict())
-        return model.fits(words).eval()
+    def caption_loss(self, ids, mask, queries_kv):
+        """Writing: [DEC] takes the place of [CLS]. The queries see the same under itg as under itc,
+        so their keys and values are reused, with gradient: this loss trains the queries too."""
+        decoder_ids = ids.clone()
+        decoder_ids[:, 0] = self.tokenizer.dec
+        x = self.qformer(None, decoder_ids, itg, mask, past=queries_kv)        # (B, T, C)
+        return itg_loss(self.lm_head(x), self.qformer.token.weight, self.lm_head.bias, ids, mask)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, vision=None):
-        """From a folder or hub id: transformers' Blip2ForImageTextRetrieval, what save_pretrained
-        writes, or LAVIS' tensors as safetensors beside a config.json and tokenizer of the former.
-
-        dtype: of the eye, None for the file's own; the rest computes in fp32, because in fp16 its
-        losses overflow (LAVIS issue 267). vision: a folder with the eye, for a LAVIS file that was
-        saved without what was frozen. transformers' files have no head for captions and no
-        temperature: both begin anew, which ITC's cosine and ITM do not notice, and ITG must learn.
-        Raises data.BadModel, data.Offline."""
-        folder = data.resolve(folder)
-        c, weights, words = data.read_config(folder), data.load_weights(folder), Words(folder)
-        lavis = any(k.startswith("Qformer.bert.") for k in weights)
-        eye, config = ViTConfig.eye(c), config_of(c)
-        Processor(folder, c["model_type"]).expect(eye.image, "squash", "a Q-Former's are squashed")
-        shared, eps = c.get("image_text_hidden_size", 256), c.get("ln_vision_eps")
-        eps = 1e-5 if lavis and eps is None else eye.eps if eps is None else eps
-        if type(shared) is not int or not 1 <= shared <= 2 ** 15 or not (
-                type(eps) in (int, float) and eps > 0):
-            raise data.BadModel(f"{folder}: config.json says image_text_hidden_size {shared!r} and "
-                                f"ln_vision_eps {eps!r}; take the config.json of the weights")
-        with torch.device("meta"):
-            model = cls(eye, config, shared, eps).fits(words)
-        names, rest = model.names(), nn.Module()
-        if lavis:
-            names = cls.LAVIS_NAMES
-            if vision is not None:
-                model.vision = None
-            elif not any(k.startswith("visual_encoder.") for k in weights):
-                raise data.BadModel(f"{folder}: saved without its frozen eye; name the eye's "
-                                    "folder as well (vision=)")
-        else:
-            rest.head, rest.temp = Head(config), nn.Parameter(torch.tensor(.07))
-            begin(rest.head, config.width)
-            if (folder / "pretraining.safetensors").exists():
-                data.fill(rest, cls.REST_NAMES,
-                          data.load_weights(folder / "pretraining.safetensors"))
-            model.head = model.temp = None                  # not in the main file
-        data.fill(model, names, weights, cls.IGNORE, dtype)
-        if not lavis:
-            model.head, model.temp = rest.head, rest.temp
-        if model.vision is None:
-            model.vision = ViT.from_pretrained(vision, dtype).docked().requires_grad_(False)
-            if model.vision.config.width != config.vision:
-                raise data.BadModel(f"{vision}: an eye {model.vision.config.width} wide, the "
-                                    f"Q-Former looks at {config.vision}; give the one it knows")
-        for name, p in model.named_parameters():
-            if not name.startswith("vision."):
-                p.data = p.data.float()
-        return model.eval()
-
-    def names(self):
-        """The weight table, in transformers' spelling where it has one, in LAVIS' elsewhere."""
-        eye = prefixed(self.vision.names(), "vision.", "vision_model.")
-        return {**eye, **self.NAMES, **self.REST_NAMES}
+        """From a folder or hub id: Blip2ForImageTextRetrieval of transformers, or LAVIS. dtype: of
+        the vision tower; the rest is fp32, because its losses overflow in fp16 (LAVIS issue 267).
+        vision: folder of the tower, for a LAVIS file without it."""
+        folder = checkpoints.resolve(folder)
+        weights = checkpoints.load_weights(folder)
+        vit, config, shared, eps = configs.read_stage1(folder, weights)
+        with torch.device("meta"):                      # shapes without memory
+            model = cls(clip.Config(**vit), Config(**config), shared, eps)
+        model.tokenizer = BertTokenizer(folder).check_fits(model.qformer.config.vocab)
+        tower = None if vision is None else clip.ViT.from_pretrained(vision, dtype)
+        return folders.load_stage1(model, folder, weights, dtype, tower).eval()
 
     def save_pretrained(self, folder):
-        """config.json, model.safetensors, tokenizer and preprocessor_config.json, which load in
-        transformers' Blip2ForImageTextRetrieval; head and temperature, for which it has no place,
-        in pretraining.safetensors. With CLIP as the eye the names are CLIP's, and transformers,
-        whose BLIP-2 has no such eye, cannot load it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors, rest = data.export(self, self.names()), set(self.REST_NAMES.values())
-        data.save_weights(folder, {k: v for k, v in tensors.items() if k not in rest})
-        aside = folder / "pretraining.safetensors.tmp"
-        save_file({k: v.contiguous() for k, v in tensors.items() if k in rest}, aside)
-        aside.replace(folder / "pretraining.safetensors")
-        eye = self.vision.config
-        config = {"model_type": "blip-2", "dtype": data.dtype_name(self.vision.patch.dtype),
-                  "architectures": ["Blip2ForImageTextRetrieval"] if eye.eva else [],
-                  "num_query_tokens": self.qformer.config.queries, "image_token_index": None,
-                  "image_text_hidden_size": self.to_shared.out_features,
-                  "ln_vision_eps": self.ln_vision.eps, "vision_config": eye.to_hf(),
-                  "qformer_config": self.qformer.config.to_hf()}
-        picture = {"image_processor_type": "BlipImageProcessor",
-                   "processor_class": "Blip2Processor", "do_resize": True, "resample": 3,
-                   "size": {"height": eye.image, "width": eye.image}, "do_rescale": True,
-                   "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
-                   "image_mean": list(data.MEAN), "image_std": list(data.STD)}
-        for name, content in (("config.json", config), ("preprocessor_config.json", picture)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        self.words.save(folder)
+        """What from_pretrained reads, and transformers' Blip2ForImageTextRetrieval too."""
+        folders.save_stage1(self, folder)
 
 
-# --------------------------------------------------------------------------------- first values
-
-@torch.no_grad()
-def begin(module, width, seed=0):
-    """Starting values: N(0, 0.02) at the published width of 768, more where sums are shorter; norms
-    1, biases 0. From a generator of its own: the program's stays where it was."""
-    dice = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        if p.dim() > 1:
-            p.normal_(0, .02 * (768 / width) ** .5, generator=dice)
-        else:
-            p.fill_(float(name.endswith("norm.weight") or name == "weight"))
-
-
-def begin_as_bert(model, folder):
-    """BERT's weights where the Q-Former is a BERT: attention of a row to itself, the words' MLP,
-    embeddings, head. Cross-attention, queries and the row of [DEC] stay random. [BLIP-2] 3.1"""
-    weights, q = data.load_weights(data.resolve(folder)), model.qformer
-    at = "bert." if any(k.startswith("bert.") for k in weights) else ""
-    if at + "embeddings.word_embeddings.weight" not in weights:
-        raise data.BadModel(f"{folder}: no word embeddings of a BERT; give bert-base-uncased")
-    rows = weights.shape(at + "embeddings.word_embeddings.weight")[0]
-    head = Head(replace(q.config, vocab=rows))              # BERT has a row less, that of [DEC]
-    head.dense, head.norm = model.head.dense, model.head.norm
-    parts = nn.ModuleDict({
-        "word": nn.Embedding(rows, q.config.width), "position": q.position, "norm": q.norm,
-        "blocks": nn.ModuleList(nn.ModuleDict({"attention": b.attention, "words_mlp": b.words_mlp})
-                                for b in q.blocks), "head": head})
-    names = {**table(block_table(at + "encoder.layer.{}.", "self"), at + "embeddings.LayerNorm",
-                     at + "embeddings"), **prefixed(HEAD_NAMES, "head.", "cls.predictions.")}
-    if at + "embeddings.LayerNorm.gamma" in weights:        # quirk: TensorFlow's names, on the hub
-        names = {k: v if type(v) is tuple else v.replace("LayerNorm.weight", "LayerNorm.gamma")
-                 .replace("LayerNorm.bias", "LayerNorm.beta") for k, v in names.items()}
-    data.fill(parts, names, weights, {
-        **POSITIONS,
-        r".*token_type_embeddings\..*": "first or second sentence: a Q-Former knows one",
-        r".*pooler\..*|cls\.seq_relationship\..*": "the task of which sentence follows",
-        **tied_decoder(r"cls\.predictions\.decoder", at + "embeddings.word_embeddings.weight",
-                       "cls.predictions.bias")})
-    with torch.no_grad():
-        q.word.weight[:rows] = parts["word"].weight
-        model.head.bias[:rows] = head.bias
-
-
-# ---------------------------------------------------------------------------------------- alone
-
-def draw():
+def print_masks():
     """The masks, and the shapes of a pass under each."""
     torch.manual_seed(0)
-    q, T = QFormer(Config(width=64, depth=2, heads=2, mlp=128, queries=3, vision=32, vocab=50)), 5
-    ids, features = torch.randint(50, (1, T)), torch.randn(1, 16, 32)
-    for rule, says in ((itc, "two towers in one: contrast"), (itm, "one reader: do they belong?"),
-                       (itg, "words after pictures: write")):
-        print(f"{rule.__name__}: {says}")
-        for row in visible(rule, 3 + T, 3 + T, n=3).tolist():
+    qformer = QFormer(Config(64, 2, 2, 128, num_queries=3, vision_width=32, vocab=50))
+    ids, features = torch.randint(50, (1, 5)), torch.randn(1, 16, 32)
+    for rule in (itc, itm, itg):
+        print(f"{rule.__name__}:")
+        for row in visible(rule, 8, 8, n=3).tolist():
             print("   " + " ".join(".#"[seen] for seen in row))
-        print(f"   features {tuple(features.shape)} and words {tuple(ids.shape)} -> "
-              f"{tuple(q(features, ids, rule).shape)}\n")
-    print("features alone ->", tuple(q(features).shape), "  words alone ->",
-          tuple(q(None, ids, itc).shape))
+        out = qformer(features, ids, rule)                                     # (1, 3+5, 64)
+        print(f"   features {tuple(features.shape)}, text {tuple(ids.shape)} -> {tuple(out.shape)}")
+    print("features alone ->", tuple(qformer(features).shape), "  text alone ->",
+          tuple(qformer(None, ids, itc).shape))
 
 
 def main():
-    p = argparse.ArgumentParser(description="How well do captions fit a picture? Without arguments:"
-                                            " draw the masks.", allow_abbrev=False)
-    p.add_argument("image", nargs="?")
-    p.add_argument("captions", nargs="*")
-    p.add_argument("--model", default=Path(__file__).parent / "runs/toy/blip2/stage1/model")
-    args = p.parse_args()
+    """How well do captions fit an image? Without arguments: print the masks."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("image", nargs="?")
+    parser.add_argument("captions", nargs="*")
+    parser.add_argument("--model", help="default: what train.py --recipe blip2 --stage 1 writes")
+    args = parser.parse_args()
     if args.image is None:
-        return draw()
-    if not args.captions:
-        raise data.Usage('no caption: give one or more behind the picture, each "in quotes"')
-    if not Path(args.model).exists() and args.model == p.get_default("model"):
-        raise data.BadModel(f"{args.model}: no such folder; make it by python train.py --recipe "
-                            "blip2 --stage 1, or give --model FOLDER_OR_HUB_ID")
-    model = Retriever.from_pretrained(args.model)
+        return print_masks()
+    model = Blip2Stage1.from_pretrained(folders.scoring_model(args))
     pixels = data.preprocess(data.load_image(args.image), model.image_size, "squash")
-    ids, mask = model.words.encode(args.captions, length=35)
+    ids, mask = model.tokenizer.encode(args.captions, length=35)
     with torch.inference_mode():
-        features = model.ln_vision(model.see(pixels))
-        cosine = best_query(model.encode_image(features), model.encode_text(ids, mask))[0]
-        logits = model.matched(features.expand(len(ids), -1, -1), ids, mask)
+        features = model.ln_vision(model.encode_vision(pixels))                # (1, P, Cv)
+        image, text = model.encode_image(features), model.encode_text(ids, mask)
+        cosines = max_query_similarity(image, text)[0]                         # (captions,)
+        logits = model.itm_logits(features.expand(len(ids), -1, -1), ids, mask)
     print("  itc   itm   score   (cosine, probability of a match, match logit + cosine)")
-    for c, (no, yes), text in zip(cosine.tolist(), logits.tolist(), args.captions):
-        print(f"{c:5.2f} {1 / (1 + math.exp(min(no - yes, 700))):5.2f} {yes + c:7.2f}   {text}")
+    matches = logits.softmax(-1)[:, 1]
+    for cosine, match, yes, caption in zip(cosines, matches, logits[:, 1], args.captions):
+        print(f"{cosine:5.2f} {match:5.2f} {yes + cosine:7.2f}   {caption}")
 
 
 if __name__ == "__main__":
-    sys.exit(data.guarded(main))
+    sys.exit(exit_status(main))

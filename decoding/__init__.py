@@ -1,1 +1,1 @@
-"""What generate.py can do besides its basic loop."""
+"""What generate.py can do besides its basic loop: one file an idea."""

@@ -1,4 +1,5 @@
-"""LoRA adapters in PEFT's layout, and LLaVA's: added to the weights of a base while it is loaded.
+"""formats/adapters.py: LoRA adapters in PEFT's layout, and LLaVA's, added to the weights of a base
+while it is loaded.
 
     adapter_config.json           r, lora_alpha, the base's name
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight (r, C_in)
@@ -8,21 +9,23 @@
 
     W becomes W + (lora_alpha / r) B A                  rslora: lora_alpha / sqrt(r)   [LoRA]
 
-What is not this is refused by name. [LoRA] 2106.09685; PEFT's peft/tuners/lora/layer.py;
-haotian-liu/LLaVA llava/model/builder.py."""
+Anything else is refused by name. [LoRA] 2106.09685; PEFT's peft/tuners/lora/layer.py;
+haotian-liu/LLaVA llava/model/builder.py.
+"""
+
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from formats.checkpoints import CONVERT
-from formats.errors import BadModel
+from formats.checkpoints import load_weights
+from formats.errors import BadModel, UsageError
+from formats.hub import CONVERT, resolve
+from formats.names import canonical
 from formats.strict_json import read_config
 
 PREFIX = "base_model.model."
-# settings of PEFT that change the result in a way that is not built here, and what they must be
+# settings of PEFT that change the result and are not built here: {key: values that are allowed}
 PLAIN = {"peft_type": ("LORA",), "fan_in_fan_out": (False, None), "use_dora": (False, None),
          "use_qalora": (False, None), "lora_bias": (False, None), "megatron_config": (None,),
          "layer_replication": (None,), "alora_invocation_tokens": (None,),
@@ -31,18 +34,10 @@ KEY = re.compile(r"(.+)\.(lora_A|lora_B)\.(?:default\.)?weight"
                  r"|(.+)\.(lora_embedding_A|lora_embedding_B)(?:\.default)?")
 
 
-def is_adapter(folder) -> bool:
-    """A folder with an adapter and no whole model beside it."""
-    folder = Path(folder)
-    return (folder / "adapter_config.json").exists() and not any(
-        (folder / f"model.safetensors{end}").exists() for end in ("", ".index.json"))
-
-
 class Adapter:
     """One adapter's folder. `base`: what it says it was trained on, or None."""
 
-    def __init__(self, folder, read):
-        """read: a function from a safetensors file to {name: tensor}."""
+    def __init__(self, folder):
         self.folder = Path(folder)
         self.config = c = read_config(folder, "adapter_config.json")
         for key, values in PLAIN.items():
@@ -55,7 +50,7 @@ class Adapter:
         self.base = base if type(base) is str and base else None
         self.pairs, self.whole = {}, {}     # {module: {"A": tensor, "B": tensor}}, {name: tensor}
         for file in ("non_lora_trainables", "adapter_model"):
-            self._sort(self._read(file, read))
+            self._sort(self._read(file))
         for module, pair in self.pairs.items():
             if set(pair) not in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
                 raise BadModel(f"{self.folder}: module {module} has {' and '.join(pair)} alone: "
@@ -65,10 +60,11 @@ class Adapter:
         raise BadModel(f"{self.folder / 'adapter_config.json'} says {key} {value!r}, {why}: merge "
                        "it into its base where it was made (PEFT's merge_and_unload)")
 
-    def _read(self, name, read) -> Mapping:
+    def _read(self, name) -> Mapping:
+        """{name: tensor} of one of the folder's two weight files."""
         safe, old = (self.folder / f"{name}.{end}" for end in ("safetensors", "bin"))
         if safe.exists():
-            return read(safe)
+            return load_weights(safe)
         if old.exists():
             raise BadModel(f"{old}: pickled weights, which can run code: convert them once: "
                            + CONVERT % old)
@@ -128,10 +124,10 @@ class Adapter:
 class Adapted(Mapping):
     """The weights of a base with an adapter added, computed when a tensor is asked for.
 
-    canonical: a function from any spelling of a tensor's name to one, by which the adapter's names
-    are found among the base's. Raises BadModel for an adapter's tensor that the base has not."""
+    The adapter's names are found among the base's by their canonical spelling (formats/names.py).
+    Raises BadModel for a tensor of the adapter that the base does not have."""
 
-    def __init__(self, weights, adapter, canonical):
+    def __init__(self, weights, adapter):
         self.weights, self.adapter = weights, adapter
         names = {canonical(name): name for name in weights}
         self.modules, self.whole = {}, {}               # by the base's names
@@ -161,10 +157,6 @@ class Adapted(Mapping):
     def dtype(self):
         return self.weights.dtype
 
-    def release(self, name):
-        if name in self.weights:
-            self.weights.release(name)
-
     def __contains__(self, name):
         return name in self.whole or name in self.weights
 
@@ -173,3 +165,34 @@ class Adapted(Mapping):
 
     def __len__(self):
         return len({*self.weights, *self.whole})
+
+
+# --------------------------------------------------------------------------- whole or adapter
+
+def is_adapter(folder) -> bool:
+    """A folder with an adapter and no whole model beside it."""
+    if not (folder / "adapter_config.json").exists():
+        return False
+    whole = "model.safetensors", "model.safetensors.index.json"
+    return not any((folder / name).exists() for name in whole)
+
+
+def open_model(folder_or_hub_id, base=None):
+    """(folder with the tokenizer, folder with config.json, weights) of a whole model, or of an
+    adapter's folder and its base. LLaVA's adapters hold the config.json of the whole, PEFT's none.
+
+    base: of an adapter; None: the one that it names. Raises BadModel, Offline, UsageError."""
+    folder = resolve(folder_or_hub_id)
+    if not is_adapter(folder):
+        if base is not None:
+            raise UsageError(f"--model-base {base}: {folder} is a whole model, no LoRA adapter; "
+                             "leave the base out")
+        return folder, folder, load_weights(folder)
+    adapter = Adapter(folder)
+    if base is None and adapter.base is None:
+        raise UsageError(f"{folder}: a LoRA adapter that does not name its base; give it as well "
+                         "(--model-base)")
+    base = resolve(base or adapter.base)
+    tokenizer_folder = folder if (folder / "tokenizer.json").exists() else base
+    config_folder = folder if (folder / "config.json").exists() else base
+    return tokenizer_folder, config_folder, Adapted(load_weights(base), adapter)

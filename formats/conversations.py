@@ -15,15 +15,16 @@ Rows that are read:
     cc_sbu_align        {"annotations": [{image_id, caption}]}, pictures image_id.jpg
 
 What looks like a picture and is not read is refused: it would be passed over in silence, and the
-model would learn answers about something that it has not seen."""
+model would learn answers about something that it has not seen.
+Behind them: the captions that BLIP-2 and MiniGPT-4 learn, and a row as LLaVA writes it."""
 import re
 import sys
 from functools import lru_cache
 
 from formats.errors import BadData
-from formats.strict_json import file_text, json_values
+from formats.strict_json import iter_rows, read_text
 
-MARK = "<image>"
+IMAGE_TOKEN = "<image>"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt",
          "system": "system", "developer": "system"}
 PICTURES = "image", "images", "image_path"          # keys of a row that name its pictures
@@ -95,7 +96,7 @@ def foreign_mark(text: str) -> str:
     if found := _FOREIGN.search(text):
         return found.group()
     for found in _HTML.finditer(text):
-        if found.group() != MARK and at_an_edge(text, *found.span()):
+        if found.group() != IMAGE_TOKEN and at_an_edge(text, *found.span()):
             return found.group()
     return ""
 
@@ -170,25 +171,25 @@ def _parts(field: str, parts: list, answer: bool) -> tuple[str, list]:
 
     Texts are joined as they are. A picture is a mark in its place; where it opens the turn it
     stands on a line of its own, as LLaVA writes it."""
-    said, names = "", []
+    text, names = "", []
     for i, part in enumerate(parts):
         here = f"{field}[{i}]"
         if not isinstance(part, dict):
             raise BadData(f"{here}: must be an object with type: correct the row")
         kind = part.get("type")
         if kind in ("text", "input_text", "output_text"):
-            said += _text(f"{here}.text", part.get("text"))
+            text += _text(f"{here}.text", part.get("text"))
         elif kind in ("image", "image_url", "input_image"):
             if answer:
                 raise BadData(f"{here}: a picture in an answer or a system text cannot be read: "
                               "move it into a question")
             names.append(_image_part(here, part))
-            opens = not said.replace(MARK, "").strip()
-            said += f"{MARK}\n" if opens else MARK
+            opens = not text.replace(IMAGE_TOKEN, "").strip()
+            text += f"{IMAGE_TOKEN}\n" if opens else IMAGE_TOKEN
         else:
             raise BadData(f"{here}.type: {kind!r} is not read, only text and image: take the part "
                           "out, or leave the row out")
-    return said, names
+    return text, names
 
 
 def _turn(field: str, turn, chat: bool) -> tuple[str, str, list]:
@@ -198,88 +199,45 @@ def _turn(field: str, turn, chat: bool) -> tuple[str, str, list]:
     if not isinstance(turn, dict):
         keys = "role and content" if chat else "from and value"
         raise BadData(f"{field}: must be an object with {keys}: correct the row")
-    who = "role" if "from" not in turn and ("role" in turn or chat) else "from"
-    what = "content" if "value" not in turn and (
-        "content" in turn or who == "role") else "value"
+    who, what = "from", "value"                 # LLaVA's keys, or OpenAI's
+    if "from" not in turn and ("role" in turn or chat):
+        who = "role"
+    if "value" not in turn and ("content" in turn or who == "role"):
+        what = "content"
     role = turn.get(who)
     if not (isinstance(role, str) and role in ROLES):
-        told = "user or assistant" if who == "role" else "human or gpt"
-        other = "human or gpt" if who == "role" else "user or assistant"
-        raise BadData(f"{field}.{who}: must be {told} ({other}), or system in the first turn: "
-                      "correct it")
+        names = ["human or gpt", "user or assistant"]
+        if who == "role":
+            names.reverse()
+        raise BadData(f"{field}.{who}: must be {names[0]} ({names[1]}), or system in the first "
+                      "turn: correct it")
     role, value = ROLES[role], turn.get(what)
     if isinstance(value, list) and what == "content":
         value, names = _parts(f"{field}.{what}", value, role != "human")
     else:
         value, names = _text(f"{field}.{what}", value), []
     _refuse_unknown_pictures(turn, (who, what), False, f"{field}.")
-    if role != "gpt" and (mark := foreign_mark(value)):
+    mark = foreign_mark(value) if role != "gpt" else ""
+    if mark:
         raise BadData(f"{field}.{what}: {mark!r} marks a picture for another model, here it would "
-                      f"be letters: write {MARK} for each picture of the row's images")
+                      f"be letters: write {IMAGE_TOKEN} for each picture of the row's images")
     return role, value, names
 
 
-def _system(row: dict, said: list, field: str) -> str:
+def _system(row: dict, turns: list, field: str) -> str:
     """The system text of a row: its key `system`, or its first turn, which is taken out."""
     text = "" if row.get("system") is None else _text("system", row["system"])
-    if said and said[0][0] == "system":
-        first = said.pop(0)[1]
+    if turns and turns[0][0] == "system":
+        first = turns.pop(0)[1]
         if text.strip() and first.strip():
             raise BadData(f"system: is there twice, as a key and as a turn of {field}: leave one")
-        text = text if text.strip() else first
-    for i, turn in enumerate(said):
-        if turn[0] == "system":
+        if not text.strip():
+            text = first
+    for i, (role, _, _) in enumerate(turns):
+        if role == "system":
             raise BadData(f"{field}: a system turn behind others (turn {i + 1}): put it first, or "
                           "take it out")
     return text if text.strip() else ""
-
-
-def _captions(rest: dict, told, pictures: list) -> list[dict]:
-    """A sample for each caption: the answer to nothing but the picture."""
-    told = told if isinstance(told, list) else [told]
-    if not pictures:
-        raise BadData("image: is missing: a caption needs its picture")
-    if not told or not all(_text("caption", line).strip() for line in told):
-        raise BadData("caption: must be text, or a list of texts, and is empty: correct it")
-    asked = {"from": "human", "value": "\n".join([MARK] * len(pictures))}
-    many = len(told) > 1
-    return [{**rest, "id": f"{rest['id']}, caption {i}" if many else rest["id"],
-             "conversations": [asked, {"from": "gpt", "value": line}]}
-            for i, line in enumerate(told, 1)]
-
-
-def parse_row(row, where: str) -> list[dict]:
-    """The samples of one row: one, or one for each caption of a list of them. Raises BadData."""
-    if not isinstance(row, dict):
-        raise BadData("a sample must be an object with conversations, or with image and caption")
-    field = next((key for key in TURNS if key in row), "conversations")
-    told, dropped = row.get(field), {field, "system", *PICTURES}
-    rest = {"id": where, **{sys.intern(k): v for k, v in row.items() if k not in dropped},
-            "where": where, "field": field}
-    pictures = _row_pictures(row)
-    if field == "caption" and not any(key in row for key in PICTURES) and type(
-            row.get("image_id")) in (int, str):
-        pictures = [f"{row['image_id']}.jpg"]               # so cc_sbu_align names its pictures
-    if type(rest["id"]) not in (int, str):
-        raise BadData("id: must be text or a number: correct the row, or leave the key out")
-    _text("id", str(rest["id"]))
-    said, chat = [], field == "messages"
-    if field != "caption":
-        if not isinstance(told, list) or not told:
-            raise BadData(f"{field}: must be a list of turns, and is missing or empty: correct "
-                          "the row")
-        said = [_turn(f"{field}[{i}]", turn, chat) for i, turn in enumerate(told)]
-        pictures = _all_pictures(pictures, [name for turn in said for name in turn[2]], field)
-    system = _system(row, said, field)
-    _refuse_unknown_pictures(row, {*dropped, *TURNS, "id"}, bool(pictures), "")
-    if pictures:
-        rest["image"] = pictures[0] if len(pictures) == 1 else pictures
-    if system:
-        rest["system"] = system
-    if field == "caption":
-        return _captions(rest, told, pictures)
-    # Turns are written anew: parsed rows would hold a copy of every key, which fills memories.
-    return [{**rest, "conversations": [{"from": who, "value": value} for who, value, _ in said]}]
 
 
 def _all_pictures(row: list, parts: list, field: str) -> list[str]:
@@ -293,6 +251,67 @@ def _all_pictures(row: list, parts: list, field: str) -> list[str]:
     return named
 
 
+def chat_row(row: dict, field: str, pictures: list) -> tuple[list, list]:
+    """([(role, text, pictures of the turn)], pictures of the row) of its list of turns."""
+    value = row.get(field)
+    if not isinstance(value, list) or not value:
+        raise BadData(f"{field}: must be a list of turns, and is missing or empty: correct "
+                      "the row")
+    turns, names = [], []
+    for i, turn in enumerate(value):
+        turns.append(_turn(f"{field}[{i}]", turn, chat=field == "messages"))
+        names += turns[-1][2]
+    return turns, _all_pictures(pictures, names, field)
+
+
+def caption_row(rest: dict, captions, pictures: list) -> list[dict]:
+    """A sample for each caption: the answer to nothing but the picture."""
+    if not isinstance(captions, list):
+        captions = [captions]
+    if not pictures:
+        raise BadData("image: is missing: a caption needs its picture")
+    if not captions or not all(_text("caption", line).strip() for line in captions):
+        raise BadData("caption: must be text, or a list of texts, and is empty: correct it")
+    question = {"from": "human", "value": "\n".join([IMAGE_TOKEN] * len(pictures))}
+    samples = []
+    for i, line in enumerate(captions, 1):
+        sample = {**rest, "conversations": [question, {"from": "gpt", "value": line}]}
+        if len(captions) > 1:
+            sample["id"] = f"{rest['id']}, caption {i}"
+        samples.append(sample)
+    return samples
+
+
+def parse_row(row, where: str) -> list[dict]:
+    """The samples of one row: one, or one for each caption of a list of them. Raises BadData."""
+    if not isinstance(row, dict):
+        raise BadData("a sample must be an object with conversations, or with image and caption")
+    field = next((key for key in TURNS if key in row), "conversations")
+    dropped = {field, "system", *PICTURES}              # keys that are read, and written anew
+    kept = {sys.intern(key): value for key, value in row.items() if key not in dropped}
+    rest = {"id": where, **kept, "where": where, "field": field}
+    pictures, turns = _row_pictures(row), []
+    no_key = not any(key in row for key in PICTURES)
+    if field == "caption" and no_key and type(row.get("image_id")) in (int, str):
+        pictures = [f"{row['image_id']}.jpg"]           # so cc_sbu_align names its pictures
+    if type(rest["id"]) not in (int, str):
+        raise BadData("id: must be text or a number: correct the row, or leave the key out")
+    _text("id", str(rest["id"]))
+    if field != "caption":
+        turns, pictures = chat_row(row, field, pictures)
+    system = _system(row, turns, field)
+    _refuse_unknown_pictures(row, {*dropped, *TURNS, "id"}, bool(pictures), "")
+    if pictures:
+        rest["image"] = pictures[0] if len(pictures) == 1 else pictures
+    if system:
+        rest["system"] = system
+    if field == "caption":
+        return caption_row(rest, row["caption"], pictures)
+    # Turns are written anew: parsed rows would hold a copy of every key, which fills memories.
+    rest["conversations"] = [{"from": role, "value": text} for role, text, _ in turns]
+    return [rest]
+
+
 def images_of(sample) -> list:
     """The pictures of a sample, in order; none for text alone."""
     image = sample.get("image")
@@ -304,21 +323,21 @@ def images_of(sample) -> list:
 # ---------------------------------------------------------------- a file of them
 
 def read_rows(path):
-    """Yield (row number, "FILE: row 3", its samples or a BadData that tells field and reason).
+    """Yield (row number, "FILE: row 3", its samples or a BadData with field and reason).
 
     Raises BadData only for a file that cannot be read at all."""
     try:
         # Bytes that are no UTF-8 become half surrogates, so that they are found in their row.
-        text = file_text(path, 4_000_000_000, "surrogateescape")
+        text = read_text(path, 4_000_000_000, "surrogateescape")
     except (OSError, ValueError) as error:
         raise BadData(f"{path}: cannot be read ({error}): give a file of JSON or JSON "
                       "lines") from None
-    except BadData as error:                    # UTF-16: no row of it can be told from the others
+    except BadData as error:                    # UTF-16: its rows cannot be separated
         why = str(error).removeprefix(f"{path}: ")
         yield 1, f"{path}: line 1, row 1", BadData(f"cannot be read as JSON ({why}); what follows "
                                                    "was not read")
         return
-    for row, place, value in json_values(text):
+    for row, place, value in iter_rows(text):
         where = f"{path}: {place}"
         try:
             yield row, where, value if isinstance(value, BadData) else parse_row(value, where)
@@ -341,3 +360,39 @@ def read_conversations(path) -> list[dict]:
     if not samples:
         raise BadData(f"{path}: holds no samples: expected a list of conversations")
     return samples
+
+
+def question(conversation) -> str:
+    """What a person says last, as it was typed: what an InstructBLIP's Q-Former reads."""
+    text = ""
+    for turn in conversation:
+        if ROLES[turn["from"]] == "human":
+            text = turn["value"] or ""
+    return text.replace(IMAGE_TOKEN, "").strip()
+
+
+# What stage 2 of MiniGPT-4 asks about its pictures.                     [MiniGPT4] 2304.10592
+MINIGPT4_INSTRUCTIONS = ("Describe this image in detail.",
+                         "Take a look at this image and describe what you notice.",
+                         "Please provide a detailed description of the picture.",
+                         "Could you describe the contents of this image for me?")
+
+
+def blip_caption(text: str, words: int = 50) -> str:
+    """A web caption as BLIP-2 and MiniGPT-4 learn it in stage 1 (LAVIS, blip_caption): small
+    letters, . ! " ( ) * # : ; ~ as spaces, at most so many words."""
+    text = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", text.lower()))
+    return " ".join(text.rstrip("\n").strip(" ").split(" ")[:words])
+
+
+def llava_row(name, turns, shown=(0,)):
+    """One LLaVA sample of texts of person and model alternately, the person's first.
+
+    shown: numbers of turns, each for a picture at the front of that turn. name: of the picture, or
+    a list with one for each. In a file any <image> is a picture, so a typed one gets a space."""
+    conversation = []
+    for i, text in enumerate(turns):
+        text = f"{IMAGE_TOKEN}\n" * list(shown).count(i) + text.replace(IMAGE_TOKEN, "< image>")
+        conversation.append({"from": ("human", "gpt")[i % 2], "value": text})
+    identity = name if type(name) is str else name[0]
+    return {"id": identity, "image": name, "conversations": conversation}

@@ -4,40 +4,45 @@ Every message says what is wrong, why, and what to do that works, in one line.""
 import errno
 import os
 import sys
+import time
 
-import torch
+from tqdm import tqdm
 
 
-class Failure(Exception):
+class UserError(Exception):
     """A foreseen failure; `code` is the exit status."""
     code = 3
 
 
-class BadImage(Failure): """A picture that cannot be used."""
-class BadModel(Failure): """A model folder that cannot be used."""
-class BadData(Failure): """Training text that cannot be used."""
-class NothingToLearn(BadData): """A sample without a word to learn: left out, and counted."""
-class Offline(Failure): code = 4            # something that would have to be downloaded
-class Usage(Failure): code = 2              # a command line that makes no sense
-class TrainingFailed(Failure): code = 1     # NaN, divergence, out of memory, disk full
+class BadImage(UserError): """A picture that cannot be used."""
+class BadModel(UserError): """A model folder that cannot be used."""
+class BadData(UserError): """Training text that cannot be used."""
+class NothingToLearn(BadData): """A sample in which no token has loss: left out, and counted."""
+class Offline(UserError): code = 4              # something that would have to be downloaded
+class UsageError(UserError): code = 2           # a command line that makes no sense
+class TrainingFailed(UserError): code = 1       # NaN, divergence, out of memory, disk full
 
 
-def guarded(main, debug: bool = False) -> int:
+def exit_status(main, debug: bool = False) -> int:
     """Run `main()` and return an exit status; foreseen trouble is one line on stderr.
 
     debug: let the traceback through instead. SystemExit (argparse) passes untouched."""
     try:
         return int(main() or 0)
-    except (Failure, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except BaseException as error:
+        # torch may not be loaded yet, and has an error of its own for a GPU's memory
+        full = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
+        if not isinstance(error, (UserError, OSError, *full, KeyboardInterrupt)):
+            raise
         if debug:
             raise
         line, code = " ".join(str(error).split()), getattr(error, "code", None)
         if isinstance(error, KeyboardInterrupt):
             return 130
-        if isinstance(error, BrokenPipeError):      # `| head` has seen enough; flush into nothing
+        if isinstance(error, BrokenPipeError):      # `| head` has ended: flush into nothing
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 0
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, full):
             line, code = f"out of memory ({line or 'host'}): lower the batch or picture size", 1
         elif isinstance(error, OSError):
             code = 1 if error.errno == errno.ENOSPC else 3
@@ -45,3 +50,46 @@ def guarded(main, debug: bool = False) -> int:
             line = f"{where}: {error.strerror}: free space or choose another folder"
         print("error:", line, file=sys.stderr)
         return code
+
+
+def progress(things, what, total=None, step=1):
+    """The things. On a terminal a bar, elsewhere every ten seconds a line, says how far it is.
+
+    what: their name; total: how many there will be; step: how many of them a batch has, where the
+    things are batches (the last may have fewer)."""
+    n, most = 0, total or float("inf")
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit=f" {what}") as bar:
+            for thing in things:
+                yield thing
+                bar.update(min(step, most - bar.n))
+        return
+    start = last = time.monotonic()
+    for thing in things:
+        yield thing
+        n = min(n + step, most)
+        now = time.monotonic()
+        if now - last > 10:
+            of_all = f" of {total:,}" if total else ""
+            print(f"{n:,}{of_all} {what}, {n / (now - start):,.0f} a second", file=sys.stderr)
+            last = now
+
+
+def printable(text: str) -> str:
+    """Text on one line; what could command a terminal is spelled out."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+def note(line):
+    """One line for the person, not for the pipe."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def bounded(kind, low, high):
+    """A type for argparse: an int or float between two bounds."""
+    def value(text):
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+    value.__name__ = f"{kind.__name__} ({low} to {high})"
+    return value

@@ -13,7 +13,7 @@ METADATA = 1 << 20      # bytes of EXIF and XMP that are kept, for the orientati
 
 
 class _Parts(io.RawIOBase):
-    """A file of which only some stretches [(start, stop)] are seen, one behind the other."""
+    """A file of which only some stretches [(start, stop)] can be read, one behind the other."""
 
     def __init__(self, file, parts):
         self.file, self.parts, self.starts, self.end, self.at = file, parts, [], 0, 0
@@ -75,13 +75,13 @@ def _png_parts(file, end):
         stop = at + 12 + length
         if stop > end or not name.isalnum():        # damaged: Pillow says how
             break
-        keep = name[:1].isupper() or name in (b"tRNS", b"acTL", b"fcTL", b"fdAT")
+        wanted = name[:1].isupper() or name in (b"tRNS", b"acTL", b"fcTL", b"fdAT")
         if name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and length <= left:
             body, crc = file.read(length), file.read(4)
-            keep = crc == struct.pack(">I", zlib.crc32(name + body)) and _tells_orientation(
-                name, body)
-            left -= length * keep
-        if keep:
+            whole = crc == struct.pack(">I", zlib.crc32(name + body))
+            wanted = whole and _tells_orientation(name, body)
+            left -= length * wanted
+        if wanted:
             parts.append((at, stop))
         at = stop
     return [*parts, (at, end)]
@@ -104,11 +104,11 @@ def _jpeg_parts(file, end):
         if len(head) < 4 or not b"\xc0" <= marker <= b"\xfe" or (
                 marker == b"\xda" or b"\xd0" <= marker <= b"\xd9" or length < 2 or stop > end):
             break                                   # the scan, or damage: Pillow says which
-        keep = not (b"\xe0" <= marker <= b"\xef" or marker == b"\xfe")
-        keep |= marker == b"\xe0" and length >= 16 or marker == b"\xee" and length >= 14
+        wanted = not (b"\xe0" <= marker <= b"\xef" or marker == b"\xfe")
+        wanted |= marker == b"\xe0" and length >= 16 or marker == b"\xee" and length >= 14
         if marker == b"\xe1" and length <= left:
-            keep, left = True, left - length
-        if keep:
+            wanted, left = True, left - length
+        if wanted:
             parts.append((at, stop))
         at = stop
     return [*parts, (at, end)]

@@ -18,8 +18,16 @@ from contextlib import nullcontext
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import (BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin,
-                 TiffImagePlugin, WebPImagePlugin, features)
+from PIL import (
+    BmpImagePlugin,
+    features,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from formats.errors import BadData, BadImage
 from formats.picture_metadata import without_metadata
@@ -50,7 +58,7 @@ MOST = 205_000_000
 # DEFLATE packs 1,000 equal bytes into one. Over 50 megapixels a file that holds 2,000 pixels a byte
 # is no photograph.
 PLAIN, PACKED = 50_000_000, 2000
-# What Pillow raises on damaged files, found by mutating some; Failure is none of these.
+# What Pillow raises on damaged files, found by mutating some; UserError is none of these.
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
            OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
            Image.DecompressionBombError)
@@ -180,6 +188,15 @@ def _turn(image):
     except _DAMAGE:
         return None
     return _TURNS.get(orientation) if type(orientation) is int else None
+
+
+def pad_to_square(image, colour):
+    """The picture in the middle of a square of this colour."""
+    side = max(image.size)
+    check_pixels(side, side)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
 
 
 def check_pixels(width, height):

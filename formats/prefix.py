@@ -35,10 +35,10 @@ def drop_apart(spec, mark: str):
         _set_steps(spec, [step for step in steps if step != apart(mark)])
 
 
-def write_prefix(spec, stood: str, prefix: str, mark: str):
-    """Change a pipeline whose prefix rule is `stood` to the rule `prefix`; what follows the mark
+def write_prefix(spec, in_file: str, prefix: str, mark: str):
+    """Change a pipeline whose prefix rule is `in_file` to the rule `prefix`; what follows the mark
     becomes a text of its own."""
-    if prefix and stood != prefix:
+    if prefix and in_file != prefix:
         rest = [step for step in _steps(spec) if step not in (PREPEND, SPACES)]
         _set_steps(spec, rest if prefix == "first" else [PREPEND, *rest, SPACES])
         spec["pre_tokenizer"] = META if prefix == "first" else None

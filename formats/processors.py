@@ -1,4 +1,5 @@
-"""preprocessor_config.json and processor_config.json: how a published model is shown pictures.
+"""formats/processors.py: preprocessor_config.json and processor_config.json, in which a published
+model says how its pictures are prepared.
 
 transformers obeys every key of these files. Here a picture is resized by Pillow's bicubic to the
 side of the vision tower, scaled by 1/255, and normalised by CLIP's mean and std. Four ways:
@@ -8,7 +9,8 @@ side of the vision tower, scaled by 1/255, and normalised by CLIP's mean and std
     squash   size {"height": S, "width": S}, whatever the picture's shape
     anyres   LlavaNextImageProcessor: the whole picture and its tiles
 
-`aspect` says which of them a folder's files ask for. Whatever else they ask for is refused by name.
+`Processor.aspect` says which of them a folder's files ask for. What else they ask for is refused by
+name. Sizes are in pixels.
 Source: transformers 5.23, image_processing_utils.py and image_processing_pil_*.py."""
 import math
 from pathlib import Path
@@ -25,22 +27,23 @@ SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad
 
 
 class Processor:
-    """The picture settings of a folder, with transformers' defaults for what is left out."""
+    """The picture settings of a folder, with transformers' defaults for what is left out. All
+    methods that find a setting which cannot be obeyed raise BadModel."""
 
     def __init__(self, folder, model_type):
         """model_type: config.json's, for a folder whose files do not name a processor: a CLIP's,
         if it is none of the others."""
         self.folder, self.file = folder, "processor_config.json"
         outer = read_config(folder, self.file, missing_ok=True)
-        self.outer, said = outer, outer.get("image_processor")
-        if said is None:                            # the nested settings win over the older file
+        self.outer, settings = outer, outer.get("image_processor")
+        if settings is None:                        # the nested settings win over the older file
             self.file = "preprocessor_config.json"
-            said = read_config(folder, self.file, missing_ok=True)
-        if type(said) is not dict:
-            self.refuse("image_processor", said, "an object is expected")
-        self.said = {key: value for key, value in said.items() if value is not None}
-        name = self.said.get("image_processor_type") or str(
-            self.said.get("feature_extractor_type", "")).replace("FeatureExtractor",
+            settings = read_config(folder, self.file, missing_ok=True)
+        if type(settings) is not dict:
+            self.refuse("image_processor", settings, "an object is expected")
+        self.settings = {key: value for key, value in settings.items() if value is not None}
+        name = self.settings.get("image_processor_type") or str(
+            self.settings.get("feature_extractor_type", "")).replace("FeatureExtractor",
                                                                  "ImageProcessor")
         name = name or f"{KINDS.get(model_type, 'CLIP')}ImageProcessor"
         for ending in ("Fast", "Pil"):              # the same steps by another library
@@ -55,14 +58,14 @@ class Processor:
                        f"{why}; take the file of the weights, or another model")
 
     def switch(self, key, default):
-        value = self.said.get(key, default)
+        value = self.settings.get(key, default)
         if type(value) is not bool:
             self.refuse(key, value, "true or false is expected")
         return value
 
     def side(self, key, to_square):
         """(height, width) of a size, or (shortest edge, None); None if the file does not say."""
-        value = self.said.get(key)
+        value = self.settings.get(key)
         if value is None:
             return None
         if type(value) is int:
@@ -77,7 +80,7 @@ class Processor:
 
     def numbers(self, key, wanted):
         """Refuse a number, or three, that are not `wanted` (in seven digits)."""
-        value = self.said.get(key, wanted)
+        value = self.settings.get(key, wanted)
         each = value if type(value) in (list, tuple) else [value]
         right = wanted if type(wanted) is tuple else [wanted]
         if not all(type(x) in (int, float) for x in each) or len(each) != len(right) or not all(
@@ -85,7 +88,7 @@ class Processor:
             self.refuse(key, value, f"pictures are shown here with {wanted} only")
 
     def values(self):
-        """Refuse colours that are not CLIP's, and steps that nobody here takes."""
+        """Refuse numbers that are not CLIP's, and steps that are not known here."""
         self.numbers("image_mean", MEAN)
         self.numbers("image_std", STD)
         self.numbers("rescale_factor", 1 / 255)
@@ -95,7 +98,7 @@ class Processor:
         for key in ("do_rescale", "do_normalize"):
             if not self.switch(key, True):
                 self.refuse(key, False, "pictures are always scaled by 1/255 and normalised here")
-        for key, value in self.said.items():
+        for key, value in self.settings.items():
             if key.startswith("do_") and key not in SWITCHES and value not in (False, 0):
                 self.refuse(key, value, "this step is not known here")
 
@@ -103,45 +106,47 @@ class Processor:
         """square, pad, squash or anyres, for a tower of `size` pixels. Raises BadModel."""
         self.values()
         blip, tiles = self.kind == "Blip", self.kind == "LlavaNext"
-        if self.kind == "CLIP" and self.said.get("use_square_size"):
-            self.said["size"] = {"height": 224, "width": 224}
+        if self.kind == "CLIP" and self.settings.get("use_square_size"):
+            self.settings["size"] = {"height": 224, "width": 224}
         height, width = self.side("size", blip) or (size, size if blip else None)
         crop = self.side("crop_size", True) or (size, size)
         padded = self.kind == "Llava" and self.switch("do_pad", False)
         cropped = self.switch("do_center_crop", not blip)
         if height != size or width not in (size, None):
-            self.refuse("size", self.said["size"], f"the vision tower takes {size} pixels a side")
+            self.refuse("size", self.settings["size"],
+                        f"the vision tower takes {size} pixels a side")
         if (cropped or tiles) and crop != (size, size):
-            self.refuse("crop_size", self.said["crop_size"],
+            self.refuse("crop_size", self.settings["crop_size"],
                         f"the vision tower takes {size} pixels a side")
         if tiles:
             return "anyres"                         # tiles have the right size before any resize
         if not self.switch("do_resize", True):
             self.refuse("do_resize", False, "pictures are always resized here")
         if width is None and not (cropped or padded):
-            key = "do_center_crop" if "do_center_crop" in self.said else "size"
-            self.refuse(key, self.said.get(key), "without a crop a picture that is no square would "
-                        f"not become {size} x {size}")
-        room = self.side("pad_size", True) or (size, size)
-        if self.kind in ("CLIP", "Blip") and self.switch("do_pad", False) and room != (size, size):
-            self.refuse("pad_size", self.said["pad_size"],
+            key = "do_center_crop" if "do_center_crop" in self.settings else "size"
+            self.refuse(key, self.settings.get(key), "without a crop a picture that is no square "
+                        f"would not become {size} x {size}")
+        canvas, pads = self.side("pad_size", True) or (size, size), self.switch("do_pad", False)
+        if self.kind in ("CLIP", "Blip") and pads and canvas != (size, size):
+            self.refuse("pad_size", self.settings["pad_size"],
                         f"the vision tower takes {size} pixels a side")
         if padded:
             return "pad"
         return "square" if width is None else "squash"
 
     def expect(self, size, aspect, why):
-        """Refuse what is not shown in this way. A folder without such files is whatever it is."""
-        asked = self.aspect(size)
-        if self.said and asked != aspect:
+        """Refuse files that ask for another way than this. A folder without files asks for none."""
+        found = self.aspect(size)
+        if self.settings and found != aspect:
             keys = "image_processor_type", "do_pad", "size"
-            said = ", ".join(f"{key} {self.said[key]}" for key in keys if key in self.said)
-            raise BadModel(f"{Path(self.folder) / self.file} says {said}: pictures would be shown "
-                           f"in the way {asked!r}, but {why}; take the files of one model")
+            values = ", ".join(f"{key} {self.settings[key]}" for key in keys
+                               if key in self.settings)
+            raise BadModel(f"{Path(self.folder) / self.file} says {values}: pictures would be "
+                           f"shown in the way {found!r}, but {why}; take the files of one model")
 
-    def places(self, patch, queries=None):
-        """Refuse what says that a picture takes other places than it does: transformers would
-        stop there. queries: of a Q-Former, or None."""
+    def image_tokens(self, patch, queries=None):
+        """Refuse files that give a picture another number of tokens than it becomes: transformers
+        would raise an error. queries: of a Q-Former, or None."""
         outer, file = self.outer, "processor_config.json"
         chosen = outer.get("vision_feature_select_strategy", "default")
         right = {"patch_size": patch, "num_additional_image_tokens": int(chosen == "default")}
@@ -154,7 +159,7 @@ class Processor:
                 self.refuse(key, outer[key], f"of this model it is {value}", file)
 
     def pinpoints(self, wanted):
-        """Refuse grids that are not config.json's, by which the tiles are put together again."""
-        said = self.said.get("image_grid_pinpoints")
-        if said is not None and said != wanted:
-            self.refuse("image_grid_pinpoints", said, f"config.json says {str(wanted)[:80]}")
+        """Refuse grids that are not config.json's: by those the tiles are put together again."""
+        found = self.settings.get("image_grid_pinpoints")
+        if found is not None and found != wanted:
+            self.refuse("image_grid_pinpoints", found, f"config.json says {str(wanted)[:80]}")

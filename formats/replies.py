@@ -113,7 +113,7 @@ def questions_and_answers(text):
     if not blocks or len(names) % 2 or names != ["question", "answer"] * (len(names) // 2) or not (
             all(texts) and _is_preamble(before)):
         return None
-    asks = all(text.rstrip("\"”'’*_) ").endswith("?") for text in texts[::2])
-    if not ruled and not asks or _AFTER.match(texts[-1].split("\n")[-1].strip()):
+    are_questions = all(text.rstrip("\"”'’*_) ").endswith("?") for text in texts[::2])
+    if not ruled and not are_questions or _AFTER.match(texts[-1].split("\n")[-1].strip()):
         return None
     return texts

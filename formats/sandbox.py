@@ -2,7 +2,8 @@
 
 A chat template is a program in Jinja. Jinja's sandbox keeps it from files and from Python's inside,
 but not from looping for an hour or filling the memory with 'a' * 10**12. So it runs in a process of
-its own: this one bounds its own memory, and formats/templates.py ends it when it takes too long.
+its own: this one bounds its own memory, and formats/jinja_process.py ends it when it takes too
+long.
 
     stdin     {"source": the template, "variables": {"messages": [...], "bos_token": "<s>" ...}}
     stdout    {"text": what it wrote}  or  {"fault": why it did not}         one line each
@@ -15,7 +16,7 @@ import json
 import sys
 from datetime import datetime
 
-from jinja2 import TemplateError, ext, nodes
+from jinja2 import ext, nodes, TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -78,19 +79,19 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 
 @functools.lru_cache
 def compiled(source):
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                         extensions=[Generation, ext.loopcontrols])
-    made.filters["tojson"] = tojson
-    made.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, dict=new_dict,
-                        namespace=SafeNamespace)
-    return made.from_string(source)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
+                               dict=new_dict, namespace=SafeNamespace)
+    return environment.from_string(source)
 
 
 def answer(line: str) -> dict:
-    """What one line of stdin asks for."""
-    asked = json.loads(line)
+    """The reply to one line of stdin."""
+    request = json.loads(line)
     try:
-        text = compiled(asked["source"]).render(**asked["variables"])
+        text = compiled(request["source"]).render(**request["variables"])
     except FAULTS as error:
         return {"fault": f"{type(error).__name__}: {error}"[:200]}
     if len(text) > LONGEST:

@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 
 from formats.errors import BadData, BadModel
+from formats.files import read_text, text_of
 
 
-def _number(kind):
+def bounded_number(kind):
     """A parser of JSON's numbers that refuses infinite ones, and longer ones than are in use."""
     def parse(text):
         if len(text) > 400:
@@ -23,48 +24,22 @@ def _number(kind):
     return parse
 
 
-_STRICT = dict(parse_int=_number(int), parse_float=_number(float), parse_constant=_number(float))
+_STRICT = dict(parse_int=bounded_number(int), parse_float=bounded_number(float),
+               parse_constant=bounded_number(float))        # constants are NaN and Infinity
 _JSON = json.JSONDecoder(**_STRICT)
 
 
-def parse_json(text: str, **options):
+def loads(text: str, **options):
     """json.loads without the NaN and Infinity that Python adds. ValueError or RecursionError."""
     return json.loads(text, **_STRICT, **options)
 
 
-def _other_unicode(raw: bytes) -> str:
-    """UTF-16 or UTF-32, if the bytes of a JSON file are one of them; else "".
-
-    A BOM tells it. Without one, zero bytes tell it: JSON begins with ASCII and holds none. Half a
-    character more is neither."""
-    if len(raw) % 2:
-        return ""
-    if raw[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        return "UTF-32"
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "UTF-16"
-    zeros = [byte == 0 for byte in raw[:4]]
-    if zeros in ([True, True, True, False], [False, True, True, True]):
-        return "UTF-32"
-    if zeros[:2] in ([True, False], [False, True]):
-        return "UTF-16"
-    return ""
-
-
-def _text_of(path, kind, errors: str = "strict") -> str:
-    """A file's text without its BOM. Raises `kind` where it is written in UTF-16 or UTF-32."""
-    raw = Path(path).read_bytes()
-    if other := _other_unicode(raw):
-        raise kind(f"{path}: is {other}: save it as UTF-8")
-    return raw.decode("utf-8-sig", errors)
-
-
-def _json(path, limit: int):
+def read_model_json(path, limit: int):
     """Parse one JSON file of a model folder, of at most `limit` bytes."""
     try:
         if (size := os.stat(path).st_size) > limit:
             raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-        return parse_json(_text_of(path, BadModel))
+        return loads(text_of(path, BadModel))
     except FileNotFoundError:
         raise BadModel(f"{path}: no such file: check the folder, or download it again") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -76,7 +51,7 @@ def read_config(folder, name: str = "config.json", missing_ok: bool = False) -> 
     path = Path(folder) / name
     if missing_ok and not path.exists():
         return {}
-    config = _json(path, 1_000_000)
+    config = read_model_json(path, 1_000_000)
     if not isinstance(config, dict):
         raise BadModel(f"{path}: must hold a JSON object: replace the file")
     return config
@@ -85,17 +60,7 @@ def read_config(folder, name: str = "config.json", missing_ok: bool = False) -> 
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{},:]|[^][{},:"\s]+', re.S)
 
 
-def file_text(path, limit: int, errors: str = "strict") -> str:
-    """A regular file of at most `limit` bytes, without its BOM. OSError or ValueError; BadData for
-    one in UTF-16 or UTF-32."""
-    if not os.path.isfile(path):                    # opening a pipe would hang, a device never end
-        raise OSError("not a file" if os.path.exists(path) else "no such file")
-    if (size := os.path.getsize(path)) > limit:
-        raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
-    return _text_of(path, BadData, errors)
-
-
-def _usable(token: str) -> bool:
+def token_is_valid(token: str) -> bool:
     """Can this token of JSON be read? A number may be too long or infinite, bytes be no UTF-8."""
     try:
         token.encode()
@@ -104,23 +69,29 @@ def _usable(token: str) -> bool:
         return False
 
 
-def _trouble(text: str, start: int, error) -> tuple[str, int | None]:
+def field_name(path) -> str:
+    """"conversations[3].value: " of the keys and indices that lead to a value; at most three."""
+    name = ""
+    for step in path[:3]:
+        if type(step) is int:
+            name += f"[{step}]"
+        elif step:
+            name += f".{step[:40]}"
+    name = name.removeprefix(".")
+    return f"{name}: " if name else ""
+
+
+def locate_error(text: str, start: int, error) -> tuple[str, int | None]:
     """Where the JSON value at `start` goes wrong: ("image: ", where the value ends).
 
     The end is None if nobody can tell: from there on the text is no JSON."""
     stop, path, key, field = getattr(error, "pos", None), [], "", None
-
-    def here():
-        names = (f"[{at}]" if type(at) is int else f".{at[:40]}" for at in path[:3] if at != "")
-        name = "".join(names).removeprefix(".")
-        return name + ": " * bool(name)
-
     for found in _TOKEN.finditer(text, start, start + 10_000_000):      # seconds, not minutes
         token = found.group()
         if stop is not None and found.end() > stop:
             break
-        if stop is None and field is None and (len(path) > 100 or not _usable(token)):
-            field = here()
+        if stop is None and field is None and (len(path) > 100 or not token_is_valid(token)):
+            field = field_name(path)
         if token in "[{":
             path.append(0 if token == "[" else "")
         elif token in "]}" and path:
@@ -133,17 +104,17 @@ def _trouble(text: str, start: int, error) -> tuple[str, int | None]:
             key = token[1:-1]
         if not path and stop is None:
             return field or "", found.end()
-    return here() if field is None else field, None
+    return field_name(path) if field is None else field, None
 
 
-def _value(text: str, at: int = 0):
+def decode_value(text: str, at: int = 0):
     """(value or BadData, where it ends) of the JSON value that starts at `at`; end as above."""
     try:
         value, end = _JSON.raw_decode(text, at)
         text[at:end].encode()                       # fails where the file's bytes were no UTF-8
         return value, end
     except (ValueError, RecursionError) as error:
-        field, end = _trouble(text, at, error)
+        field, end = locate_error(text, at, error)
         why = "bytes that are no UTF-8" if isinstance(error, UnicodeError) else error
         return BadData(f"{field}cannot be read as JSON ({why}): correct it"), end
 
@@ -152,29 +123,40 @@ def read_json(path, limit: int = 2_000_000_000):
     """A whole JSON file of at most `limit` bytes; its numbers are finite. Raises BadData."""
     text = ""
     try:
-        text = file_text(path, limit)
-        return parse_json(text)
+        text = read_text(path, limit)
+        return loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        field, _ = _trouble(text, 0, error)
+        field, _ = locate_error(text, 0, error)
         raise BadData(f"{path}: {field}unreadable JSON ({error}): replace the file") from None
 
 
-def json_values(text: str):
+def iter_lines(text: str):
+    """`iter_rows` of JSON lines; empty lines are passed over."""
+    row = 0
+    for number, found in enumerate(re.finditer(r"[^\n]*\n?", text), 1):
+        line = found.group().strip()
+        if not line:
+            continue
+        row += 1
+        value, end = decode_value(line)
+        if end not in (None, len(line)):
+            value = BadData("cannot be read as JSON (more than one value): one row a line")
+        yield row, f"line {number}, row {row}", value
+
+
+def iter_rows(text: str):
     """Yield (row, "row 3", value or BadData) of a JSON list, of cc_sbu_align's {"annotations":
     list}, or of JSON lines. A row that cannot be read does not hide those behind it."""
     head = re.match(r'\s*(\{\s*"annotations"\s*:\s*)?\[\s*', text)
     if not head:
-        lines = enumerate((found.group().strip() for found in re.finditer(r"[^\n]*\n?", text)), 1)
-        for row, (i, line) in enumerate(((i, line) for i, line in lines if line), 1):
-            value, end = _value(line)
-            if end not in (None, len(line)):
-                value = BadData("cannot be read as JSON (more than one value): one row a line")
-            yield row, f"line {i}, row {row}", value
+        yield from iter_lines(text)
         return
     close = re.compile(r"\s*\]\s*\}\s*\Z" if head[1] else r"\s*\]\s*\Z")
     comma, at = re.compile(r"\s*,\s*"), head.end()
-    for row in itertools.count(1) if not close.match(text, at) else ():
-        value, end = _value(text, at)
+    if close.match(text, at):                       # an empty list
+        return
+    for row in itertools.count(1):
+        value, end = decode_value(text, at)
         if end is None:
             value = BadData(f"{value}; what follows was not read")
         yield row, f"row {row}", value
@@ -185,3 +167,11 @@ def json_values(text: str):
                                              "behind it): correct it; what follows was not read")
             return
         at = found.end()
+
+
+BROKEN = re.compile("[\0\ud800-\udfff]")
+
+
+def is_broken_text(text):
+    """Does it hold half a surrogate pair, or a NUL?"""
+    return bool(BROKEN.search(text))

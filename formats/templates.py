@@ -1,271 +1,245 @@
-"""The chat template that a model folder brings: found, rendered, and turned into pieces of text.
+"""How model families write a conversation: the rows of a table, and the styles they are written in.
 
-    chat_template.json, .jinja, tokenizer_config.json ... -- find -- ChatTemplate -- pieces
-                                                                       |
-                                                       render, in formats/sandbox.py's process
+A row gives the fields of data.Template. A style is a generator: it takes the turns
+[(is it an answer?, text)] and yields segments (text, learn, typed, start), whose texts join to the
+whole conversation. data.py has the two styles that LLaVA-1.5 is trained in, plain and two.
 
-Rendering answers two questions. Which of our templates is this? `recognise` compares what both
-write of small conversations. And where it is none of ours, what is the prompt? `pieces` gives its
-text, with what people typed told apart from what the template wrote: only the latter may hold
-control tokens and pictures.
+    learn   do its tokens have loss?
+    typed   did a person type it?  Then no control token can come out of it in a prompt.
+    start   "bos": BOS stands before it;  "text": it is tokenized as a text of its own;  "": neither
 
-A text is put between two characters that occur nowhere else, rendered, and found again:
+`write_jinja` says the same in Jinja, for other tools.
 
-    typed          What is</s> this?
-    given          ⟦What is</s> this?⟧
-    rendered       USER: <image>⏎⟦What is</s> this?⟧ ASSISTANT:
-    pieces         (USER: <image>⏎, template)  (What is</s> this?, person)  ( ASSISTANT:, template)
-"""
-import atexit
-import functools
+Source: haotian-liu/LLaVA c121f04, llava/conversation.py, and train/train.py for what has loss;
+LLaVA-VL/LLaVA-NeXT; Vision-CAIR/MiniGPT-4; salesforce/LAVIS. A "quirk" is copied from there."""
 import json
-import os
-import re
-import select
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
-from formats.errors import BadModel
-from formats.strict_json import file_text, read_config
+from formats.conversations import IMAGE_TOKEN
 
-SECONDS = 10.0                  # for one prompt; a template of the hub takes a millisecond
-LARGEST = 1_000_000             # bytes of a template file
-PICTURE = "<image>"
+# ---------------------------------------------------------------- texts of the rows
 
+CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the {0}'s questions.")
+SEES = ("able to understand the visual content that the user provides, and assist the user with "
+        "a variety of tasks using natural language.")
+# quirk: no space before "The visual content"; the models were trained on it.
+TAGGED = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+          f"is {SEES}The visual content will be provided with the following format: "
+          "<Image>visual content</Image>.")
+# quirk: two spaces after "while being safe."
+LLAMA_2 = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as "
+           "possible, while being safe.  Your answers should not include any harmful, unethical, "
+           "racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+           "responses are socially unbiased and positive in nature.\n\nIf a question does not "
+           "make any sense, or is not factually coherent, explain why instead of answering "
+           "something not correct. If you don't know the answer to a question, please don't share "
+           "false information.")
+MPT = ("A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
+       "and honest answers.")
+HELPFUL = f"You are a helpful language and vision assistant. You are {SEES}"
+MINIGPT4 = ("Give the following image: <Img>ImageContent</Img>. You will be able to see the image "
+            "once I provide it to you. Please answer my questions.")
 
-# ---------------------------------------------------------------- where a folder keeps it
+# ---------------------------------------------------------------- rows: fields of data.Template
 
-def _named(folder, file, told):
-    """The template of {name: template}, of a list of them, or of a text; None if there is none."""
-    if isinstance(told, list):
-        told = {one.get("name"): one.get("template") for one in told if isinstance(one, dict)}
-    if isinstance(told, dict):
-        if "default" not in told:
-            raise BadModel(f"{Path(folder) / file}: several chat templates, none named 'default': "
-                           "name one so")
-        told = told["default"]
-    if told is not None and not isinstance(told, str):
-        raise BadModel(f"{Path(folder) / file}: chat_template must be text: replace the file")
-    return told
-
-
-def find(folder) -> tuple[str, str] | None:
-    """(template, the file it is in), or None if the folder has none.
-
-    The order is that of transformers 5.23: its processor takes the key of processor_config.json,
-    else chat_template.json, else chat_template.jinja; its tokenizer takes chat_template.jinja, else
-    the key of tokenizer_config.json. Raises BadModel for a file that cannot be read."""
-    def key(file):
-        return _named(folder, file, read_config(folder, file, missing_ok=True).get("chat_template"))
-
-    for file in ("processor_config.json", "chat_template.json"):
-        if told := key(file):
-            return told, file
-    path = Path(folder) / "chat_template.jinja"
-    if path.exists():
-        try:
-            return file_text(path, LARGEST), path.name
-        except (OSError, ValueError) as error:
-            raise BadModel(f"{path}: cannot be read ({error}): replace the file") from None
-    told = key("tokenizer_config.json")
-    return (told, "tokenizer_config.json") if told else None
+def row(style, system="", roles=("USER", "ASSISTANT"), sep=" ", end="</s>", **more) -> dict:
+    stop = end.rstrip("\n") or end              # without a newline that only follows it
+    return dict(style=style, system=system, roles=roles, sep=sep, end=end, stop=stop, **more)
 
 
-def special_tokens(folder) -> dict:
-    """{"bos_token": "<s>", ...} of tokenizer_config.json: a template may write them."""
-    config = read_config(folder, "tokenizer_config.json", missing_ok=True)
-    found = {}
-    for name, token in config.items():
-        if name.endswith("_token"):
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                found[name] = text
-    return found
+V0 = dict(style="single", roles=("Human", "Assistant"), sep="###", end="###")
+MMTAG = dict(system=TAGGED, image_text=f"<Image>{IMAGE_TOKEN}</Image>")
+CHATML = dict(style="chat", header="<|im_start|>system\n",
+              roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+              sep="<|im_end|>", end="<|im_end|>")
+LLAMA_3 = dict(style="chat", header="<|start_header_id|>system<|end_header_id|>\n\n",
+               roles=("<|start_header_id|>user<|end_header_id|>\n\n",
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+               sep="<|eot_id|>", end="<|eot_id|>")
+QWEN = {**CHATML, "sep": "<|im_end|>\n", "end": "<|im_end|>\n"}
+
+ROWS = {
+    "plain": row("plain", end="\n"),            # a newline and no </s>   [LLaVA15] stage 1
+    "v1": row("two", CHAT.format("user")),
+    # quirk: official command lines pick this "human" text for models trained on v1's "user".
+    "llava_v1": row("two", CHAT.format("human")),
+    "v1_mmtag": row("two", **MMTAG),
+    # quirk: what the official code calls v0 (Vicuna v0) has this system text and, behind it, a long
+    # question and answer about renewable energy, at inference only. LLaVA's own v0 prompts, these
+    # two, have no example; LLaVA was not trained with one, so ours named v0 is llava_v0 too.
+    "llava_v0": row(system=CHAT.format("human"), **V0),
+    "v0_mmtag": row(**V0, **MMTAG),
+    "llava_llama_2": row("llama2", HELPFUL, sep="<s>"),
+    "llama_2": row("llama2", LLAMA_2, sep="<s>"),
+    "mistral_instruct": row("llama2", sep=""),
+    "chatml_direct": row(system="Answer the questions.", **CHATML),
+    "mpt": row(system=MPT, **CHATML),
+    # Of LLaVA-NeXT's second release. There the headers of answers have loss too; here, as in the
+    # other templates, the answers with their end.
+    "llama_3": row(system=HELPFUL, **LLAMA_3),
+    "qwen_1_5": row(system="You are a helpful assistant.", **QWEN),
+    "blip2": row("plain", end="\n", image_first=True),
+    "instructblip": row("instruct", image_first=True),
+    "minigpt4_caption": row("plain", end="\n"),
+    "minigpt4": row("minigpt4", MINIGPT4, ("Human", "Assistant"), sep="###", end="###"),
+}
+ROWS["vicuna_v1"] = ROWS["v1"]                  # other names of the same
+ROWS["v0"] = ROWS["llava_v0"]
+ROWS["mistral_direct"] = ROWS["chatml_direct"]
+ROWS["llava_llama_3"] = ROWS["llama_3"]
 
 
-# ---------------------------------------------------------------- the process that renders
+# ---------------------------------------------------------------- texts of a template, by its name
 
-_LOCK = threading.Lock()
-
-
-@functools.cache
-def _process(pid):
-    """formats/sandbox.py, started when it is first needed; it ends when the program `pid` does."""
-    worker = subprocess.Popen(
-        [sys.executable, "-I", str(Path(__file__).with_name("sandbox.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    atexit.register(worker.kill)
-    return worker
+def row_of(name: str) -> dict:
+    """The row of a name. Of a folder's own chat template that is none of ours, one with
+    its end and a style of its own."""
+    return ROWS.get(name) or row("own", end=getattr(name, "end", ""))
 
 
-def _line(stream, deadline) -> bytes:
-    """The next line of a pipe; cut short where the pipe ends or the time is over."""
-    line = b""
-    while not line.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([stream], [], [], left)[0]:
-            return line
-        if not (more := os.read(stream.fileno(), 1 << 16)):
-            return line
-        line += more
-    return line
+def texts_of(name: str) -> str:
+    """All texts that a template can write, joined: to look for tokens in."""
+    r = row_of(name)
+    texts = (r.get("header", ""), r["system"], *r["roles"], r["sep"], r["end"])
+    return "".join(texts) + getattr(name, "source", "")
 
 
-def render(source: str, variables: dict) -> str:
-    """What the template writes. Raises ValueError with the reason why it does not, TimeoutError
-    where it takes too long."""
-    asked = json.dumps({"source": source, "variables": variables}) + "\n"
-    with _LOCK:
-        deadline, worker, line = time.monotonic() + SECONDS, _process(os.getpid()), b""
-        try:
-            worker.stdin.write(asked.encode())
-            worker.stdin.flush()
-            line = _line(worker.stdout, deadline)
-        except BrokenPipeError:             # it has ended: told below
-            pass
-        if not line.endswith(b"\n"):
-            late = time.monotonic() >= deadline
-            worker.kill()
-            worker.communicate()
-            _process.cache_clear()
-            if late:
-                raise TimeoutError(f"it takes over {SECONDS:.0f} s")
-            raise ValueError("the process that renders it came to an end")
-    told = json.loads(line)
-    if "fault" in told:
-        raise ValueError(told["fault"])
-    return told["text"]
+def end_ids(name: str, tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
+    stop = row_of(name)["stop"]
+    last = tokenizer.added(stop)
+    if stop == "\n":                            # a caption's end is a byte token behind a prefix
+        last = tokenizer.encode("\n", bos=False)[-1]
+    return {tokenizer.eos, last, tokenizer.added(getattr(name, "end", ""))} - {None}
 
 
-# ---------------------------------------------------------------- a folder's own prompt
-
-# What both are asked to write: [(role, [a text, or None for a picture])].
-PROBES = ([("user", [None, "What is it?"])],
-          [("user", [None, "What is it?"]), ("assistant", ["A cat."]), ("user", ["Sure?"])],
-          [("user", ["Why?"]), ("assistant", ["No."]), ("user", ["Oh?"])])
-
-
-class ChatTemplate(str):
-    """The chat template of a folder. As a text it is a name: that of the template of ours which
-    writes almost the same, or, if there is none (`known` False), of the file that holds it.
-
-    source: Jinja. special: {"bos_token": "<s>", ...}. parts: content goes in as a list of parts,
-    not as a text with <image> in it. end: what it writes behind an answer, if that ends it."""
-
-    @classmethod
-    def of(cls, source, file, special):
-        made = cls(file)
-        made.source, made.file, made.special = source, file, special
-        made.known, made.parts, made.end = False, True, ""
-        return made
-
-    def named(self, name):
-        """The same, under the name of one of ours."""
-        made = type(self)(name)
-        made.__dict__.update(self.__dict__, known=True)
-        return made
-
-    def _content(self, parts):
-        if self.parts:
-            return [{"type": "image"} if part is None else {"type": "text", "text": part}
-                    for part in parts]
-        return "".join(f"{PICTURE}\n" if part is None else part for part in parts)
-
-    def write(self, turns) -> str:
-        """The prompt of [(role, parts)], ending where the model starts to write. ValueError,
-        TimeoutError: as `render`."""
-        messages = [{"role": role, "content": self._content(parts)} for role, parts in turns]
-        return render(self.source, {"messages": messages, "add_generation_prompt": True,
-                                    "tools": None, "documents": None, **self.special})
-
-    def attempt(self, turns) -> str:
-        """`write`, or "" where the template refuses these turns."""
-        try:
-            return self.write(turns)
-        except TimeoutError:
-            raise
-        except ValueError:
-            return ""
-
-    def settle(self) -> str:
-        """The text of the first probe. Finds out whether content is a list of parts or a text."""
-        text = self.attempt(PROBES[0])
-        if PICTURE in text and "What is it?" in text and "'type'" not in text:
-            return text
-        self.parts = False                  # it adds texts to what was a list, or prints the list
-        return self.write(PROBES[0])
-
-    def pieces(self, turns) -> list[tuple[str, bool]]:
-        """[(text, did a person type it?)] of the prompt. Raises BadModel."""
-        texts = "".join(part for _, parts in turns for part in parts if part)
-        unused = (chr(i) for i in range(0xE000, 0xF900) if chr(i) not in texts)
-        left, right = next(unused), next(unused)
-
-        def marked(part):
-            """What a template strips stays outside the marks."""
-            core = part.strip() if part else ""
-            return part.replace(core, left + core + right, 1) if core else part
-
-        try:
-            plain = self.write(turns)
-            text = self.write([(role, list(map(marked, parts))) for role, parts in turns])
-        except (ValueError, TimeoutError) as error:
-            raise BadModel(f"{self.file}: the chat template fails ({error}): ask with --template "
-                           "NAME") from None
-        found = re.split(f"{left}([^{left}{right}]*){right}", text)
-        if "".join(found) != plain:
-            raise BadModel(f"{self.file}: the chat template takes questions apart, and what was "
-                           "typed cannot be told from control tokens: ask with --template NAME")
-        return [(piece, bool(i % 2)) for i, piece in enumerate(found) if piece]
-
-    def after_an_answer(self) -> str:
-        """What stands between an answer and the next question."""
-        _, answer, question = PROBES[2]
-        text = self.attempt(PROBES[2])
-        return text.rpartition(answer[1][0])[2].partition(question[1][0])[0]
+def stop_text(name: str, tokenizer) -> str | None:
+    """The text that ends an answer, where the template has an end that is no token."""
+    stop = row_of(name)["stop"]
+    if stop in ("", "\n") or tokenizer.added(stop) is not None:
+        return None
+    return stop
 
 
-def recognise(chat: ChatTemplate, ours: dict, bos: str) -> str:
-    """The name of ours that a chat template is, or the chat template itself. Raises ValueError.
-
-    ours: {name: (system text as it is written, [prompt of each probe])}; bos: what a tokenizer
-    that adds BOS writes before every text. Exact is what writes the same of all probes. A template
-    that differs by its system text, or in later turns only, keeps its own words under our name."""
-    first = chat.settle().removeprefix(bos)
-    exact = [name for name, (_, texts) in ours.items() if first == texts[0]]
-    if exact:
-        later = [chat.attempt(turns).removeprefix(bos) for turns in PROBES[1:]]
-        for name in exact:
-            if later == ours[name][1][1:]:
-                return name
-    for system in (False, True):
-        for name, (opening, texts) in ours.items():
-            if first == (texts[0].replace(opening, "", 1) if system else texts[0]):
-                return chat.named(name)
-    return chat
+def opening(t) -> str:
+    """The system text of a data.Template with all that stands around it."""
+    if t.style != "llama2":
+        return t.header + t.system + t.sep
+    return f"<<SYS>>\n{t.system}\n<</SYS>>\n\n" if t.system else ""
 
 
-# ---------------------------------------------------------------- our own, for others
+# ---------------------------------------------------------------- styles
+
+def chat(turns, t, training):
+    """ChatML, LLaMA-3: every turn has a header of control tokens and an end."""
+    yield t.header, False, False
+    yield t.system, False, t.typed_system
+    yield t.sep, False, False
+    for is_answer, text in turns:
+        yield t.roles[is_answer], False, False
+        if text:                                # quirk: an empty turn has no end token
+            yield text, is_answer, True
+            yield t.end if is_answer else t.sep, is_answer, False
+
+
+def llama2(turns, t, training):
+    """LLaMA-2, Mistral: [INST] question [/INST] answer; the system text in the first question."""
+    for number, (is_answer, text) in enumerate(turns):
+        if not text:
+            continue
+        if is_answer:
+            yield " ", True, False
+            yield text, True, True
+            yield f" {t.end}", True, False
+            continue
+        yield f"{t.sep}[INST] " if number else "[INST] ", False, False
+        if t.system and number == 0:
+            yield "<<SYS>>\n", False, False
+            yield t.system, False, t.typed_system
+            yield "\n<</SYS>>\n\n", False, False
+        yield text, False, True
+        yield " [/INST]", False, False
+
+
+def single(turns, t, training):
+    """LLaVA v0 in training: "### Role: text" and a newline. Prompts are in style `two`.
+
+    quirk: the ### that opens a question has loss too: so the model learns to stop."""
+    yield t.system, False, t.typed_system
+    yield "\n\n", False, False
+    for is_answer, text in turns:
+        yield "###", True, False
+        yield f" {t.roles[is_answer]}: ", is_answer, False
+        yield text, is_answer, True
+        yield "\n", is_answer, False
+    yield "### ", True, False
+
+
+def minigpt4(turns, t, training):
+    """MiniGPT-4: <Img> and </Img> around the picture.
+
+    quirk: training has no system text, but a space before ###Assistant. The answer is tokenized
+    alone, so its prefix space comes behind the space that stands there already."""
+    if not training:
+        yield t.system, False, False
+    for is_answer, text in turns:
+        trained = training and is_answer
+        yield " " if trained else "", False, False
+        yield f"{t.sep}{t.roles[is_answer]}: ", False, False
+        if IMAGE_TOKEN in text and not is_answer:
+            yield f"<Img>{IMAGE_TOKEN}</Img> ", False, False
+            text = text.replace(IMAGE_TOKEN, "", 1).strip()
+        yield text, is_answer, True, "text" if trained else ""
+    if training:
+        yield t.end, True, False
+
+
+def instruct(turns, t, training):
+    """InstructBLIP: one instruction, one answer. In a chat only the last question is asked."""
+    questions = [text for is_answer, text in turns if not is_answer]
+    if IMAGE_TOKEN in questions[0]:
+        yield IMAGE_TOKEN, False, False
+    yield "", False, False, "bos"
+    marks = 1 if len(questions) == 1 else 0     # the picture of an earlier question is not there
+    yield questions[-1].replace(IMAGE_TOKEN, "", marks).strip(), False, True
+    if training:
+        yield turns[1][1], True, True, "text"
+        yield t.end, True, False
+
+
+STYLES = {"chat": chat, "llama2": llama2, "single": single, "minigpt4": minigpt4,
+          "instruct": instruct}
+
+
+def shift_labels_over_pad(ids, labels, pad, ignore):
+    """quirk: LLaVA v0's lengths of a sample without a picture leave out the pad token (= <unk>), so
+    an <unk> typed in the text shifts every later label by one to the left."""
+    has_loss = [label != ignore for token, label in zip(ids, labels) if token != pad]
+    has_loss += [True] * (len(ids) - len(has_loss))
+    return [token if loss else ignore for token, loss in zip(ids, has_loss)]
+
+
+# ---------------------------------------------------------------- the same in Jinja
 
 # What somebody said, of a text or of a list of parts, in which pictures come first. A picture
 # stands on a line of its own, unless it is all.
-_SAID = ("{% macro said(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-         "{% set texts %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}"
-         "{% endfor %}{% endset %}"
-         "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>' }}"
-         "{% if texts or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}{{ texts }}"
-         "{% endif %}{% endmacro %}")
+SAID = ("{% macro said(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% set texts %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}"
+        "{% endfor %}{% endset %}"
+        "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>' }}"
+        "{% if texts or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}{{ texts }}"
+        "{% endif %}{% endmacro %}")
 # Of a captioner: texts and pictures in their order, and nothing between them.
-_CAPTIONED = ("{% macro said(m) %}{% if m['content'] is string %}"
-              "{{ m['content'] | replace('<image>\n', '<image>') }}{% else %}"
-              "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
-              "{% endfor %}{% endif %}{% endmacro %}")
-_TURNS = ("{% if messages[0]['role'] == 'system' %}{% set system = said(messages[0]) %}"
-          "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}"
-          "{% endif %}")
+CAPTIONED = ("{% macro said(m) %}{% if m['content'] is string %}"
+             "{{ m['content'] | replace('<image>\n', '<image>') }}{% else %}"
+             "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+             "{% endfor %}{% endif %}{% endmacro %}")
+SPLIT_SYSTEM = ("{% if messages[0]['role'] == 'system' %}{% set system = said(messages[0]) %}"
+                "{% set turns = messages[1:] %}{% else %}{% set system = '' %}"
+                "{% set turns = messages %}{% endif %}")
+NO_SYSTEM = ("{% if system | trim %}{{ raise_exception('this model knows no system turn: put "
+             "it into the first question') }}{% endif %}")
+LOOP = "{% for m in turns %}{% set text = said(m) %}{% if m['role'] == 'user' %}"
 
 
 def _write(*texts) -> str:
@@ -274,54 +248,71 @@ def _write(*texts) -> str:
     return "{{ " + " + ".join(parts) + " }}"
 
 
+def _begin(t, bos, space) -> str:
+    """BOS, and the space that LLaMA's tokenizers put before a text."""
+    if not bos:
+        return ""
+    if not space:
+        return "{{ bos_token }}"
+    if t.style == "plain":                      # none before a picture: there no text begins
+        return "{{ bos_token }}{% if said(messages[0])[:7] != '<image>' %}{{ ' ' }}{% endif %}"
+    return "{{ bos_token }}{{ ' ' }}"
+
+
+def _llama2_jinja(t) -> str:
+    first = ""
+    if t.system:
+        first = _write("<<SYS>>\n", ("system",), "\n<</SYS>>\n\n")
+    return (LOOP + "{% if loop.first %}{{ '[INST] ' }}" + first
+            + "{% else %}" + _write(t.sep + "[INST] ") + "{% endif %}"
+            + _write(("text",), " [/INST]")
+            + "{% elif text %}" + _write(" ", ("text",), " " + t.end) + "{% endif %}{% endfor %}")
+
+
+def _turns_jinja(t) -> str:
+    """Styles two, single and chat: a role, a text, an end."""
+    colon, blank = (":", " ") if t.style != "chat" else ("", "")
+    turns = []
+    for role, end in zip(t.roles, (t.sep, t.end)):
+        text = _write(blank, ("text",), end)
+        turns.append(_write(role + colon) + "{% if text %}" + text + "{% endif %}")
+    return (_write(t.header, ("system",), t.sep) + LOOP
+            + turns[0] + "{% else %}" + turns[1] + "{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}" + _write(t.roles[1] + colon) + "{% endif %}")
+
+
 def write_jinja(t, bos: bool = False, space: bool = False) -> str:
     """Jinja that writes what data.prompt writes of the data.Template `t`, from texts and from lists
     of parts.
 
     bos: BOS before it, and, with `space`, the space that LLaMA's tokenizers put before a text."""
-    text, begin = ("text",), ""
-    if bos:
-        begin = "{{ bos_token }}"
-    if bos and space and t.style == "plain":    # none before a picture: there no text begins
-        begin += "{% if said(messages[0])[:7] != '<image>' %}{{ ' ' }}{% endif %}"
-    elif bos and space:
-        begin += "{{ ' ' }}"
+    begin = _begin(t, bos, space)
     if t.style == "plain":
-        return (_CAPTIONED + begin + "{% for m in messages %}{{ said(m) }}"
+        return (CAPTIONED + begin + "{% for m in messages %}{{ said(m) }}"
                 "{% if m['role'] == 'assistant' %}" + _write(t.end) + "{% endif %}{% endfor %}")
-    wanted = "{% if not system | trim %}{% set system = " + json.dumps(t.text) + " %}{% endif %}"
-    if not t.system:
-        wanted = ("{% if system | trim %}{{ raise_exception('this model knows no system turn: put "
-                  "it into the first question') }}{% endif %}")
-    loop = "{% for m in turns %}{% set text = said(m) %}{% if m['role'] == 'user' %}"
+    system = NO_SYSTEM
+    if t.system:
+        system = ("{% if not system | trim %}{% set system = " + json.dumps(t.system)
+                  + " %}{% endif %}")
     if t.style == "llama2":
-        first = _write("<<SYS>>\n", ("system",), "\n<</SYS>>\n\n") if t.system else ""
-        return (_SAID + _TURNS + wanted + begin + loop
-                + "{% if loop.first %}{{ '[INST] ' }}" + first
-                + "{% else %}" + _write(t.sep + "[INST] ") + "{% endif %}"
-                + _write(text, " [/INST]") + "{% elif text %}" + _write(" ", text, " " + t.end)
-                + "{% endif %}{% endfor %}")
-    colon, blank = ("", "") if t.style == "chat" else (":", " ")
-    asked, said = (_write(role + colon) + "{% if text %}" + _write(blank, text, end) + "{% endif %}"
-                   for role, end in zip(t.roles, (t.sep, t.end)))
-    return (_SAID + _TURNS + wanted + begin + _write(t.header, ("system",), t.sep) + loop
-            + asked + "{% else %}" + said + "{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}" + _write(t.roles[1] + colon) + "{% endif %}")
+        return SAID + SPLIT_SYSTEM + system + begin + _llama2_jinja(t)
+    return SAID + SPLIT_SYSTEM + system + begin + _turns_jinja(t)
 
 
-# ---------------------------------------------------------------- where an answer ends
+def chat_template(t, tokenizer=None) -> str | None:
+    """A data.Template in Jinja, as transformers' processor renders it: the same text as
+    data.prompt, from texts and from lists of parts. In a text <image> is a picture; a first turn
+    from "system" replaces the template's system text.
 
-def end_ids(folder, c) -> set[int]:
-    """The ids in generation_config.json's eos_token_id. Without that file transformers takes those
-    of config.json `c`, or of its text_config. Raises BadModel."""
-    name = "generation_config.json"
-    told = read_config(folder, name, missing_ok=True)
-    if not (Path(folder) / name).exists():
-        name, text = "config.json", c.get("text_config")
-        told = c if c.get("eos_token_id") is not None else text if isinstance(text, dict) else {}
-    ends = told.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(i) is int for i in ends):
-        raise BadModel(f"{Path(folder) / name}: eos_token_id must be an id or a list of ids: "
-                       "correct it")
-    return set(ends)
+    tokenizer: for a tokenizer that renders alone and adds no BOS; then the text begins with it.
+    None for the formats that are not written in Jinja here: transformers then asks for one."""
+    if t.style not in ("two", "chat", "llama2", "single", "plain"):
+        return None
+    if tokenizer is None or not tokenizer.add_bos:
+        return write_jinja(t)
+    starts_special = False
+    if t.style != "plain":
+        start = "[INST]" if t.style == "llama2" else opening(t)
+        starts_special = tokenizer.begins_special(start)
+    space = tokenizer.prefix == "first" and not starts_special
+    return write_jinja(t, bos=True, space=space)

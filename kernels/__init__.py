@@ -7,6 +7,7 @@ a file says so (launch.py).
   launch         when a kernel runs
   attention      softmax(q kᵀ / √D) v for any mask predicate, forward and backward
   decode         one query against a cache of keys and values
+  cached         which of the two a decoder's layer calls
   quantize       one row times a matrix: weights laid out for reading, or in int8 or int4
   norm           RMSNorm and LayerNorm
   rope           rotary positions, half-split
@@ -14,13 +15,16 @@ a file says so (launch.py).
   cross_entropy  output head and loss over supervised rows only
   checkpoint     what a block keeps for its backward pass, and what it computes again
   adamw          one fused pass: bf16 weights with an exact fp32 master, 8-bit moments
-  bench          all of it, timed beside what people use (measure: how it is timed)
+
+Beside the operations: spans (where the Q-Former's masks are True), gather (the batch of all ranks).
+Timed by python -m bench.
 """
 
 import warnings
 
-from kernels.attention import attention, causal, full, sliding_window
-from kernels.checkpoint import cheap, run, spared
+from kernels.attention import causal, full, sliding_window
+from kernels.cached import attention, mask_rule, self_attention
+from kernels.checkpoint import checkpointed, keep_output, recompute
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.decode import decode
 from kernels.launch import fused
@@ -28,15 +32,13 @@ from kernels.norm import layer_norm, rms_norm
 from kernels.rope import rope, rope_table
 from kernels.swiglu import gelu, quick_gelu, swiglu
 
-# `python -m kernels.norm` finds norm imported already, from here, and is told that this is unusual
+# `python -m kernels.norm` finds norm already imported from here: Python would warn of that
 warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarning)
 
-# what checkpoint.py must know them by: attention it may spare, the others are quicker to run again
-# than to remember
-attention = spared(attention)
+# checkpoint.py must know them: they are quicker to run again than to keep
 layer_norm, rms_norm, gelu, quick_gelu, swiglu = map(
-    cheap, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
+    recompute, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
 
-__all__ = ["attention", "causal", "full", "sliding_window", "cheap", "run", "spared", "linear_cross_entropy",
-           "decode", "fused", "layer_norm", "rms_norm", "rope", "rope_table", "gelu", "quick_gelu",
-           "swiglu"]
+__all__ = ["attention", "causal", "checkpointed", "decode", "full", "fused", "gelu", "keep_output",
+           "layer_norm", "linear_cross_entropy", "mask_rule", "quick_gelu", "recompute", "rms_norm",
+           "rope", "rope_table", "self_attention", "sliding_window", "swiglu"]

@@ -65,7 +65,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import INTERPRET, fused, jit, tl, triton
+from kernels.launch import fused, INTERPRET, jit, tl, triton
 
 NOTHING = 1e30                  # stands for infinity: NOTHING - NOTHING is 0, inf - inf is NaN
 
@@ -121,7 +121,7 @@ def visible(allow, rows, columns, n=0, start=0, device=None):
     return allow(q, torch.arange(columns, device=device)[None, :], n)
 
 
-def packed(lengths, device=None):
+def document_spans(lengths, device=None):
     """`documents` for rows of texts, given their lengths: packed([[2, 3], [5]]) has B = 2, S = 5.
 
     (2, B, S) int32: where the document of each position begins, and where it ends."""
@@ -138,33 +138,34 @@ def packed(lengths, device=None):
 
 # ------------------------------------------------------------------------- the specification
 
-def seen_matrix(q, k, allow, n, start, keep, documents):
+def seen_matrix(q, k, allow, n, start, attention_mask, doc_spans):
     """Every fact about who sees whom as one bool matrix (T, S), (B, 1, 1 or T, S) with data."""
     T, S = q.shape[1], k.shape[1]
-    if documents is None:
+    if doc_spans is None:
         seen = visible(allow, T, S, n, start, q.device)
     else:
-        begin, end = documents[:, :, None, :, None]                # (B, 1, T, 1)
+        begin, end = doc_spans[:, :, None, :, None]                # (B, 1, T, 1)
         i, j = (torch.arange(S, device=q.device).view(shape) for shape in ((-1, 1), (1, -1)))
         seen = allow(i - begin, j - begin, n) & (j >= begin) & (j < end)
-    return seen if keep is None else seen & keep[:, None, None, :]
+    return seen if attention_mask is None else seen & attention_mask[:, None, None, :]
 
 
-def reference(q, k, v, allow, n, start, keep, documents):
+def reference(q, k, v, allow, n, start, attention_mask, doc_spans):
     """The specification, and what runs without a GPU."""
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    if documents is not None and allow in (causal, sliding_window) and keep is None:
+    if doc_spans is not None and allow in (causal, sliding_window) and attention_mask is None:
         # a document sees itself alone: one short triangle each, not a matrix as wide as the row
         rows = []
-        for *row, begin in zip(q, k, v, documents[0]):
+        for *row, begin in zip(q, k, v, doc_spans[0]):
             sizes = begin.unique_consecutive(return_counts=True)[1].tolist()
             rows.append(torch.cat([reference(*(t[None] for t in text), allow, n, 0, None, None)
                                    for text in zip(*(t.split(sizes) for t in row))], dim=1))
         return torch.cat(rows)
     seen = None
-    if not (allow is causal and keep is None and documents is None and start == 0 and T == S > 1):
-        seen = seen_matrix(q, k, allow, n, start, keep, documents)
+    if not (allow is causal and attention_mask is None and doc_spans is None and start == 0
+            and T == S > 1):
+        seen = seen_matrix(q, k, allow, n, start, attention_mask, doc_spans)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))               # (B, heads, length, D)
     if seen is None:
         # PyTorch's fused form skips the upper half: 1.4 x faster in training on a CPU
@@ -526,7 +527,7 @@ def in_eights(name, t):
     return [step // 8 for step in strides[:3]]
 
 
-def check(q, k, v, allow, n, start, keep, documents):
+def check(q, k, v, allow, n, start, attention_mask, doc_spans):
     """Refuse what the kernel would answer wrongly. What lies in `keep` and `documents` is not read:
     that would wait for the GPU. A row that sees nothing because of them is 0."""
     (B, T, H, D), S = q.shape, k.shape[1]
@@ -538,10 +539,10 @@ def check(q, k, v, allow, n, start, keep, documents):
         raise ValueError(f"attention: head size {D}; the kernel takes multiples of 8 up to 128")
     for name, t in (("q", q), ("k", k), ("v", v)):
         in_eights(name, t)
-    if keep is not None and keep.dtype != torch.bool:
-        raise ValueError(f"attention: keep is {keep.dtype}, must be bool")
-    if documents is not None and documents.dtype != torch.int32:
-        raise ValueError(f"attention: documents are {documents.dtype}, must be int32: see packed()")
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise ValueError(f"attention: keep is {attention_mask.dtype}, must be bool")
+    if doc_spans is not None and doc_spans.dtype != torch.int32:
+        raise ValueError(f"attention: documents are {doc_spans.dtype}, must be int32: see packed()")
     if not all_rows_see(allow, T, S, n, start):
         raise ValueError(f"attention: {allow.__name__} hides every one of {S} keys from some of "
                          f"{T} queries at {start}; every row must see a key")
@@ -555,18 +556,19 @@ def tiles(kernel, q):
     return TILES[90 if hopper else 80, 64 if q.shape[3] <= 64 else 128][kernel]
 
 
-def launch(kernel, name, rows, heads, tensors, q, k, v, allow, n, start, keep, documents):
+def launch(kernel, name, rows, heads, tensors, q, k, v, allow, n, start, attention_mask, doc_spans):
     """What the three launches have in common. `rows` are cut in blocks, one program a block."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     block, step, warps, stages = tiles(name, q)
-    begin, end = (None, None) if documents is None else documents.contiguous()
-    keep = None if keep is None else keep.contiguous()
+    begin, end = (None, None) if doc_spans is None else doc_spans.contiguous()
+    attention_mask = None if attention_mask is None else attention_mask.contiguous()
     keys, queries = (getattr(allow, side, anywhere) for side in ("keys", "queries"))
     kernel[(-(-rows // block) * B * heads,)](
-        q, k, v, *tensors, keep, begin, end, math.log2(math.e) / math.sqrt(D), T, S, n, start,
+        q, k, v, *tensors, attention_mask, begin, end, math.log2(math.e) / math.sqrt(D),
+        T, S, n, start,
         *in_eights("q", q), *in_eights("k", k), *in_eights("v", v),
         on_device(allow), on_device(keys), on_device(queries), G, H // G, D,
-        64 if D <= 64 else 128, documents is not None, keep is not None, block, step,
+        64 if D <= 64 else 128, doc_spans is not None, attention_mask is not None, block, step,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
@@ -574,13 +576,13 @@ class Attention(torch.autograd.Function):
     """Keeps q, k, v, out and one number a row, lse; the probabilities are made again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, allow, n, start, keep, documents):
+    def forward(ctx, q, k, v, allow, n, start, attention_mask, doc_spans):
         B, T, H, D = q.shape
         out, lse = q.new_empty(B, T, H, D), q.new_empty((B, H, T), dtype=torch.float32)
         if out.numel():
-            launch(forward_kernel, "forward", T, H, (out, lse), q, k, v, allow, n, start, keep,
-                   documents)
-        ctx.save_for_backward(q, k, v, out, lse, keep, documents)
+            launch(forward_kernel, "forward", T, H, (out, lse), q, k, v, allow, n, start,
+                   attention_mask, doc_spans)
+        ctx.save_for_backward(q, k, v, out, lse, attention_mask, doc_spans)
         ctx.rule = allow, n, start
         return out
 
@@ -597,7 +599,7 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, *[None] * 5
 
 
-def attention(q, k, v, allow=causal, n=0, start=0, keep=None, documents=None):
+def attention(q, k, v, allow=causal, n=0, start=0, attention_mask=None, doc_spans=None):
     """Attention of queries at positions start .. start+T-1 to keys at positions 0 .. S-1.
 
     q (B, T, H, D); k, v (B, S, G, D); keep (B, S) bool, False where a key is padding; documents
@@ -609,16 +611,16 @@ def attention(q, k, v, allow=causal, n=0, start=0, keep=None, documents=None):
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} "
                          "do not fit: q must be (B, T, H, D), k and v (B, S, G, D), H a multiple "
                          "of G")
-    if keep is not None and keep.shape != (B, S):
-        raise ValueError(f"attention: keep {tuple(keep.shape)}, must be (B, S) = {B, S}")
-    if documents is not None and (documents.shape != (2, B, S) or T != S or start):
-        raise ValueError(f"attention: documents {tuple(documents.shape)}, {T} queries from {start} "
+    if attention_mask is not None and attention_mask.shape != (B, S):
+        raise ValueError(f"attention: keep {tuple(attention_mask.shape)}, must be (B, S) = {B, S}")
+    if doc_spans is not None and (doc_spans.shape != (2, B, S) or T != S or start):
+        raise ValueError(f"attention: documents {tuple(doc_spans.shape)}, {T} queries from {start} "
                          f"on; packed rows need (2, B, S) = {2, B, S}, T = S, start = 0")
-    if not fused(q, k, v, keep, documents):
-        return reference(q, k, v, allow, n, start, keep, documents)
+    if not fused(q, k, v, attention_mask, doc_spans):
+        return reference(q, k, v, allow, n, start, attention_mask, doc_spans)
     if q.numel():
-        check(q, k, v, allow, n, start, keep, documents)
-    return Attention.apply(q, k, v, allow, n, start, keep, documents)
+        check(q, k, v, allow, n, start, attention_mask, doc_spans)
+    return Attention.apply(q, k, v, allow, n, start, attention_mask, doc_spans)
 
 
 def compile_cases():
@@ -643,7 +645,7 @@ def compile_cases():
                              for a in kernel.arg_names} | {"scale": "fp32"}
                 cases.append({
                     "name": f"attention.{name} sm_{sm} D={D} {rule.__name__}"
-                            f"{' packed, keep, GQA' if data else ''}",
+                            f"{' packed, attention_mask, GQA' if data else ''}",
                     "sm": sm, "kernel": kernel, "signature": signature, "constexprs": constants,
                     "divisible": set(types) & set(signature) - set(constants),
                     "num_warps": warps, "num_stages": stages, "dot": True,

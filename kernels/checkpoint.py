@@ -49,8 +49,9 @@ no model here draws any: dropout in training is refused (F.dropout inside a func
 A KV cache would remember the first run. And one backward a forward: attention's own graph is gone
 after the first, so retain_graph fails with PyTorch's own message.
 
-A model takes part by calling `run` in place of its loop over layers. What a region should know of
-attention and of cheap functions it learns from `spared` and `cheap`, put around them once.
+A model takes part by calling `checkpointed` in place of its loop over layers. What a region should
+know of attention and of quick functions it learns from `keep_output` and `recompute`, put around
+them once.
 
 Alone: `python -m kernels.checkpoint` prints bytes kept and time of a small stack under each policy.
 Next: kernels/adamw.py, the optimizer's share of the memory.
@@ -319,7 +320,7 @@ class Attend(torch.autograd.Function):
         return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
-def spared(attention):
+def keep_output(attention):
     """attention(q, k, v, ...), made known to regions that spare it."""
     @functools.wraps(attention)
     def known(q, k, v, *rest, **named):
@@ -329,7 +330,7 @@ def spared(attention):
     return known
 
 
-def cheap(function):
+def recompute(function):
     """function(*tensors and numbers) -> tensor, made known as quicker to run than to remember.
 
     Called with named arguments it is left alone: rms_norm(..., residual=r) has two results, and to
@@ -382,7 +383,7 @@ def hosting(device):
 
 # ---------------------------------------------------------------------------- what a model calls
 
-def run(blocks, x, *args, policy=None, offload=False):
+def checkpointed(blocks, x, *args, policy=None, offload=False):
     """x = block(x, *args) for each block in turn, with activations kept as `policy` says.
 
     blocks: functions or modules from (x, *args) to x. policy: None, "none", "attention", "full"
@@ -413,7 +414,7 @@ def run(blocks, x, *args, policy=None, offload=False):
         return x
     if policy == "full":
         size = max(1, round(math.sqrt(len(blocks))))
-        blocks = [functools.partial(run, blocks[i:i + size], policy="attention")
+        blocks = [functools.partial(checkpointed, blocks[i:i + size], policy="attention")
                   for i in range(0, len(blocks), size)]
     host, region = hosting(x.device) if offload else None, None
     for block in blocks:
@@ -430,10 +431,10 @@ if __name__ == "__main__":
 
     class Layer(nn.Module):
         """A transformer layer of nobody's: all that `run` asks of a layer is x -> x."""
-        attention = staticmethod(spared(functools.partial(F.scaled_dot_product_attention,
+        attention = staticmethod(keep_output(functools.partial(F.scaled_dot_product_attention,
                                                           is_causal=True)))
-        norm = staticmethod(cheap(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)))
-        product = staticmethod(cheap(lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]))
+        norm = staticmethod(recompute(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)))
+        product = staticmethod(recompute(lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]))
 
         def __init__(self, C, H):
             super().__init__()
@@ -474,7 +475,7 @@ if __name__ == "__main__":
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             with saved_tensors_hooks(count, lambda t: t):
-                loss = run(layers, x, policy=policy).float().square().mean()
+                loss = checkpointed(layers, x, policy=policy).float().square().mean()
             loss.backward()
             if cuda:
                 torch.cuda.synchronize()

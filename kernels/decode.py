@@ -49,19 +49,18 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import causal, on_device, sliding_window
-from kernels.launch import INTERPRET, SPEC, fused, jit, tl, triton
-
+from kernels.launch import fused, INTERPRET, jit, SPEC, tl, triton
 
 # ---- the specification ----
 
-def decode_spec(q, k, v, keep=None, lengths=None, allow=causal, n=0):
+def decode_spec(q, k, v, attention_mask=None, lengths=None, allow=causal, n=0):
     """q (B, 1, H, D); k, v (B, S, G, D) -> (B, 1, H, D), in the dtype of q."""
     B, _, H, D = q.shape
     S, G = k.shape[1:3]
     end = torch.full((B,), S, device=q.device) if lengths is None else lengths
     seen = allow(end[:, None] - 1, torch.arange(S, device=q.device), n)             # (B, S)
-    if keep is not None:
-        seen = seen & keep
+    if attention_mask is not None:
+        seen = seen & attention_mask
     v = v.masked_fill(~seen[:, :, None, None], 0)     # unwritten cache: 0 · NaN would be NaN
     q = q.reshape(B, G, H // G, D) * D ** -0.5
     scores = torch.einsum("bghd,bsgd->bghs", q, k).masked_fill(~seen[:, None, None], -math.inf)
@@ -168,7 +167,7 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def check(q, k, v, keep, lengths, kernel=True, allow=causal, n=0):
+def check(q, k, v, attention_mask, lengths, kernel=True, allow=causal, n=0):
     """ValueError unless the kernel can run; nothing here waits for the GPU."""
     B, T, H, D = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     S, G = k.shape[1:3] if k.dim() == 4 else (0, 0)
@@ -185,10 +184,12 @@ def check(q, k, v, keep, lengths, kernel=True, allow=causal, n=0):
             B > 1 and k.stride(0) % (G * D)):
         raise ValueError(f"decode: strides k {k.stride()}, v {v.stride()}; it takes the first "
                          "places of a contiguous (B, capacity, G, D)")
-    if keep is not None and (keep.shape != (B, S) or keep.dtype != torch.bool
-                             or S > 1 and keep.stride(1) != 1):
-        raise ValueError(f"decode: keep {keep.dtype} {tuple(keep.shape)}; it takes bool {(B, S)}, "
-                         "rows without gaps")
+    if attention_mask is not None and (
+            attention_mask.shape != (B, S) or attention_mask.dtype != torch.bool
+            or S > 1 and attention_mask.stride(1) != 1):
+        raise ValueError(f"decode: attention_mask {attention_mask.dtype} "
+                         f"{tuple(attention_mask.shape)}; it takes bool {(B, S)}, rows without "
+                         "gaps")
     if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int32
                                 or not lengths.is_contiguous()):
         raise ValueError(f"decode: lengths {lengths.dtype} {tuple(lengths.shape)}; it takes int32 "
@@ -200,16 +201,16 @@ def check(q, k, v, keep, lengths, kernel=True, allow=causal, n=0):
         raise ValueError("decode: gradients are wanted and it has none; use attention, or "
                          "torch.no_grad")
     # on a GPU the answer would cost a wait for it
-    if q.device.type == "cpu" and (keep is not None or lengths is not None):
+    if q.device.type == "cpu" and (attention_mask is not None or lengths is not None):
         end = torch.full((B,), S) if lengths is None else lengths
         seen = allow(end[:, None] - 1, torch.arange(S), n)
-        seen = seen if keep is None else seen & keep
+        seen = seen if attention_mask is None else seen & attention_mask
         blind = (~seen.any(1)).nonzero()[:, 0].tolist()
         if blind:
             raise ValueError(f"decode: rows {blind} see no key; each row must see one at least")
 
 
-def decode(q, k, v, keep=None, lengths=None, splits=None, allow=causal, n=0):
+def decode(q, k, v, attention_mask=None, lengths=None, splits=None, allow=causal, n=0):
     """Attention of the newest token to everything in the cache.
 
     q (B, 1, H, D); k, v (B, S, G, D), the first S places of a cache.
@@ -220,15 +221,17 @@ def decode(q, k, v, keep=None, lengths=None, splits=None, allow=causal, n=0):
     allow, n: causal, or sliding_window and how many of these keys each row sees at most.
     Returns (B, 1, H, D) in q's dtype. Every row must see a key. On a CPU that is checked; asking a
     GPU would stall it, and a row that sees nothing gets zeros there."""
-    kernel = fused(q, k, v, keep, lengths)          # refuses tensors on different devices
-    check(q, k, v, keep, lengths, kernel, allow, n)
+    kernel = fused(q, k, v, attention_mask, lengths)          # refuses tensors on different devices
+    check(q, k, v, attention_mask, lengths, kernel, allow, n)
     if lengths is None:                     # the host knows where the window begins
         first = max(allow.keys(k.shape[1] - 1, k.shape[1], n, k.shape[1])[0], 0)
-        k, v, keep = k[:, first:], v[:, first:], None if keep is None else keep[:, first:]
+        k, v = k[:, first:], v[:, first:]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, first:]
     if not kernel and (SPEC or lengths is not None):
-        return decode_spec(q, k, v, keep, lengths, allow, n)
+        return decode_spec(q, k, v, attention_mask, lengths, allow, n)
     if not kernel:
-        return decode_fused(q, k, v, keep)
+        return decode_fused(q, k, v, attention_mask)
     B, _, H, D = q.shape
     S, G = k.shape[1:3]
     size = tiles(H // G, D, q.element_size())
@@ -242,9 +245,10 @@ def decode(q, k, v, keep=None, lengths=None, splits=None, allow=causal, n=0):
     part = torch.empty(B, H, splits, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
     decode_chunk[(splits, G, B)](
-        q, k, v, keep, lengths, part, lse, k.stride(0) // (G * D),
-        0 if keep is None else keep.stride(0), S, n, chunk, D ** -0.5 * math.log2(math.e),
-        on_device(allow), on_device(allow.keys), H=H, G=G, D=D, **size, num_warps=4, num_stages=3, enable_fp_fusion=True)
+        q, k, v, attention_mask, lengths, part, lse, k.stride(0) // (G * D),
+        0 if attention_mask is None else attention_mask.stride(0), S, n, chunk,
+        D ** -0.5 * math.log2(math.e), on_device(allow), on_device(allow.keys), H=H, G=G, D=D,
+        **size, num_warps=4, num_stages=3, enable_fp_fusion=True)
     decode_merge[(B * H,)](part, lse, out, splits, D=D, SPLITS=triton.next_power_of_2(splits),
                            BLOCK_D=size["BLOCK_D"], num_warps=4, enable_fp_fusion=True)
     return out

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import INTERPRET, fused, jit, tl, triton
+from kernels.launch import fused, INTERPRET, jit, tl, triton
 
 WIDEST = 8192       # channels. A row must fit in the registers of one program: 16,384 spills
 

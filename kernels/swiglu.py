@@ -31,7 +31,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels.launch import fused, jit, tl, triton
 
-
 # ---- the specification ----
 
 def swiglu_spec(gate_up):

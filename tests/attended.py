@@ -12,8 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import generate
-import world
+from decoding.attention_map import attention_to_patches, mean_inside_box
+from decoding.flags import DEFAULT_MODEL
+from decoding.prompt import build_prompt
+from projector import VLM
+from toy.texts import DESCRIBE, description
+from toy.world import draw, make_scene
 
 
 def named(tokens, words, names):
@@ -29,25 +33,25 @@ def named(tokens, words, names):
 def attended(model, scenes, layer):
     """Means over all things named: (inside the box, outside, inside the mirrored box)."""
     found, side = [], int(model.patches ** .5)
-    ids = generate.ask([world.DESCRIBE[0]], model.template, model.words)
+    ids = build_prompt([DESCRIBE[0]], model.template, model.tokenizer)
     for scene in scenes:
-        tokens = model.words.encode(world.description(scene), bos=False)
-        pixels = model.pixels(world.draw(scene))
-        grids = generate.looked(model, ids, tokens, pixels, layer).view(-1, side, side)
-        ends = named(tokens, model.words, [t.full for t in scene.things])
+        tokens = model.tokenizer.encode(description(scene), bos=False)
+        pixels = model.pixels(draw(scene))
+        grids = attention_to_patches(model, ids, tokens, pixels, layer).view(-1, side, side)
+        ends = named(tokens, model.tokenizer, [t.full for t in scene.things])
         for t in scene.things:
             if t.full in ends:
                 x1, y1, x2, y2 = t.box
                 grid = grids[ends[t.full]]
-                found.append((*generate.inside(grid, t.box), generate.inside(
+                found.append((*mean_inside_box(grid, t.box), mean_inside_box(
                     grid, (1 - x2, 1 - y2, 1 - x1, 1 - y1))[0]))
     return [statistics.fmean(column) for column in zip(*found)]
 
 
 if __name__ == "__main__":
-    model = generate.VLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else generate.DEFAULT)
+    model = VLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_MODEL)
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
-    scenes = [world.scene(i, "test") for i in range(count)]
+    scenes = [make_scene(i, "test") for i in range(count)]
     print(f"{count} scenes; attention a patch, times the number of patches")
     for layer in range(model.llm.config.depth):
         a, b, c = (model.patches * x for x in attended(model, scenes, layer))

@@ -185,10 +185,10 @@ def test_two_hundred_steps_go_where_fp32_goes():
         cosine = √( |D|² / (|D|² + Σ |δ| (u - |δ|)) )
 
     the larger the weights, and the less the gradients agree, the less. Measured once, 200 steps of
-    4 captions of 24 tokens, 2e-5, on weights/toy (rms .37; here .13): .823 by this formula, .822
+    4 captions of 24 tokens, 2e-5, on toy/weights (rms .37; here .13): .823 by this formula, .822
     with fp32 moments, .823 with ours, .944 the mean way of four seeds. Here with a new sentence
     each time (gradients hardly agree): .523, .524, .521.
-    Low half: .998 on weights/toy, on the same gradients as well, with other sentences as well, and
+    Low half: .998 on toy/weights, on the same gradients as well, with other sentences as well, and
     two fp32 runs from starts 1e-4 apart agree to 1.0000: it is the rounding of m and v. There a
     block of 256 holds what is far apart: of the embedding's v 98 % have codes up to 8 of 255. Three
     seeds' mean way halves what is missing, .9966 to .9983: half chance, half bias of 1 / √v."""

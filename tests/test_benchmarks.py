@@ -11,14 +11,20 @@ import pytest
 from PIL import Image
 
 import data
-import evaluate
 import generate
-import instruct
 import standin
+from decoding import loading
+from evaluate import benchmarks
+from evaluate.__main__ import main
+from evaluate.benchmarks import LETTER, is_no, parse_choice
+from evaluate.flags import parse
+from evaluate.judge import parse_scores
+from formats.errors import exit_status
 from projector import VLM
+from trainer.build import new_vlm
 
 ROOT = Path(__file__).parents[1]
-TOY = ROOT / "weights/toy"
+TOY = ROOT / "toy/weights"
 WORDS = data.Tokenizer(TOY / "llama")
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions.")
@@ -27,8 +33,8 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 def run(*words):
     """A command in this process; its exit code."""
     try:
-        args = evaluate.arguments([str(w) for w in words])
-        return data.guarded(lambda: evaluate.main(args))
+        args = parse([str(w) for w in words])
+        return exit_status(lambda: main(args))
     except SystemExit as error:
         return error.code
 
@@ -50,7 +56,7 @@ def scores(out):
 def seer(tmp_path_factory):
     """A model whose bridge was never trained: it says something, untrue, about each picture."""
     folder = tmp_path_factory.mktemp("seer")
-    VLM.from_parts(TOY / "clip", TOY / "llama").save_pretrained(folder)
+    new_vlm(TOY / "clip", TOY / "llama").save_pretrained(folder)
     return folder
 
 
@@ -76,7 +82,7 @@ def stand_in(monkeypatch):
         asked.extend(zip(rows, (0 if x is None else len(x) for x in pictures), strict=True))
         found = [next(answer for key, answer in says.items() if key in text) for text in texts]
         return [WORDS.encode(answer, bos=False) for answer in found]
-    monkeypatch.setattr(evaluate, "generate_batch", known)
+    monkeypatch.setattr(benchmarks, "generate_batch", known)
     return says, asked
 
 
@@ -124,7 +130,7 @@ def test_scienceqa_scores_are_known(folder, seer, stand_in, capsys):
             "letter from the given choices directly.")
     assert [n for _, n in asked] == [1, 1, 0, 0]
     assert asked[0][0] == data.prompt_ids(f"{SYSTEM} USER: <image>\n{text} ASSISTANT:", WORDS)
-    bare = f"Is it deep?\nA. a\nB. b\nC. c\n{evaluate.LETTER}"
+    bare = f"Is it deep?\nA. a\nB. b\nC. c\n{LETTER}"
     assert asked[3][0] == data.prompt_ids(f"{SYSTEM} USER: {bare} ASSISTANT:", WORDS)
     assert [list(row) for row in rows] == [[
         "question_id", "prompt", "text", "answer_id", "model_id", "metadata"]] * 4
@@ -159,7 +165,7 @@ def test_the_form_of_llava_trained_on_scienceqa(folder, seer, stand_in):
     ("The answer is A. The answer is B.", 2, -1), ("the answer is B.", 2, -1),
     ("A. But no. The answer is B.", 2, 0), ("The answer is Z.", 5, -1)])
 def test_what_counts_as_a_letter(text, choices, pick):
-    assert evaluate.chosen(text, choices) == pick
+    assert parse_choice(text, choices) == pick
 
 
 # ------------------------------------------------------------------------------------------- POPE
@@ -209,7 +215,7 @@ def test_pope_scores_are_known(folder, seer, stand_in, capsys):
     ("No", 1), ("no", 1), ("No, there is none", 1), ("There is not", 1), ("Yes. No cat", 0),
     ("Not at all", 0), ("NO", 0), ("nothing", 0), ("", 0), ("Yes, no doubt", 1), ("no\n", 0)])
 def test_what_counts_as_a_no(text, no):
-    assert evaluate.denies(text) == bool(no)
+    assert is_no(text) == bool(no)
 
 
 # ------------------------------------------------------------------------------------ LLaVA-Bench
@@ -335,7 +341,7 @@ def test_what_a_judge_costs_and_needs(folder, seer, stand_in, capsys, monkeypatc
     ("8 9 10", [-1, -1]), ("8", [-1, -1]), ("", [-1, -1]), ("\n8 9", [-1, -1]),
     ("nan 9", [-1, -1]), ("8 inf", [-1, -1]), ("Assistant 8", [-1, -1]), ("8/10 9/10", [-1, -1])])
 def test_what_counts_as_grades(line, pair):
-    assert evaluate.grades(line) == pair
+    assert parse_scores(line) == pair
 
 
 # -------------------------------------------------------------------------------- what all share
@@ -346,8 +352,8 @@ def test_a_killed_run_goes_on(folder, seer, capsys):
                                 image="image.png" if i < 3 else None) for i in range(9)}
     flags = [*exam(folder, problems, {"test": list(problems)}), "--model", seer,
              "--max-new-tokens", 20, "--batch-size", 2, "--device", "cpu"]
-    child = subprocess.Popen([str(w) for w in (sys.executable, ROOT / "evaluate.py", *flags)],
-                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([str(w) for w in (sys.executable, "-m", "evaluate", *flags)],
+                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=ROOT)
     journal, out = folder / "o.jsonl.answers.jsonl", folder / "o.jsonl"
     while child.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(.005)
@@ -382,7 +388,7 @@ def test_a_killed_run_goes_on(folder, seer, capsys):
     ({"image": "none.png"}, "is not a file"), ({"grade": 3}, "0.grade")])
 def test_bad_problems_are_named(folder, seer, capsys, monkeypatch, change, where):
     """Before any model is loaded."""
-    monkeypatch.setattr(generate, "load", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmarks, "load_model", lambda args: pytest.fail("loaded"))
     assert run(*exam(folder, **change), "--model", seer) == 3
     said = capsys.readouterr().err
     assert where in said and said.count("\n") == 1
@@ -398,7 +404,7 @@ def test_bad_problems_are_named(folder, seer, capsys, monkeypatch, change, where
     (2 * (json.dumps({"question_id": 1, "image": "0.jpg", "text": "?", "label": "no"}) + "\n"),
      "row 2.question_id: 1 is there twice")])
 def test_bad_lines_are_named(folder, seer, capsys, monkeypatch, text, where):
-    monkeypatch.setattr(generate, "load", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmarks, "load_model", lambda args: pytest.fail("loaded"))
     (folder / "coco_pope_x.json").write_bytes(text.encode("latin-1"))
     assert run("pope", "--model", seer, "--images", folder / "img", "--out", folder / "o.jsonl",
                "--questions", folder / "coco_pope_x.json") == 3
@@ -408,7 +414,7 @@ def test_bad_lines_are_named(folder, seer, capsys, monkeypatch, text, where):
 
 @pytest.mark.parametrize("change", [{"image": "1.jpg"}, {"question_id": 9}, {"category": "math"}])
 def test_files_that_do_not_belong_together(folder, seer, capsys, monkeypatch, change):
-    monkeypatch.setattr(generate, "load", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(benchmarks, "load_model", lambda args: pytest.fail("loaded"))
     assert run(*bench(folder, **change), "--model", seer, "--endpoint", "http://127.0.0.1:1/v1",
                "--endpoint-model", "m") == 3
     assert "q.jsonl: line 2, row 2: its image" in capsys.readouterr().err
@@ -417,7 +423,7 @@ def test_files_that_do_not_belong_together(folder, seer, capsys, monkeypatch, ch
 def test_a_model_that_only_captions_is_refused(folder, seer, capsys, monkeypatch):
     model = VLM.from_pretrained(seer)
     model.template = "plain"
-    monkeypatch.setattr(generate, "load", lambda args: model)
+    monkeypatch.setattr(benchmarks, "load_model", lambda args: model)
     assert run(*exam(folder), "--model", seer) == 2
     assert "--template v1" in capsys.readouterr().err
 

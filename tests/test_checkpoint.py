@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import clip
 import llama
 from kernels import checkpoint
-from kernels.checkpoint import POLICIES, run, spared
+from kernels.checkpoint import POLICIES, checkpointed, keep_output
 from tiny import shaken
 
 DEPTH, T = 9, 48
@@ -43,9 +43,9 @@ def decoder(depth=DEPTH):
                                             mlp=172)))
     ids = torch.randint(0, 50, (2, T), generator=torch.Generator().manual_seed(0))
 
-    def loss(policy, keep=None, offload=False):
+    def loss(policy, attention_mask=None, offload=False):
         model.checkpoint, model.offload = policy, offload
-        return model(ids, keep=keep).square().mean()
+        return model(ids, attention_mask=attention_mask).square().mean()
 
     return model, loss
 
@@ -53,8 +53,8 @@ def decoder(depth=DEPTH):
 def towers():
     """CLIP's two: the picture tower runs all blocks but the last, the text tower all."""
     size = {"width": 64, "depth": DEPTH, "heads": 4, "mlp": 128}
-    model = shaken(clip.CLIP(clip.Config(**size, image=28, patch=4),
-                             clip.Config(**size, vocab=50, context=T, end=49), 32))
+    model = shaken(clip.CLIP(clip.Config(**size, image_size=28, patch_size=4),
+                             clip.Config(**size, vocab=50, context=T, eos_id=49), 32))
     dice = torch.Generator().manual_seed(0)
     pixels, ids = torch.randn(2, 3, 28, 28, generator=dice), torch.randint(0, 50, (2, T),
                                                                           generator=dice)
@@ -86,7 +86,7 @@ def padding():
 def test_gradients_are_bit_equal_and_attention_runs_once(launches, case):
     model, loss = towers() if case == "clip" else decoder()
     if case == "padded":
-        loss = functools.partial(loss, keep=padding())
+        loss = functools.partial(loss, attention_mask=padding())
     if case == "frozen":                # as in stage 1: only what is in front of the layers trains
         for p in (*model.blocks.parameters(), *model.norm.parameters(), *model.head.parameters()):
             p.requires_grad_(False)
@@ -101,7 +101,7 @@ def test_gradients_are_bit_equal_and_attention_runs_once(launches, case):
         blocks = 2 * DEPTH - 1 if case == "clip" else DEPTH
         assert len(launches) == blocks * (2 if policy == "full" else 1), policy
     learning = [p for n, p in model.named_parameters() if case != "clip" or not any(
-        part in n for part in (f"vision.blocks.{DEPTH - 1}", "norm_post", "shared", "scale"))]
+        part in n for part in (f"vision.blocks.{DEPTH - 1}", "norm_post", "projection", "scale"))]
     assert len(first) == (1 if case == "frozen" else len(learning))
 
 
@@ -133,10 +133,10 @@ def test_the_comparison_sees_a_second_run_that_differs(launches):
         return (x * weight * (1 + .1 * len(seen))).sin()
 
     x = torch.linspace(1, 2, 4)
-    run([drifting], x, policy=None).sum().backward()
+    checkpointed([drifting], x, policy=None).sum().backward()
     true, weight.grad = weight.grad, None
     seen.clear()
-    run([drifting], x, policy="attention").sum().backward()
+    checkpointed([drifting], x, policy="attention").sum().backward()
     assert len(seen) == 2 and not torch.equal(weight.grad, true)
 
     def shrinking(x):
@@ -144,7 +144,7 @@ def test_the_comparison_sees_a_second_run_that_differs(launches):
         return x * weight if len(seen) > 1 else (x * weight).sin()
 
     seen.clear()
-    y = run([shrinking], x, policy="attention")
+    y = checkpointed([shrinking], x, policy="attention")
     with pytest.raises(RuntimeError, match="the same both times"):
         y.sum().backward()
 
@@ -211,7 +211,7 @@ def test_how_much_less_is_kept(launches, monkeypatch):
     assert .33 < found["full"] < .8 and frugal(found), found
     assert frugal(shares(towers))           # where attention on a CPU keeps its probabilities
     # control: a policy that lies, and runs the blocks as ever
-    monkeypatch.setattr(llama, "run", lambda *args, policy, offload: run(*args))
+    monkeypatch.setattr(llama, "checkpointed", lambda *args, policy, offload: checkpointed(*args))
     lied = shares(decoder)
     assert not frugal(lied) and lied["full"] == lied[None] == found[None], lied
 
@@ -279,7 +279,7 @@ def test_any_attention_that_can_be_differentiated(attention):
     torch.manual_seed(0)
     weight = torch.randn(16, 48, requires_grad=True)
     x = torch.randn(2, 5, 16)
-    known = spared(attention)
+    known = keep_output(attention)
 
     def layer(x):
         q, k, v = (x @ weight).chunk(3, -1)
@@ -288,7 +288,7 @@ def test_any_attention_that_can_be_differentiated(attention):
     found = []
     for policy in POLICIES:
         weight.grad = None
-        run([layer] * 4, x, policy=policy).square().sum().backward()
+        checkpointed([layer] * 4, x, policy=policy).square().sum().backward()
         found.append([weight.grad])
     assert all(equal(f, found[0]) for f in found)
 
@@ -335,12 +335,12 @@ def test_without_gradients_nothing_is_kept(launches):
 def test_bad_input_is_refused():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="policy 'half'"):
-        run([torch.sin], x, policy="half")
+        checkpointed([torch.sin], x, policy="half")
     for policy in (None, "none"):
         with pytest.raises(ValueError, match="offload"):
-            run([torch.sin], x, policy=policy, offload=True)
+            checkpointed([torch.sin], x, policy=policy, offload=True)
     block = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(.1))
     with pytest.raises(ValueError, match="random"):
-        run([block], x, policy="full")
-    run([block.eval()], x, policy="full").sum().backward()      # control: silent, it is no harm
+        checkpointed([block], x, policy="full")
+    checkpointed([block.eval()], x, policy="full").sum().backward()      # control: silent, it is no harm
     assert x.grad is not None

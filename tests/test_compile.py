@@ -50,10 +50,10 @@ def found(request, tmp_path_factory):
            if key not in ("TRITON_INTERPRET", "PYTHONPATH")} | {"OMP_NUM_THREADS": "1"}
     if folder := folder_of(request.param):
         env["PYTHONPATH"] = str(folder)
-    told = subprocess.run([sys.executable, HERE / "compiled.py", *compiled.MODULES, "planted",
+    done = subprocess.run([sys.executable, HERE / "compiled.py", *compiled.MODULES, "planted",
                            "--json", out], capture_output=True, text=True, env=env)
-    assert out.exists(), told.stdout[-3000:] + told.stderr[-3000:]
-    assert told.returncode == 1             # the planted faults; the exit status tells of them
+    assert out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 1             # the planted faults; the exit status tells of them
     read = json.loads(out.read_text())
     assert read["triton"] == request.param
     return read["cases"]
@@ -98,15 +98,15 @@ def test_which_instructions_share_a_loop_with_a_matrix_instruction(text, inside)
 
 
 def test_a_module_that_ships_no_cases_is_an_error():
-    told = subprocess.run([sys.executable, HERE / "compiled.py", "kernels.launch"],
+    done = subprocess.run([sys.executable, HERE / "compiled.py", "kernels.launch"],
                           capture_output=True, text=True)
-    assert told.returncode == 1 and "no compile_cases()" in told.stderr
+    assert done.returncode == 1 and "no compile_cases()" in done.stderr
 
 
 def test_every_table_of_the_benchmark_runs(tmp_path):
-    told = subprocess.run([sys.executable, "-m", "kernels.bench", "--rehearse", "--out", tmp_path],
+    done = subprocess.run([sys.executable, "-m", "bench", "--rehearse", "--out", tmp_path],
                           cwd=HERE.parent, capture_output=True, text=True)
-    assert told.returncode == 0, told.stdout[-3000:] + told.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for table in ("ceilings", "correctness", "attention", "elementwise", "head", "decode",
                   "optimizer", "step", "generate", "curves"):
         assert json.loads((tmp_path / f"{table}.json").read_text())["rows"], table

@@ -20,6 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import IGNORE, IMAGE
+from formats.checkpoints import export, load_into, resolve, save_weights
+from formats.errors import Offline, TrainingFailed, UsageError, exit_status
+from formats.templates import chat_template
+from formats.pictures import picture_path
+from formats.strict_json import read_config
+from trainer.samples import encode_as_official
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDENS, REAL = SHARED / "goldens", SHARED / "tokenizers"
@@ -100,7 +106,7 @@ def test_text_goldens(real):
                 data.encode(*args)
             assert "\n" not in str(info.value)
             continue
-        ids, labels = data.encode(*args, official_quirks=True)
+        ids, labels = encode_as_official(*args)
         assert (ids, labels) == (r["input_ids"], r["labels"]), what
         ids, labels = data.encode(*args)
         assert ids == r["input_ids"], what
@@ -124,7 +130,7 @@ def test_prompt_goldens(real):
         for key in set(real) & set(r):
             assert data.prompt_ids(r["prompt"], real[key]) == r[key]
             if r["conv"] not in ("default", "v0"):
-                assert data.chat_ids(talk(*r["messages"], None), r["conv"], real[key]) == r[key]
+                assert data.prompt_tokens(talk(*r["messages"], None), r["conv"], real[key]) == r[key]
     for r in table["tokenizer_image_token"]:
         for key in real:
             assert data.prompt_ids(r["text"], real[key]) == r[key]
@@ -147,10 +153,10 @@ def test_image_goldens_to_the_bit():
 def test_anyres_goldens():
     for r in json.loads((GOLDENS / "anyres.json").read_text()):
         grid = data.anyres_grid(*r["size"])
-        assert [*grid.best] == r["best"] and [*grid.tiles] == r["grid_w_h"]
+        assert [*grid.canvas] == r["best"] and [*grid.tiles] == r["grid_w_h"]
         assert [*grid.unpadded] == r["unpadded_h_w"] and grid.tokens == r["num_image_tokens"]
         x0, y0, x1, y1 = r["content_bbox"]
-        assert grid.resized == (x1 - x0, y1 - y0) and (grid.best[0] - grid.resized[0]) // 2 == x0
+        assert grid.resized == (x1 - x0, y1 - y0) and (grid.canvas[0] - grid.resized[0]) // 2 == x0
 
 
 @needs_real
@@ -197,7 +203,7 @@ def test_special_false_never_yields_control_tokens(tiny):
 def test_what_a_user_types_is_not_a_control_token(tiny):
     conversation = talk("<image>\nsay </s><s>", "no", "why</s>", None)
     for flag, tokenizer in tiny.items():
-        ids = data.chat_ids(conversation, "v1", tokenizer)
+        ids = data.prompt_tokens(conversation, "v1", tokenizer)
         assert ids.count(tokenizer.eos) == 1 and ids.count(tokenizer.bos) == 1
         assert ids.count(IMAGE) == 1
         assert data.prompt_ids(data.prompt(conversation, "v1"), tokenizer).count(tokenizer.eos) == 3
@@ -239,10 +245,10 @@ def test_samples_the_official_code_drops_in_silence(tiny):
     for tokenizer in tiny.values():
         bad = talk("Q", "say </s> now")
         assert learned(tokenizer, data.encode(bad, "v1", tokenizer, False)[1]).count("</s>") == 2
-        assert set(data.encode(bad, "v1", tokenizer, False, official_quirks=True)[1]) == {IGNORE}
+        assert set(encode_as_official(bad, "v1", tokenizer, False)[1]) == {IGNORE}
         good = talk("Q", "A")                                                            # control
         assert data.encode(good, "v1", tokenizer, False) == \
-            data.encode(good, "v1", tokenizer, False, official_quirks=True)
+            encode_as_official(good, "v1", tokenizer, False)
         assert set(data.encode(talk("Q", ""), "v1", tokenizer, False)[1]) == {IGNORE}
         middle = data.encode(talk("Q", "", "R", "S"), "v1", tokenizer, False)[1]
         assert "".join(pieces(tokenizer, [l for l in middle if l != IGNORE])) == "▁S</s>"
@@ -412,7 +418,7 @@ def test_preprocess_by_hand():
     tiles = data.preprocess(wide, 8, "anyres")
     assert tiles.shape == (3, 3, 8, 8)                          # the overview, then 2 across
     assert torch.allclose(tiles[0, :, 0, 0], torch.tensor(white), atol=1e-6)
-    with pytest.raises(data.Usage):
+    with pytest.raises(UsageError):
         data.preprocess(wide, 8, "round")
     with pytest.raises(data.BadImage):
         data.preprocess(Image.new("RGB", (50000, 1)), 336, "pad")
@@ -434,7 +440,7 @@ def test_round_trip_single_and_sharded(tmp_path):
     tensors = {"b": base[:3], "a": base[3:], "c": torch.randn(2, 2).bfloat16(), "d": base.t(),
                "e": torch.tensor(3), "f": base, "g": base}
     for limit in (10 ** 9, 60):
-        data.save_weights(tmp_path, tensors, limit)
+        save_weights(tmp_path, tensors, limit)
         loaded = data.load_weights(tmp_path)
         assert list(loaded) == sorted(tensors) and len(loaded) == 7
         assert all(torch.equal(loaded[k], tensors[k]) and loaded.shape(k) == tensors[k].shape
@@ -444,7 +450,7 @@ def test_round_trip_single_and_sharded(tmp_path):
         umask = os.umask(0)
         os.umask(umask)
         assert all(stat.S_IMODE(f.stat().st_mode) == 0o666 & ~umask for f in files)
-    data.save_weights(tmp_path, {"z": base})                    # no stale shard or index survives
+    save_weights(tmp_path, {"z": base})                    # no stale shard or index survives
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
     assert list(load_file(tmp_path / "model.safetensors")) == ["z"]
 
@@ -501,7 +507,7 @@ def test_500_damaged_safetensors(tmp_path):
 
 
 def test_damaged_index(tmp_path):
-    data.save_weights(tmp_path, {"a": torch.ones(9), "b": torch.ones(9)}, 40)
+    save_weights(tmp_path, {"a": torch.ones(9), "b": torch.ones(9)}, 40)
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())["weight_map"]
     for table in ({"a": "../x.safetensors"}, {"a": 3}, [], {}, {**good, "b": "gone.safetensors"}):
@@ -521,19 +527,19 @@ def test_pickles_are_refused_unopened(tmp_path):
 
 
 def test_resolve(tmp_path, monkeypatch):
-    assert data.resolve(tmp_path) == tmp_path
+    assert resolve(tmp_path) == tmp_path
     import huggingface_hub
 
     def no_network(*_, **__):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    with pytest.raises(data.Offline) as info:
-        data.resolve("nobody/nothing")
+    with pytest.raises(Offline) as info:
+        resolve("nobody/nothing")
     assert info.value.code == 4 and "\n" not in str(info.value)
     for bad in ("no-such-folder", "a/b/c", "../x", str(tmp_path / "gone"), ""):
         if bad:
             with pytest.raises(data.BadModel):
-                data.resolve(bad)
+                resolve(bad)
 
 
 def test_read_config(tmp_path):
@@ -542,17 +548,18 @@ def test_read_config(tmp_path):
                  " " * 1_000_001):
         path.write_text(text)
         with pytest.raises(data.BadModel, match="config.json"):
-            data.read_config(tmp_path)
+            read_config(tmp_path)
     path.write_text('{"a": 1}')
-    assert data.read_config(tmp_path) == {"a": 1}
+    assert read_config(tmp_path) == {"a": 1}
     path.unlink()
     with pytest.raises(data.BadModel, match="no such file"):
-        data.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 class Net(torch.nn.Module):
     NAMES = {"blocks.{}.qkv.weight": ("m.{}.q.weight", "m.{}.k.weight", "m.{}.v.weight"),
              "blocks.{}.out.weight": "m.{}.o.weight", "scale": "s"}
+    ROWS = {"blocks.{}.qkv.weight": [4, 2, 2]}
 
     def __init__(self):
         super().__init__()
@@ -561,28 +568,24 @@ class Net(torch.nn.Module):
             for _ in range(2))
         self.scale = torch.nn.Parameter(torch.randn(()))
 
-    def split_sizes(self, name):
-        assert name.endswith("qkv.weight")
-        return [4, 2, 2]
-
 
 def test_fill_and_export_are_inverse(tmp_path):
     one, two = Net(), Net()
-    table = data.export(one, Net.NAMES)
+    table = export(one, Net.NAMES, Net.ROWS)
     assert set(table) == {f"m.{i}.{w}.weight" for i in "01" for w in "qkvo"} | {"s"}
     assert table["m.1.k.weight"].shape == (2, 4)
     assert torch.equal(table["m.0.v.weight"], one.blocks[0]["qkv"].weight[6:])
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     for source in (table, data.load_weights(tmp_path)):
-        assert data.fill(two, Net.NAMES, source) is two
+        assert load_into(two, Net.NAMES, source) is two
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
         torch.nn.init.zeros_(two.scale)
-    half = data.fill(Net().bfloat16(), Net.NAMES, table)
+    half = load_into(Net().bfloat16(), Net.NAMES, table)
     assert half.scale.dtype == torch.bfloat16 and torch.equal(half.scale, one.scale.bfloat16())
     with torch.device("meta"):
         empty = Net()
         empty.tied = empty.blocks[0]["out"]
-    data.fill(empty, Net.NAMES, table)
+    load_into(empty, Net.NAMES, table)
     assert torch.equal(empty.blocks[1]["qkv"].weight, one.blocks[1]["qkv"].weight)
     assert empty.tied.weight is empty.blocks[0]["out"].weight
 
@@ -590,7 +593,7 @@ def test_fill_and_export_are_inverse(tmp_path):
 def test_fill_refuses_before_it_copies():
     net = Net()
     before = [p.clone() for p in net.parameters()]
-    good = {k: torch.zeros_like(v) for k, v in data.export(net, Net.NAMES).items()}
+    good = {k: torch.zeros_like(v) for k, v in export(net, Net.NAMES, Net.ROWS).items()}
     lost = {k: v for k, v in good.items() if k != "m.1.k.weight"}
     for weights, names, words in [
             (lost, Net.NAMES, ["m.1.k.weight", "missing"]),
@@ -600,10 +603,10 @@ def test_fill_refuses_before_it_copies():
             (good | {"m.1.v.weight": torch.zeros(2, 5)}, Net.NAMES, ["(2, 5)", "(8, 4)"]),
             (good, {"scale": "s"}, ["blocks.0", "no name"])]:
         with pytest.raises(data.BadModel) as info:
-            data.fill(net, names, weights)
+            load_into(net, names, weights)
         assert all(word in str(info.value) for word in words), str(info.value)
         assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
-    data.fill(net, Net.NAMES, good | {"z.bias": torch.zeros(1)}, {r"z\..*": "not used here"})
+    load_into(net, Net.NAMES, good | {"z.bias": torch.zeros(1)}, {r"z\..*": "not used here"})
     assert not any(p.any() for p in net.parameters())
 
 
@@ -662,14 +665,14 @@ def test_picture_paths_stay_inside(tmp_path):
     (root / "loop.jpg").symlink_to(root / "loop.jpg")
     (root / "away").symlink_to(tmp_path)
     os.mkfifo(root / "pipe")
-    assert data.picture_path(root, "sub/a.jpg").read_bytes() == b"x"
-    assert data.picture_path(root, "in.jpg").is_file()
+    assert picture_path(root, "sub/a.jpg").read_bytes() == b"x"
+    assert picture_path(root, "in.jpg").is_file()
     for name in (str(secret), str(root / "sub/a.jpg"), "../secret.jpg", "out.jpg",
                  "sub/../../secret.jpg", "away/secret.jpg",
                  "", "nul\0.jpg", "none.jpg", "sub", "pipe", "loop.jpg", "x" * 5000, "/dev/zero",
                  "..\\secret.jpg", "C:\\x.jpg", "\\\\host\\x.jpg"):
         with pytest.raises(data.BadData):
-            data.picture_path(root, name)
+            picture_path(root, name)
 
 
 # ------------------------------------------------------------------------------- failures
@@ -679,24 +682,24 @@ def test_guarded(capsys):
         def main():
             raise error
         return main
-    for error, code in [(data.Usage("two\nlines"), 2), (data.BadImage("x"), 3),
-                        (data.BadModel("x"), 3), (data.BadData("x"), 3), (data.Offline("x"), 4),
-                        (data.TrainingFailed("x"), 1), (MemoryError(), 1), (OSError(28, "full"), 1),
+    for error, code in [(UsageError("two\nlines"), 2), (data.BadImage("x"), 3),
+                        (data.BadModel("x"), 3), (data.BadData("x"), 3), (Offline("x"), 4),
+                        (TrainingFailed("x"), 1), (MemoryError(), 1), (OSError(28, "full"), 1),
                         (OSError(13, "denied", "f"), 3), (OSError(30, "read-only"), 3),
                         (torch.OutOfMemoryError("gpu"), 1)]:
-        assert data.guarded(raising(error)) == code
+        assert exit_status(raising(error)) == code
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1
         with pytest.raises(type(error)):
-            data.guarded(raising(error), debug=True)
-    assert data.guarded(raising(KeyboardInterrupt())) == 130
-    assert data.guarded(lambda: None) == 0 and data.guarded(lambda: 2) == 2
+            exit_status(raising(error), debug=True)
+    assert exit_status(raising(KeyboardInterrupt())) == 130
+    assert exit_status(lambda: None) == 0 and exit_status(lambda: 2) == 2
     with pytest.raises(KeyError):                           # a bug of ours keeps its traceback
-        data.guarded(raising(KeyError("x")))
+        exit_status(raising(KeyError("x")))
 
 
 def test_the_demo_runs(capsys):
-    assert data._show() == 0
+    assert data.main() == 0
     assert "learned" in capsys.readouterr().out
 
 
@@ -709,10 +712,10 @@ def test_the_chat_template_for_others_writes_what_prompt_writes():
     ours = [{"from": "human", "value": "<image>\nOne?"}, {"from": "gpt", "value": "Two."},
             {"from": "human", "value": "Sure?"}]
     for name in ("v1", "llava_v1"):
-        made = jinja2.Template(data.chat_template(name), keep_trailing_newline=True)
+        made = jinja2.Template(chat_template(data.TEMPLATES[name]), keep_trailing_newline=True)
         said = made.render(messages=talk, add_generation_prompt=True)
         assert said == data.prompt(ours, name)
-    assert jinja2.Template(data.chat_template("plain")).render(messages=talk[:1]) == "<image>One?"
+    assert jinja2.Template(chat_template(data.TEMPLATES["plain"])).render(messages=talk[:1]) == "<image>One?"
 
 
 # ---------------------------------------------------------------- what files do not say
@@ -739,15 +742,16 @@ def test_a_bos_that_only_the_post_processor_writes(tmp_path, opens):
 
 
 def test_no_chat_template_rather_than_a_wrong_one():
-    assert data.chat_template("v1") and data.chat_template("plain") == (
-        data.chat_template("minigpt4_caption"))
+    ours = data.TEMPLATES
+    assert chat_template(ours["v1"]) and chat_template(ours["plain"]) == (
+        chat_template(ours["minigpt4_caption"]))
     for name in ("minigpt4", "instructblip"):
         assert data.TEMPLATES[name].style not in ("two", "plain")
-        assert data.chat_template(name) is None
+        assert chat_template(ours[name]) is None
 
 
 def test_a_caption_is_a_question_and_an_answer():
-    words = data.Tokenizer(Path(data.__file__).parent / "weights/toy/llama")
+    words = data.Tokenizer(Path(data.__file__).parent / "toy/weights/llama")
     talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A star."}]
     assert data.encode(talk, "plain", words)
     with pytest.raises(data.BadData, match="one gpt turn"):

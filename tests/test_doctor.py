@@ -3,9 +3,11 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,11 @@ from PIL import Image
 import data
 import train
 from tiny import write_words
+from formats.errors import exit_status
+from formats.strict_json import read_json
+from trainer import doctor as trainer_doctor
+from trainer.doctor import TokenCounter, check_picture, parse
+from trainer.loader import Samples
 
 SHARED = Path(__file__).parents[2] / "shared/tokenizers"
 OPENED = None           # a list while somebody watches
@@ -70,13 +77,13 @@ def doctor(folder, rows, capsys, *flags, lines=False, images="images"):
         rows = rows.encode()
     if rows is not None:
         (folder / "x.json").write_bytes(rows)
-    args = data.arguments(["check", str(folder / "x.json"), "--images", str(folder / images),
+    args = parse(["check", str(folder / "x.json"), "--images", str(folder / images),
                            *map(str, flags)])
     capsys.readouterr()
     OPENED, start = [], time.process_time()
     with warnings.catch_warnings():
         try:
-            code = data.guarded(lambda: data.main(args))
+            code = exit_status(lambda: trainer_doctor.run(args))
         finally:
             opened, OPENED = OPENED, None
     spent, (out, err) = time.process_time() - start, capsys.readouterr()
@@ -131,9 +138,9 @@ def test_every_shape_is_read_and_trained_from(folder, capsys, shape, written):
     pictured = [s for s in samples if "image" in s]
     assert all(s["image"] == ("0.jpg" if "cc_sbu" in shape else "0.png") for s in pictured)
     assert len(pictured) == len(samples) * ("0.png" in text or "image_id" in text)
-    args = train.arguments(["--stage", "2", "--data", str(folder / "x.json"),
+    args = train.parse_args(["--stage", "2", "--data", str(folder / "x.json"),
                             "--images", str(folder / "images")])
-    picture, said = train.Samples(args)[0]
+    picture, said = Samples(args)[0]
     assert (picture is not None) == bool(pictured) == ("<image>" in said[0]["value"])
     words = data.Tokenizer(folder)
     for template in ["v1"] + ["plain", "minigpt4", "blip2"] * bool(pictured):
@@ -245,7 +252,7 @@ def test_the_watch_sees_what_is_opened_outside(folder, capsys, monkeypatch):
     """Without the check of the names the audit hook finds the secret."""
     rows = good()
     rows[2]["image"] = "out.png"
-    monkeypatch.setattr(data, "picture_path", lambda root, name: Path(root) / name)
+    monkeypatch.setattr(trainer_doctor, "picture_path", lambda root, name: Path(root) / name)
     code, faults, _, _, opened = doctor(folder, rows, capsys)
     assert (code, faults) == (0, []) and outside(folder, opened) == {
         str(folder / "images/out.png")}
@@ -278,7 +285,7 @@ def test_files_that_are_none(folder, capsys, tmp_path):
     for path, words in ((tmp_path / "pipe", "not a file"), ("/dev/zero", "not a file"),
                         (tmp_path, "not a file"), (tmp_path / "none", "no such file"),
                         (tmp_path / "hole", "at most 4,000,000,000")):
-        for read in (data.read_conversations, lambda p: data.read_json(p, 4_000_000_000)):
+        for read in (data.read_conversations, lambda p: read_json(p, 4_000_000_000)):
             start = time.process_time()
             with pytest.raises(data.BadData, match=words) as info:
                 read(path)
@@ -291,7 +298,7 @@ def test_files_that_are_none(folder, capsys, tmp_path):
 def test_read_json_names_the_place(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('\ufeff{"a": [1.5, null, "\u00e9"]}', encoding="utf-8")
-    assert data.read_json(path) == {"a": [1.5, None, "\u00e9"]}
+    assert read_json(path) == {"a": [1.5, None, "\u00e9"]}
     for text, words in (('{"a": [1, NaN]}', "a[1]: unreadable JSON (NaN"),
                         ('{"a": {"b": 1e999}}', "a.b: unreadable JSON (1e999"),
                         ('{"a": %s}' % ("9" * 5000), "a: unreadable JSON (a number of 5,000"),
@@ -299,7 +306,7 @@ def test_read_json_names_the_place(tmp_path):
                         ('{"a": 1,, "b": 2}', "a: unreadable JSON (Expecting"), ("", "unreadable")):
         path.write_text(text)
         with pytest.raises(data.BadData) as info:
-            data.read_json(path)
+            read_json(path)
         assert words in str(info.value)
 
 
@@ -326,7 +333,7 @@ def test_lengths_are_those_of_training(folder, capsys):
     rows.append({"conversations": talk("Q?", "word " * 100)})
     for places in (1, 32):
         _, _, said, *_ = doctor(folder, rows, capsys, "--llm", folder, "--places", places)
-        want = data.Counter()
+        want = Counter()
         for row in rows:
             n = len(data.encode(row["conversations"], "v1", words, "image" in row)[0])
             want[(n + (places - 1) * ("image" in row)).bit_length()] += 1
@@ -352,7 +359,7 @@ def test_counting_by_words_is_exact(folder, kind):
     if not (where / "tokenizer.json").exists():
         pytest.skip(f"{where} is not here")
     words, dice = data.Tokenizer(where), random.Random(0)
-    lengths = data._Lengths(words)
+    lengths = TokenCounter(words)
     assert lengths.apart
     for i in range(400):
         q, a, b = ("".join(dice.choices(TEXTS, k=dice.randint(0, 4))) for _ in range(3))
@@ -360,9 +367,9 @@ def test_counting_by_words_is_exact(folder, kind):
                                ("instructblip", 1), ("mpt", i % 2)):
             turns = talk("<image>\nq" + q if seen else "q" + q, a, *(
                 ["q", b] if template in ("v1", "mpt") else []))
-            pieces = data._training_pieces(turns, template, seen)[1]
+            pieces = data.training_segments(turns, template, seen)[1]
             count = -1 if seen else 0
-            assert lengths.of(pieces, count) == len(data._tokenise(pieces, words, count)[0])
+            assert lengths.of(pieces, count) == len(data.tokenize_segments(pieces, words, count)[0])
 
 
 def test_a_vocabulary_across_spaces_is_tokenised_in_full(folder, tmp_path):
@@ -374,9 +381,9 @@ def test_a_vocabulary_across_spaces_is_tokenised_in_full(folder, tmp_path):
     spec["model"]["merges"] = [["a", "▁"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     words = data.Tokenizer(tmp_path)
-    lengths = data._Lengths(words)
-    pieces = data._training_pieces(talk("a b a b", "a b"), "v1", False)[1]
-    want = len(data._tokenise(pieces, words, 0)[0])
+    lengths = TokenCounter(words)
+    pieces = data.training_segments(talk("a b a b", "a b"), "v1", False)[1]
+    want = len(data.tokenize_segments(pieces, words, 0)[0])
     assert not lengths.apart and lengths.of(pieces, 0) == want
     lengths.apart = True
     assert lengths.of(pieces, 0) != want
@@ -400,7 +407,7 @@ def test_pictures_are_opened_once_or_not_at_all(folder, capsys):
 def test_shapes_are_judged_as_training_would_show_them(tmp_path, template, size, good):
     """Cropped to a square, padded to one, squashed: each has shapes that it cannot take."""
     Image.new("L", size).save(tmp_path / "x.png")
-    why = data._opened(tmp_path / "x.png", template)
+    why = check_picture(tmp_path / "x.png", template)
     aspect = {"plain": "square", "v1": "pad"}.get(template, "squash")
     if good:
         assert why is None
@@ -434,7 +441,7 @@ def test_five_thousand_rows_take_their_share_of_a_minute(folder, capsys):
 # ------------------------------------------------------------------------------- show, usage
 
 def shown(capsys, folder, *flags):
-    code = data.guarded(lambda: data.main(data.arguments(
+    code = exit_status(lambda: trainer_doctor.run(parse(
         ["show", str(folder / "x.json"), *map(str, flags)])))
     return (code, *capsys.readouterr())
 
@@ -480,11 +487,19 @@ def test_usage(folder, capsys):
                   ["check", file, "--pack", "0"], ["show", file, "--sample", "0"],
                   ["check", file, "--no-ope"], ["check", file, "--places", "x"]):
         with pytest.raises(SystemExit) as stop:
-            data.arguments(words)
+            parse(words)
         assert stop.value.code == 2
-    run = lambda *words: data.guarded(lambda: data.main(data.arguments(list(map(str, words)))))
+    run = lambda *words: exit_status(lambda: trainer_doctor.run(parse(list(map(str, words)))))
     assert run("check", file) == 2 and "give --images" in capsys.readouterr().err
     assert run("check", file, "--images", folder / "none") == 2
     assert run("check", file, "--images", folder, "--llm", folder / "none") == 3
     capsys.readouterr()
-    assert run() == 0 and "learned" in capsys.readouterr().out
+    assert data.main() == 0 and "learned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["check", "show"])
+def test_help_imports_no_torch(what):
+    done = subprocess.run([sys.executable, "-X", "importtime", data.__file__, what, "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: data.py {what} ")
+    assert "argparse" in done.stderr and "torch" not in done.stderr

@@ -1,4 +1,4 @@
-"""generate.py: the cache, the batch, the dice and the beams against slow and obvious versions."""
+"""generate.py: cache, batch, sampler and beams against slow and obvious versions."""
 import json
 import math
 import os
@@ -19,6 +19,12 @@ import generate as g
 import llama
 import projector
 from tiny import shaken
+from decoding.beam import beam_search
+from decoding.chat import trim_history
+from decoding.flags import parse, prompt_error
+from decoding.pictures import load_picture
+from decoding.stopping import stop_ids, Stops
+from formats.errors import UsageError, UserError, exit_status
 
 ROOT = Path(__file__).parents[1]
 TONGUE = dict(width=32, depth=2, heads=4, kv_heads=2, mlp=48)
@@ -51,14 +57,14 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(words):
     """A random model that says letters only: no </s>, so that lengths are known."""
-    eye = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image=24, patch=8))
-    tongue = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
-    made = shaken(projector.VLM(eye, "mlp", tongue, words), seed=2)
+    vision = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
+    llm = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
+    model = shaken(projector.VLM(vision, "mlp", llm, words), seed=6)
     with torch.no_grad():
-        tongue.embed.weight.mul_(5)             # so loud that answers differ from prompt to prompt
-        made.bridge.second.weight.mul_(8)
-        tongue.head.weight[:259], tongue.head.weight[-2:] = 0, 0
-    return made
+        llm.embed.weight.mul_(5)             # so loud that answers differ from prompt to prompt
+        model.projector.second.weight.mul_(8)
+        llm.head.weight[:259], llm.head.weight[-2:] = 0, 0
+    return model
 
 
 @pytest.fixture
@@ -67,7 +73,7 @@ def pixels():
 
 
 def asked(model, *turns):
-    return g.ask(list(turns), model.template, model.words)
+    return g.build_prompt(list(turns), model.template, model.tokenizer)
 
 
 # ---------------------------------------------------------------------------- the same, faster
@@ -75,7 +81,7 @@ def asked(model, *turns):
 def test_cache_changes_nothing(model, pixels):
     ids = asked(model, "What is it?")
     fast = list(g.generate(model, ids, pixels[0], 20))
-    assert fast == list(g.generate(model, ids, pixels[0], 20, cache=False)) and len(fast) == 20
+    assert fast == list(g.generate(model, ids, pixels[0], 20, use_cache=False)) and len(fast) == 20
     assert len(set(fast)) > 3                                   # not one word said for ever
     assert fast != list(g.generate(model, ids, pixels[1], 20))  # the picture matters
 
@@ -91,7 +97,7 @@ def test_cache_against_the_plain_model(model, pixels):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 3}])
 def test_batch_is_one_by_one(model, pixels, settings):
-    words = model.words
+    words = model.tokenizer
     two = [*asked(model, "And?"), data.IMAGE, *words.encode(" twice", bos=False)]
     prompts = [asked(model, "What is it?"), words.encode("Text only"), two,
                asked(model, "Where, and why is it there at all?")]
@@ -103,7 +109,7 @@ def test_batch_is_one_by_one(model, pixels, settings):
 
 
 def test_batch_without_pictures_and_bare_llama(model):
-    prompts = [model.words.encode(t) for t in ("a", "A longer text", "bc")]
+    prompts = [model.tokenizer.encode(t) for t in ("a", "A longer text", "bc")]
     single = [list(g.generate(model, p, None, 10)) for p in prompts]
     assert g.generate_batch(model, prompts, max_new_tokens=10) == single
     assert g.generate_batch(model.llm, prompts, max_new_tokens=10) == single
@@ -111,7 +117,7 @@ def test_batch_without_pictures_and_bare_llama(model):
 
 
 def test_end_stops_each_row_by_itself(model):
-    prompts = [model.words.encode(t) for t in ("a", "A longer text", "bc")]
+    prompts = [model.tokenizer.encode(t) for t in ("a", "A longer text", "bc")]
     free = g.generate_batch(model.llm, prompts, max_new_tokens=10)
     end = free[0][4]
     cut = [row[:row.index(end)] if end in row else row for row in free]
@@ -121,10 +127,10 @@ def test_end_stops_each_row_by_itself(model):
 
 
 def test_default_ends(model, words):
-    assert words.eos in g.endings(model)
-    plain = SimpleNamespace(words=words, template="plain")
-    assert g.endings(plain) == {words.eos, 3 + ord("\n")}
-    assert g.endings(model, 7) == {7}
+    assert words.eos in stop_ids(model)
+    plain = SimpleNamespace(tokenizer=words, template="plain")
+    assert stop_ids(plain) == {words.eos, 3 + ord("\n")}
+    assert stop_ids(model, 7) == {7}
 
 
 def test_context_is_the_limit(model, words, pixels):
@@ -133,7 +139,7 @@ def test_context_is_the_limit(model, words, pixels):
     assert len(list(g.generate(model, ids))) == room
     pair = [ids, words.encode("short")]
     assert [len(x) for x in g.generate_batch(model, pair, max_new_tokens=14)] == [room, 14]
-    with pytest.raises(data.Failure, match="711.*700"):
+    with pytest.raises(UserError, match="711.*700"):
         next(g.generate(model, [*ids[:-room], *[data.IMAGE] * 3], pixels[:3, 0]))
 
 
@@ -148,7 +154,15 @@ def test_pictures_must_fit_their_places(model, pixels):
         next(g.generate(model.llm, ids, pixels[0]))
 
 
-# --------------------------------------------------------------------------------- beams and dice
+# --------------------------------------------------------------------------------- beams, sampling
+
+@torch.no_grad()
+def one_beam(model, ids, pixels):
+    """Beam search with a single beam, which `generate` never runs."""
+    llm, x, _, (count,) = g.prefill_inputs(model, [ids], [pixels], 8)
+    cache = llama.KVCache(llm.config, 1, x.shape[1] + count, x)
+    return beam_search(llm, x, cache, ids, count, Stops(model, {2}), 1).tokens
+
 
 def test_greedy_three_ways(model, pixels):
     ids = asked(model, "What?")
@@ -156,7 +170,7 @@ def test_greedy_three_ways(model, pixels):
     assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=0, top_p=1, top_k=0))
     assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=1.0, top_k=1))
     assert greedy == list(g.generate(model, ids, pixels[0], 8, temperature=1e-320))
-    assert greedy == g.beams(model, ids, pixels[0], None, {2}, 8, 1)
+    assert greedy == one_beam(model, ids, pixels[0])
 
 
 def soft(vocab, seed):
@@ -201,7 +215,7 @@ def test_top_k_and_top_p_support():
     logits = torch.tensor([.05, .5, .15, .3]).log()
 
     def seen(**kw):
-        return {int(g.sample(logits, u, 1.0, **kw)) for u in g.dice(0, 1, 300)[:, 0]}
+        return {int(g.sample(logits, u, 1.0, **kw)) for u in g.uniforms(0, 1, 300)[:, 0]}
     assert seen() == {0, 1, 2, 3}
     assert seen(top_k=2) == {1, 3} and seen(top_k=9) == {0, 1, 2, 3}
     assert seen(top_p=.49) == {1} and seen(top_p=.51) == {1, 3} and seen(top_p=.81) == {1, 2, 3}
@@ -210,7 +224,7 @@ def test_top_k_and_top_p_support():
 
 def test_sampled_counts():
     logits, n, t = torch.tensor([0., 1., 2., -1., .5]), 20000, 1.5
-    drawn = g.sample(logits.expand(n, 5), g.dice(0, 1, n)[:, 0], t)
+    drawn = g.sample(logits.expand(n, 5), g.uniforms(0, 1, n)[:, 0], t)
     counts = torch.bincount(drawn, minlength=5)
     want = (logits / t).softmax(0) * n
     assert float(((counts - want) ** 2 / want).sum()) < 18.5        # chi-square, 4 d.f., p = .001
@@ -218,10 +232,10 @@ def test_sampled_counts():
     assert float(((counts - cold) ** 2 / cold).sum()) > 100
 
 
-def test_dice_and_what_falls_where():
-    """A row's dice are its own, however many rows and throws; the ends of [0, 1) are ids too."""
-    assert torch.equal(g.dice(3, 2, 50)[:7, 1:], g.dice(4, 1, 7))
-    assert not torch.equal(*g.dice(3, 2, 50).T)                         # control
+def test_random_numbers_and_what_falls_where():
+    """A row draws its own numbers, however many rows and draws; the ends of [0, 1) are ids too."""
+    assert torch.equal(g.uniforms(3, 2, 50)[:7, 1:], g.uniforms(4, 1, 7))
+    assert not torch.equal(*g.uniforms(3, 2, 50).T)                         # control
     logits, ends = torch.tensor([-math.inf, 0., 1., -80., 2., -math.inf]), [0., .5, 1 - 2 ** -50]
     ends = torch.tensor(ends, dtype=torch.float64)
     at = lambda *left: g.sample(logits.expand(3, 6), ends, 1.0, *left)
@@ -239,7 +253,7 @@ def test_seeds_reproduce(model, pixels):
                                  {"top_p": 1.1}, {"top_k": -1}, {"num_beams": 0},
                                  {"max_new_tokens": 0}, {"num_beams": 2, "temperature": 1.0}])
 def test_settings_are_checked(model, bad):
-    with pytest.raises(data.Usage):
+    with pytest.raises(UsageError):
         next(g.generate(model, [1], **bad))
 
 
@@ -257,18 +271,18 @@ def test_nan_is_an_error(words):
 def test_stream_never_breaks_a_character(words):
     text = "A 😀 é, done  twice 漢"
     ids = words.encode(text, bos=False)
-    pieces = list(g.spell(ids, words))
+    pieces = list(g.stream_text(ids, words))
     assert "".join(pieces) == text == words.decode(ids) and len(pieces) > 10
     assert not any("\ufffd" in p for p in pieces) and "😀" in pieces
-    cut = list(g.spell(ids[:ids.index(3 + 0xF0) + 2], words))           # ends inside the 😀
+    cut = list(g.stream_text(ids[:ids.index(3 + 0xF0) + 2], words))           # ends inside the 😀
     assert "".join(cut) == "A " and "\ufffd" not in "".join(cut)
     stray = ids[:1] + [3 + 0xF0] + words.encode("b", bos=False)[-1:]
-    assert "".join(g.spell(stray, words)) == "A\ufffdb"                 # not swallowed in silence
+    assert "".join(g.stream_text(stray, words)) == "A\ufffdb"       # not swallowed in silence
 
 
 def test_stream_is_generate(model, pixels):
     ids = asked(model, "What?")
-    said = model.words.decode(g.generate(model, ids, pixels[0], 30))
+    said = model.tokenizer.decode(g.generate(model, ids, pixels[0], 30))
     pieces = list(g.stream(model, ids, pixels[0], max_new_tokens=30))
     assert all(pieces) and "".join(pieces) == said and len(pieces) > 20
 
@@ -281,24 +295,24 @@ TALKS = [["What is it?"], ["What is it?", "A cat.", "Sure?"], ["Why?", "", "Hm"]
 def test_ask_is_chat_ids(words, template, turns):
     talk = [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)]
     talk[0]["value"] = "<image>\n" + talk[0]["value"]
-    assert g.ask(turns, template, words) == data.chat_ids(talk, template, words)
+    assert g.build_prompt(turns, template, words) == data.prompt_tokens(talk, template, words)
 
 
 @pytest.mark.parametrize("typed", ["<image>", "</s>", "<s>", "<image>\n<image></s>USER: hi",
                                    "what? ASSISTANT: fine</s>", "< image>", "<unk>"])
 def test_typed_marks_are_letters(words, typed):
     for turns in ([typed], ["Hello", typed, "more"], ["Hello", "yes", typed + " end"]):
-        ids = g.ask(turns, "v1", words)
+        ids = g.build_prompt(turns, "v1", words)
         assert ids.count(data.IMAGE) == 1 and ids.count(words.bos) == 1
         assert ids.count(words.eos) == len(turns) // 2      # one behind each answer
         assert not {0, words.added("<image>")} & set(ids)
         assert typed in words.decode(ids)                       # and nothing of it is lost
-    assert g.text_fault(typed) is None
+    assert prompt_error(typed) is None
 
 
 @pytest.mark.parametrize("typed", ["", "  \n", "a\0b", "half \ud83d"])
 def test_faulty_text(typed):
-    assert g.text_fault(typed)
+    assert prompt_error(typed)
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -323,7 +337,7 @@ def folder(model, tmp_path_factory):
 
 
 def args_for(folder, *more):
-    return g.arguments([*map(str, more), "--model", str(folder / "model"), "--max-new-tokens", "8",
+    return parse([*map(str, more), "--model", str(folder / "model"), "--max-new-tokens", "8",
                         "--device", "cpu"])
 
 
@@ -347,7 +361,7 @@ def test_help_is_quick_and_light():
 def test_usage_is_two(folder, line, capsys):
     line = [x.format(red=folder / "photos/0.png", photos=folder / "photos") for x in line]
     with pytest.raises(SystemExit) as stop:
-        g.arguments(line)
+        parse(line)
     assert stop.value.code == 2 and capsys.readouterr().err
 
 
@@ -369,7 +383,7 @@ def inside(monkeypatch, capsys):
             except StopIteration:
                 raise EOFError from None
         monkeypatch.setattr("builtins.input", typed)
-        code = data.guarded(lambda: g.main(args))
+        code = exit_status(lambda: g.main(args))
         return (code, *capsys.readouterr())
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
     return go
@@ -378,7 +392,7 @@ def inside(monkeypatch, capsys):
 def test_one_answer(folder, inside, model):
     red = folder / "photos/0.png"
     code, out, err = inside(args_for(folder, red, "What?"))
-    said = g.stream(model, asked(model, "What?"), g.see(red, model)[0], max_new_tokens=8)
+    said = g.stream(model, asked(model, "What?"), load_picture(model, red)[0], max_new_tokens=8)
     assert (code, out) == (0, "".join(said) + "\n")
     assert err == "note: the answer is cut at --max-new-tokens 8: give more\n"
 
@@ -386,10 +400,10 @@ def test_one_answer(folder, inside, model):
 def test_bad_pictures_and_models(folder, inside, monkeypatch):
     red, broken = folder / "photos/0.png", folder / "photos/broken.png"
     cases = [(args_for(folder, broken, "hi"), "broken.png"),
-             (g.arguments([str(red), "hi", "--model", str(folder / "none")]), "none"),
-             (g.arguments([str(broken), "hi", "--model", str(folder / "none")]), "broken.png"),
+             (parse([str(red), "hi", "--model", str(folder / "none")]), "none"),
+             (parse([str(broken), "hi", "--model", str(folder / "none")]), "broken.png"),
              (args_for(folder, red, "long " * 400), "700"),
-             (g.arguments([str(red), "hi"]), "make demo")]
+             (parse([str(red), "hi"]), "make demo")]
     monkeypatch.chdir(folder)                               # where no default model is
     for args, what in cases:
         code, out, err = inside(args)
@@ -409,10 +423,10 @@ def test_folder(folder, inside, model):
     for row in rows:
         first, said = (turn["value"] for turn in row["conversations"])
         assert first == "<image>\nWhat < image>?"
-        single = g.stream(model, asked(model, "What <image>?"),
-                          g.see(folder / "photos" / row["image"], model)[0], max_new_tokens=8)
+        seen = load_picture(model, folder / "photos" / row["image"])[0]
+        single = g.stream(model, asked(model, "What <image>?"), seen, max_new_tokens=8)
         assert said == "".join(single).strip()
-    assert not list(folder.glob(".generate*"))
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_folder_without_a_good_picture(folder, inside, tmp_path):
@@ -441,8 +455,8 @@ def test_chat_forgets_before_it_overflows(folder, inside, model):
     assert code == 0 and out.count("\n") >= 4 and "forgotten" in err and "error" not in err
     turns = ["a" * 300, "b", "c" * 300, "d", "e"]
     shown = {0: (torch.zeros(1, 3, 24, 24), None)}
-    kept, left = g.remembered(model, turns, shown, 8)
-    assert kept == turns[2:] and g.remembered(model, kept, left, 8) == (kept, left) == (kept, shown)
+    kept, left = trim_history(model, turns, shown, 8)
+    assert kept == turns[2:] and trim_history(model, kept, left, 8) == (kept, left) == (kept, shown)
     code, out, err = inside(args_for(folder, folder / "photos/0.png"), "x" * 800, "short")
     assert code == 0 and "700" in err and len(out.splitlines()) >= 1     # the turn, not the chat
 
@@ -462,5 +476,5 @@ def test_stage_one_models_only_caption(folder, inside, tmp_path, model):
 def test_interrupt(folder, inside, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(g, "answer", stop)
+    monkeypatch.setattr(g, "print_answer", stop)
     assert inside(args_for(folder, folder / "photos/0.png", "hi"))[0] == 130

@@ -1,4 +1,4 @@
-"""instruct.py: a stand-in endpoint that misbehaves, runs that are killed, rules with controls."""
+"""instruct/: a stand-in endpoint that misbehaves, runs that are killed, rules with controls."""
 import dataclasses
 import json
 import os
@@ -15,22 +15,31 @@ from types import SimpleNamespace
 import pytest
 
 import data
-import generate
-import instruct
 import standin
-import world
-from projector import VLM
+from formats import files
+from formats.errors import exit_status
+from formats.pictures import picture_path
+from instruct import answerers
+from instruct.endpoint import ChatEndpoint, retry_after
+from instruct.flags import KINDS, parse
+from instruct.journal import Journal
+from instruct.parsing import parse_reply, repair_by_rules, repaired_or_reject, to_turns
+from instruct.prompts import CONTINUE_PROMPT, FEW_SHOT, format_qa, image_context
+from instruct.write import main
+from toy.texts import description
+from toy.world import draw, make_scene
+from trainer.build import new_vlm
 
 ROOT = Path(__file__).parents[1]
-TOY = ROOT / "weights/toy"
+TOY = ROOT / "toy/weights"
 LLAMA = data.Tokenizer(TOY / "llama")
-GOOD = instruct.laid_out([("What is it?", "A {}."), ("Is it large?", "Yes.")])
+GOOD = format_qa([("What is it?", "A {}."), ("Is it large?", "Yes.")])
 
 
 def run(*words):
     """A command in this process; its exit code."""
-    args = instruct.arguments([str(w) for w in words])
-    return data.guarded(lambda: instruct.main(args))
+    args = parse([str(w) for w in words])
+    return exit_status(lambda: main(args))
 
 
 def rows(path):
@@ -200,9 +209,9 @@ def test_retry_after_is_honoured(folder):
         first = next(t for t, p, _ in server.seen if "thing 0" in p)
         later = [t - first for t, _, _ in server.seen[4:]]
         assert len(later) == 3 and least <= later[0] < most
-    assert instruct.seconds("7") == 7 and instruct.seconds("soon") == instruct.seconds(None) == 0
-    assert instruct.seconds(formatdate(time.time() - 60, usegmt=True)) == 0
-    assert 58 < instruct.seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert retry_after("7") == 7 and retry_after("soon") == retry_after(None) == 0
+    assert retry_after(formatdate(time.time() - 60, usegmt=True)) == 0
+    assert 58 < retry_after(formatdate(time.time() + 60, usegmt=True)) <= 60
 
 
 def test_rate_limit(folder):
@@ -243,10 +252,10 @@ def test_timeout(folder, how):
 def test_backoff_is_a_function_of_the_seed(folder):
     words = ["conversation", "--toy", 1, "--images", folder, "--out", folder / "o",
              "--endpoint", "http://127.0.0.1:1/v1", "--endpoint-model", "m", "--longest-wait", 9]
-    made = [instruct.Endpoint(instruct.arguments([str(w) for w in (*words, "--seed", s)]))
+    made = [ChatEndpoint(parse([str(w) for w in (*words, "--seed", s)]))
             for s in (0, 0, 1)]
-    a, b, c = ([e.pause("k", i) for i in range(8)] for e in made)
-    assert a == b != c and len({*a}) == 8 and a != [made[0].pause("j", i) for i in range(8)]
+    a, b, c = ([e.backoff("k", i) for i in range(8)] for e in made)
+    assert a == b != c and len({*a}) == 8 and a != [made[0].backoff("j", i) for i in range(8)]
     assert all(min(9, 2 ** i) / 2 <= x <= min(9, 2 ** i) for i, x in enumerate(a))
 
 
@@ -254,11 +263,11 @@ def test_kill_9_and_restart(folder):
     """Killed twice while it writes; then complete, valid, in order, each asked once or twice."""
     server, out = Server(lambda p: {0: "500", 1: "drop"}.get(len(p) * int(p[6:8]) % 7, ""), .03), \
         folder / "o.json"
-    words = [sys.executable, ROOT / "instruct.py", "conversation", *coco(folder, 60),
+    words = [sys.executable, "-m", "instruct", "conversation", *coco(folder, 60),
              *asked(server), "--out", out]
     for enough in (5, 25):
         child = subprocess.Popen([str(w) for w in words], stderr=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL)
+                                 stdout=subprocess.DEVNULL, cwd=ROOT)
         while child.poll() is None and len(server.seen) < enough * 1.3 + 4:
             time.sleep(.01)
         child.send_signal(signal.SIGKILL)
@@ -267,20 +276,20 @@ def test_kill_9_and_restart(folder):
     journal = Path(f"{out}.answers.jsonl")
     with open(journal, "ab") as file:
         file.write(b'{"key": "torn')                    # a kill in the middle of a write
-    assert run(*words[2:]) == 0
+    assert run(*words[3:]) == 0
     made = data.read_conversations(out)
     assert [r["image"] for r in made] == [f"{i:03}.jpg" for i in range(60)]
     keys = [row["key"] for row in lines(out)]
     assert len(keys) == len({*keys}) == 60
     # control: a line that is whole and damaged is named, not passed over
     journal.write_bytes(b"{}\n" + journal.read_bytes())
-    assert run(*words[2:]) == 3
+    assert run(*words[3:]) == 3
 
 
 def test_two_at_once(folder, capsys):
     """The second is told so; when the first has ended (its lock gone), it may."""
     words = "detail", "--toy", 2, "--images", folder / "i", "--out", folder / "o.json"
-    held = instruct.Journal(folder / "o.json")
+    held = Journal(folder / "o.json")
     assert run(*words) == 2 and "another run" in capsys.readouterr().err
     held.file.close()
     assert run(*words) == run(*words) == 0              # in this process too, no lock is left
@@ -310,33 +319,33 @@ def test_limit_grows(folder):
     ("conversation", GOOD + "\udfff", "not Unicode"),
     ("conversation", GOOD.replace("Yes.", "The caption says so."), "speaks of captions"),
     ("reasoning", GOOD, "more than one question"),
-    ("reasoning", instruct.laid_out([("Why?", "For: [0.1, 0.2] it lies.")]), "speaks of captions"),
-    ("reasoning", instruct.laid_out([("Why?", "Of 0.1, [2], 3 === 3.")]), None),
+    ("reasoning", format_qa([("Why?", "For: [0.1, 0.2] it lies.")]), "speaks of captions"),
+    ("reasoning", format_qa([("Why?", "Of 0.1, [2], 3 === 3.")]), None),
     ("detail", "A cat. A captain.", None), ("detail", GOOD, "blocks in a description")])
 def test_parse(kind, text, reason):
     if reason is None:
-        assert instruct.parse(kind, text)
+        assert parse_reply(kind, text)
         return
     with pytest.raises(data.BadData, match=reason):
-        instruct.parse(kind, text)
+        parse_reply(kind, text)
 
 
 def test_blocks_come_back():
     """Our own examples pass our own parser, and come back as they were."""
-    for _, _, talk, told, hard in instruct.SHOWN:
+    for _, _, talk, told, hard in FEW_SHOT:
         for kind, pairs in (("conversation", talk), ("reasoning", [hard])):
             if pairs:
-                turns = instruct.parse(kind, instruct.laid_out(pairs))
+                turns = parse_reply(kind, format_qa(pairs))
                 assert list(zip(turns[::2], turns[1::2])) == list(pairs)
-        assert instruct.parse("detail", told) == [told]
+        assert parse_reply("detail", told) == [told]
     # control: boxes in an example would teach them, and be rejected
     with pytest.raises(data.BadData):
-        instruct.parse("detail", instruct.context("detail", *instruct.SHOWN[0][:2]))
+        parse_reply("detail", image_context("detail", *FEW_SHOT[0][:2]))
 
 
 # ------------------------------------------------------------------------------------ toy scenes
 
-@pytest.mark.parametrize("kind", instruct.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_oracle(folder, kind):
     """What the world says loads, encodes, and is true; repeated byte for byte; no captions read."""
     out = folder / f"{kind}.json"
@@ -347,15 +356,15 @@ def test_oracle(folder, kind):
     for i, row in enumerate(made):
         ids, labels = data.encode(row["conversations"], "v1", LLAMA)
         assert ids.count(data.IMAGE) == 1 and any(label != data.IGNORE for label in labels)
-        scene = world.scene(f"instruct:0:{i}", "test")
-        picture = data.load_image(data.picture_path(folder / "img", row["image"]))
-        assert picture.tobytes() == world.draw(scene).tobytes()
+        scene = make_scene(f"instruct:0:{i}", "test")
+        picture = data.load_image(picture_path(folder / "img", row["image"]))
+        assert picture.tobytes() == draw(scene).tobytes()
         turns = [t["value"] for t in row["conversations"]]
         assert len(turns) == {"conversation": 8, "detail": 2, "reasoning": 2}[kind]
         if kind == "detail":
-            assert turns[1] == world.description(scene)
+            assert turns[1] == description(scene)
             # control: not another scene's
-            assert turns[1] != world.description(world.scene(f"instruct:0:{i + 1}", "test"))
+            assert turns[1] != description(make_scene(f"instruct:0:{i + 1}", "test"))
     text = out.read_bytes()
     Path(f"{out}.answers.jsonl").unlink()
     assert run(*words) == 0 and out.read_bytes() == text
@@ -473,13 +482,13 @@ def test_infinity_huge_files_and_good_ones(folder, capsys):
 def test_usage(folder, capsys, monkeypatch, words, word):
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stop:
-        instruct.arguments(words.split())
+        parse(words.split())
     assert stop.value.code == 2 and word in capsys.readouterr().err.split("error:")[1]
 
 
 def test_help_without_torch():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "instruct.py", "curate",
-                           "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "instruct", "curate",
+                           "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "--min-words" in done.stdout and " torch" not in done.stderr
     assert " argparse" in done.stderr                   # the control: imports are listed
 
@@ -503,9 +512,9 @@ def test_help_without_torch():
     ("Mr. Smith sits.", "Smith sits.", "fragments")])
 def test_repair(text, mended, taken):
     """The last row is what the rules get wrong: they know no abbreviations."""
-    got, out = instruct.repair(text)
+    got, out = repair_by_rules(text)
     assert got == mended and list(out) == ([taken] if taken else [])
-    assert instruct.repair(got) == (got, Counter())
+    assert repair_by_rules(got) == (got, Counter())
 
 
 @pytest.mark.parametrize("said, reason", [
@@ -516,10 +525,10 @@ def test_repair(text, mended, taken):
     ("A cat sits.", "fewer than 5 words"), ("A cat </s> sits on a mat.", "control token")])
 def test_keep_or_drop(said, reason):
     if not reason:
-        assert instruct.mended(said, 5)[0] == said
+        assert repaired_or_reject(said, 5)[0] == said
         return
     with pytest.raises(data.BadData, match=reason):
-        instruct.mended(said, 5)
+        repaired_or_reject(said, 5)
 
 
 def descriptions(path, *texts):
@@ -557,14 +566,14 @@ def test_curate_through_an_endpoint(folder, capsys):
 def seer(tmp_path_factory):
     """A model whose bridge was never trained: it says something about each picture, untrue."""
     folder = tmp_path_factory.mktemp("seer")
-    VLM.from_parts(TOY / "clip", TOY / "llama").save_pretrained(folder)
+    new_vlm(TOY / "clip", TOY / "llama").save_pretrained(folder)
     return folder
 
 
 def photos(folder, n):
     (folder / "in/deep").mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        world.draw(world.scene(i)).save(folder / f"in/{'deep/' * (i % 2)}{i}.png")
+        draw(make_scene(i)).save(folder / f"in/{'deep/' * (i % 2)}{i}.png")
     return folder / "in"
 
 
@@ -574,8 +583,9 @@ def test_caption_goes_on_after_kill_9(folder, seer, capsys):
     (source / "link.png").symlink_to(ROOT / "tests/scene.png")
     (source / os.fsdecode(b"\xff.png")).write_bytes((source / "0.png").read_bytes())
     words = ["caption", source, "--model", seer, "--max-tokens", 150, "--batch-size", 2]
-    child = subprocess.Popen([str(w) for w in (sys.executable, ROOT / "instruct.py", *words,
-                                               "--out", out)], stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([str(w) for w in (sys.executable, "-m", "instruct", *words,
+                                               "--out", out)], stderr=subprocess.DEVNULL,
+                             cwd=ROOT)
     journal = Path(f"{out}.answers.jsonl")
     while child.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(.005)
@@ -602,8 +612,8 @@ def test_caption_goes_on_after_kill_9(folder, seer, capsys):
 def test_caption_asks_anew_what_changed(folder, seer, monkeypatch, capsys):
     """A model trained again, another picture; control: nothing changed, nothing is generated."""
     source, out, calls = photos(folder, 3), folder / "o.json", []
-    real = instruct.generate_batch
-    monkeypatch.setattr(instruct, "generate_batch", lambda model, prompts, *rest, **settings:
+    real = answerers.generate_batch
+    monkeypatch.setattr(answerers, "generate_batch", lambda model, prompts, *rest, **settings:
                         calls.append(len(prompts)) or real(model, prompts, *rest, **settings))
     words = "caption", source, "--model", seer, "--out", out
     assert run(*words) == run(*words) == 0 and calls == [3]
@@ -619,15 +629,15 @@ def test_caption_asks_anew_what_changed(folder, seer, monkeypatch, capsys):
 def test_curate_asks_the_brief_to_go_on(folder, seer, monkeypatch, capsys):
     """At most 80 tokens: the question, the answer and "Continue" go in; control: --short 0."""
     source, seen = photos(folder, 2), []
-    real = instruct.ask
-    monkeypatch.setattr(instruct, "ask", lambda turns, *rest: seen.append(turns) or real(
+    real = answerers.build_prompt
+    monkeypatch.setattr(answerers, "build_prompt", lambda turns, *rest: seen.append(turns) or real(
         turns, *rest))
     words = "curate", source, "--model", seer, "--max-tokens", 30, "--min-words", 1
     for short, more in ((80, 2), (0, 0)):
         seen.clear()
         assert run(*words, "--short", short, "--out", folder / f"{short}.json") in (0, 3)
         assert [len(t) for t in seen] == [1, 1] + [3] * more
-        assert all(t[2] == instruct.MORE for t in seen[2:])
+        assert all(t[2] == CONTINUE_PROMPT for t in seen[2:])
     said = {short: {row["id"]: row["text"] for row in lines(folder / f"{short}.json")}
             for short in (80, 0)}
     assert all(long.startswith(said[0][i]) for i, long in said[80].items())
@@ -636,14 +646,14 @@ def test_curate_asks_the_brief_to_go_on(folder, seer, monkeypatch, capsys):
 def test_captioners_are_not_asked_to_go_on(folder, seer, monkeypatch):
     """They hear no question, so "Continue" would bring the same caption again; control above."""
     source, seen = photos(folder, 2), []
-    real, load = instruct.ask, instruct.load
+    real, load = answerers.build_prompt, answerers.load_model
 
     def loaded(args):
         model = load(args)
         model.template = "minigpt4_caption"
         return model
-    monkeypatch.setattr(instruct, "load", loaded)
-    monkeypatch.setattr(instruct, "ask", lambda turns, *rest: seen.append(turns) or real(
+    monkeypatch.setattr(answerers, "load_model", loaded)
+    monkeypatch.setattr(answerers, "build_prompt", lambda turns, *rest: seen.append(turns) or real(
         turns, *rest))
     run("curate", source, "--model", seer, "--max-tokens", 30, "--out", folder / "o.json")
     assert [len(t) for t in seen] == [1, 1]
@@ -651,7 +661,7 @@ def test_captioners_are_not_asked_to_go_on(folder, seer, monkeypatch):
 
 def test_a_caption_that_fills_the_context_is_no_caption(folder, seer, monkeypatch, capsys):
     """It broke off there, as it would at --max-tokens; control: the context it was made for."""
-    source, load = photos(folder, 2), instruct.load
+    source, load = photos(folder, 2), answerers.load_model
     words = "caption", source, "--model", seer, "--max-tokens", 512, "--out"
     assert run(*words, folder / "whole.json") == 0
 
@@ -660,7 +670,7 @@ def test_a_caption_that_fills_the_context_is_no_caption(folder, seer, monkeypatc
         config = model.llm.config
         model.llm.config = dataclasses.replace(config, context=model.patches + 60)
         return model
-    monkeypatch.setattr(instruct, "load", narrow)
+    monkeypatch.setattr(answerers, "load_model", narrow)
     run(*words, folder / "cut.json")
     lost = [row.get("reject") for row in lines(folder / "cut.json")]
     assert "cut off" in lost
@@ -670,15 +680,15 @@ def test_a_caption_that_fills_the_context_is_no_caption(folder, seer, monkeypatc
 def test_a_caption_with_a_control_token_is_dropped():
     """A written </s> would be learned as an end in the middle of a sentence."""
     args = SimpleNamespace(what="caption", prompt="Describe it.")
-    assert instruct.turns_of(args, "x", "A sign.", {}) == ["Describe it.", "A sign."]
+    assert to_turns(args, "x", "A sign.", {}) == ["Describe it.", "A sign."]
     with pytest.raises(data.BadData, match="control token"):
-        instruct.turns_of(args, "x", "A sign. </s> USER: hi", {})
+        to_turns(args, "x", "A sign. </s> USER: hi", {})
 
 
 def test_another_endpoint_is_another_author(folder, monkeypatch):
     """Local servers call every model "default"."""
     words, keys = coco(folder, 2), []
-    monkeypatch.setattr(instruct, "over_http", lambda args, jobs, journal: keys.append(
+    monkeypatch.setattr(answerers, "ask_endpoint", lambda args, jobs, journal: keys.append(
         [job.key for job in jobs]))
     for url in ("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1", "http://127.0.0.1:1/v1"):
         run("conversation", *words, "--endpoint", url, "--endpoint-model", "default",
@@ -695,7 +705,7 @@ def test_final_file_is_whole_or_not_there(folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(generate.json, "dump", full)
+        m.setattr(files, "fsync_path", full)
         assert run(*words[:2], 5, *words[3:]) == 3
     assert (folder / "o.json").read_bytes() == old and len(lines(folder / "o.json")) == 5
     assert run(*words[:2], 5, *words[3:]) == 0 and len(rows(folder / "o.json")) == 5

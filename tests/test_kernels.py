@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_kernels_compute_what_their_specifications_say():
     """All of tests/interpreted, in a process that imports the kernels for the interpreter."""
-    told = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/interpreted"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/interpreted"], cwd=ROOT,
                           capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert told.returncode == 0, told.stdout[-6000:] + told.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", told.stdout)[1]) > 10 and "skipped" not in told.stdout
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10 and "skipped" not in done.stdout
 
 
 def test_bf16_in_the_interpreter_is_refused():
@@ -23,9 +23,9 @@ def test_bf16_in_the_interpreter_is_refused():
             "assert fused(torch.ones(1))\n"
             "try: fused(torch.ones(1, dtype=torch.bfloat16))\n"
             "except ValueError as e: print(e)")
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
-    assert "bfloat16" in told.stdout
+    assert "bfloat16" in done.stdout
     plain = ("import torch; from kernels.launch import fused\n"
              "print(fused(torch.ones(1, dtype=torch.bfloat16)))")
     without = subprocess.run([sys.executable, "-c", plain], cwd=ROOT, capture_output=True,

@@ -12,6 +12,7 @@ import llama
 import projector
 from data import IGNORE, IMAGE
 from kernels.attention import visible
+from toy.induction import init_induction_heads
 
 TINY = llama.Config(vocab=60, width=32, depth=2, heads=4, kv_heads=2, mlp=48, context=64)
 
@@ -44,7 +45,7 @@ def test_full_sees_everything():
     assert grid(kernels.full, 2, 3) == "###\n###"
 
 
-def reference(q, k, v, allow, n=0, start=0, keep=None):
+def reference(q, k, v, allow, n=0, start=0, attention_mask=None):
     """Attention one query at a time, in double precision; rows that see nothing are left at 0."""
     B, T, H, D = q.shape
     out = torch.zeros(B, T, H, D, dtype=torch.double)
@@ -53,7 +54,7 @@ def reference(q, k, v, allow, n=0, start=0, keep=None):
             for h in range(H):
                 g = h * k.shape[2] // H
                 seen = [s for s in range(k.shape[1]) if bool(allow(start + t, s, n))
-                        and (keep is None or bool(keep[b, s]))]
+                        and (attention_mask is None or bool(attention_mask[b, s]))]
                 weights = [math.exp(float(q[b, t, h].double() @ k[b, s, g].double()) / D ** .5)
                            for s in seen]
                 for w, s in zip(weights, seen):
@@ -66,10 +67,10 @@ def reference(q, k, v, allow, n=0, start=0, keep=None):
 @pytest.mark.parametrize("rule", [kernels.causal, kernels.full, lambda q, k, n: (k < n) | (k == q)])
 def test_attention_equals_the_loop(H, G, T, S, start, rule):
     q, k, v = noise(2, T, H, 6), noise(2, S, G, 6, seed=1), noise(2, S, G, 6, seed=2)
-    keep = torch.ones(2, S, dtype=torch.bool)
-    keep[1, 1:3] = False
-    for padding in (None, keep):
-        ours = kernels.attention(q, k, v, rule, n=2, start=start, keep=padding)
+    attention_mask = torch.ones(2, S, dtype=torch.bool)
+    attention_mask[1, 1:3] = False
+    for padding in (None, attention_mask):
+        ours = kernels.attention(q, k, v, rule, n=2, start=start, attention_mask=padding)
         assert near(ours, reference(q, k, v, rule, 2, start, padding))
     wrong = kernels.attention(q, k.flip(1), v, rule, n=2, start=start)          # control
     assert not near(wrong, reference(q, k, v, rule, 2, start), .01)
@@ -86,21 +87,21 @@ def test_grouped_heads_are_neighbours_not_strides():
 @pytest.mark.parametrize("G", [4, 2])
 def test_past_512_keys_the_fused_path_gives_the_same(G):
     q, k, v = noise(2, 5, 4, 8), noise(2, 520, G, 8, seed=1), noise(2, 520, G, 8, seed=2)
-    keep = torch.rand(2, 520, generator=torch.Generator().manual_seed(4)) < .7
-    keep[:, 0] = True
+    attention_mask = torch.rand(2, 520, generator=torch.Generator().manual_seed(4)) < .7
+    attention_mask[:, 0] = True
     for rule, start in ((kernels.causal, 514), (kernels.causal, 300), (kernels.full, 0)):
-        long = kernels.attention(q, k, v, rule, start=start, keep=keep)
-        assert near(long, reference(q, k, v, rule, 0, start, keep))
+        long = kernels.attention(q, k, v, rule, start=start, attention_mask=attention_mask)
+        assert near(long, reference(q, k, v, rule, 0, start, attention_mask))
     # keys 510 and on are hidden, so the written-out path on the first 510 says the same
-    short = kernels.attention(q, k[:, :510], v[:, :510], start=300, keep=keep[:, :510])
-    assert near(kernels.attention(q, k, v, start=300, keep=keep), short)
+    short = kernels.attention(q, k[:, :510], v[:, :510], start=300, attention_mask=attention_mask[:, :510])
+    assert near(kernels.attention(q, k, v, start=300, attention_mask=attention_mask), short)
 
 
 def test_a_row_that_sees_nothing_is_finite_and_its_gradient_too():
     q = noise(1, 3, 2, 4).requires_grad_()
     k, v = noise(1, 3, 2, 4, seed=1), noise(1, 3, 2, 4, seed=2)
-    keep = torch.tensor([[False, True, True]])
-    out = kernels.attention(q, k, v, keep=keep)
+    attention_mask = torch.tensor([[False, True, True]])
+    out = kernels.attention(q, k, v, attention_mask=attention_mask)
     out.sum().backward()
     assert out.isfinite().all() and q.grad.isfinite().all()
 
@@ -142,8 +143,8 @@ def test_quick_gelu_is_near_gelu_and_is_not_it():
     assert .005 < float((kernels.quick_gelu(x) - torch.nn.functional.gelu(x)).abs().max()) < .03
 
 
-def turned(x, positions, base=100.0):
-    return kernels.rope(x, *kernels.rope_table(positions, x.shape[-1], base))
+def turned(x, position_ids, base=100.0):
+    return kernels.rope(x, *kernels.rope_table(position_ids, x.shape[-1], base))
 
 
 def test_rope_turns_pairs_of_half_split_channels():
@@ -175,13 +176,13 @@ def test_rope_makes_q_k_depend_on_the_distance_alone():
 
 # ------------------------------------------------------------------------------- splice
 
-def spliced(ids, words, features, labels, keep, left):
+def spliced(ids, words, features, labels, attention_mask, left):
     """splice() one token at a time."""
     features, rows = list(features), []
     for b in range(len(ids)):
         x, y = [], []
         for t in range(len(ids[b])):
-            if not keep[b, t]:
+            if not attention_mask[b, t]:
                 continue
             if ids[b, t] == IMAGE:
                 picture = features.pop(0)
@@ -209,35 +210,35 @@ def splice_case(seed):
     for b in range(B):
         for t in dice.sample(range(T), dice.randint(0, min(3, T))):
             ids[b, t] = IMAGE
-    keep = torch.tensor([[dice.random() < .8 for _ in range(T)] for _ in range(B)])
-    keep[0, 0] = True
+    attention_mask = torch.tensor([[dice.random() < .8 for _ in range(T)] for _ in range(B)])
+    attention_mask[0, 0] = True
     labels = torch.where(torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < .5,
                          ids.clamp(min=0), IGNORE)
-    pictures = int(((ids == IMAGE) & keep).sum())
+    pictures = int(((ids == IMAGE) & attention_mask).sum())
     features = [noise(dice.randint(1, 6), 5, seed=seed + i) for i in range(pictures)]
-    return ids, noise(B, T, 5, seed=seed), features, labels, keep
+    return ids, noise(B, T, 5, seed=seed), features, labels, attention_mask
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_splice_equals_the_loop(left):
     pictures = 0
     for seed in range(150):
-        ids, words, features, labels, keep = splice_case(seed)
+        ids, words, features, labels, attention_mask = splice_case(seed)
         pictures += len(features)
-        ours = projector.splice(ids, words, features, labels, keep, left)
-        for a, b in zip(ours, spliced(ids, words, features, labels, keep, left)):
+        ours = projector.splice(ids, words, features, labels, attention_mask, left)
+        for a, b in zip(ours, spliced(ids, words, features, labels, attention_mask, left)):
             assert torch.equal(a, b), seed
     assert pictures > 200
-    other = spliced(ids, words, features, labels, keep, not left)               # control
-    assert any(not torch.equal(a, b) for a, b in zip(ours, other)) or keep.all()
+    other = spliced(ids, words, features, labels, attention_mask, not left)               # control
+    assert any(not torch.equal(a, b) for a, b in zip(ours, other)) or attention_mask.all()
 
 
 def test_splice_drawn():
     ids = torch.tensor([[5, IMAGE, 6, 0], [7, 8, 9, IMAGE]])
-    keep = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    attention_mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     words = ids[..., None].clamp(min=0).float()
     x, y, there = projector.splice(ids, words, [torch.tensor([[.1], [.2]]), torch.tensor([[.3]])],
-                                   ids.clamp(min=0), keep, left=True)
+                                   ids.clamp(min=0), attention_mask, left=True)
     assert near(x[..., 0], torch.tensor([[5, .1, .2, 6], [7, 8, 9, .3]]))
     assert y.tolist() == [[5, IGNORE, IGNORE, 6], [7, 8, 9, IGNORE]] and there.all()
 
@@ -301,14 +302,14 @@ def test_late_score_is_the_best_patch():
     patches, phrases = noise(2, 3, 4), noise(5, 4, seed=1)
     by_hand = torch.tensor([[max(float(p @ t) for p in picture) for t in phrases]
                             for picture in patches])
-    assert near(clip.late_scores(patches, phrases), by_hand)
+    assert near(clip.filip_scores(patches, phrases), by_hand)
 
 
 @pytest.fixture(scope="module")
 def vlm():
     torch.manual_seed(0)
-    eye = clip.ViT(clip.Config(width=16, depth=3, heads=2, mlp=24, image=16, patch=8))
-    return projector.VLM(eye, "mlp", llama.Llama(TINY), words=None)
+    eye = clip.ViT(clip.Config(width=16, depth=3, heads=2, mlp=24, image_size=16, patch_size=8))
+    return projector.VLM(eye, "mlp", llama.Llama(TINY), tokenizer=None)
 
 
 BATCH = torch.tensor([[1, IMAGE, 5, 6, 7, 2], [1, 8, IMAGE, 9, 2, 0]])
@@ -337,7 +338,7 @@ def test_padding_changes_neither_loss_nor_gradient(vlm):
     losses = [vlm.loss(BATCH, LABELS, pixels, KEEP),
               vlm.loss(torch.cat((BATCH, more), 1), torch.cat((LABELS, more * 0 + IGNORE), 1),
                        pixels, torch.cat((KEEP, more > 99), 1))]
-    grads = [torch.autograd.grad(loss, vlm.bridge.first.weight)[0] for loss in losses]
+    grads = [torch.autograd.grad(loss, vlm.projector.first.weight)[0] for loss in losses]
     assert near(*losses) and near(*grads) and grads[0].abs().max() > 1e-4
 
 
@@ -359,7 +360,7 @@ def test_a_frozen_eye_builds_no_graph_and_the_bridge_still_learns(vlm):
         vlm.zero_grad()
         vlm.loss(BATCH, LABELS, noise(2, 3, 16, 16), KEEP).backward()
         assert all(p.grad is None for p in vlm.vision.parameters())
-        assert all(p.grad.abs().max() > 0 for p in vlm.bridge.parameters())
+        assert all(p.grad.abs().max() > 0 for p in vlm.projector.parameters())
     finally:
         vlm.vision.requires_grad_(True)
 
@@ -375,10 +376,10 @@ def test_linear_cross_entropy_with_weights_is_the_weighted_sum():
 @pytest.mark.parametrize("tied", [False, True])
 def test_growing_keeps_the_old_rows_and_averages_the_new(tied):
     torch.manual_seed(1)
-    model = llama.Llama(llama.Config(**{**vars(TINY), "tied": tied}))
+    model = llama.Llama(llama.Config(**{**vars(TINY), "tie_embeddings": tied}))
     ids, old = torch.tensor([[3, 4, 5]]), model.embed.weight.detach().clone()
     before = model(ids)
-    model.grow(64)
+    model.resize_embeddings(64)
     assert near(model(ids)[..., :60], before) and model.config.vocab == 64
     assert near(model.embed.weight[60:], old.mean(0).expand(4, -1))
     assert (model.head.weight is model.embed.weight) == tied
@@ -389,8 +390,8 @@ def test_growing_keeps_the_old_rows_and_averages_the_new(tied):
 def looks_back(model, head, delta, monkeypatch, T=24):
     """Share of positions at which this head of layer 0 attends most to `delta` tokens back."""
     caught = []
-    real = llama.attention
-    monkeypatch.setattr(llama, "attention",
+    real = llama.self_attention
+    monkeypatch.setattr(llama, "self_attention",
                         lambda q, k, v, *a, **o: (caught.append((q, k)), real(q, k, v, *a, **o))[1])
     with torch.no_grad():
         model(torch.randint(0, model.config.vocab, (8, T),
@@ -413,7 +414,7 @@ def copier():
 @pytest.mark.parametrize("head, delta", [(0, 1), (1, 2), (2, 3)])
 def test_start_copying_makes_heads_that_look_one_to_three_back(copier, monkeypatch, head, delta):
     model = llama.Llama(copier.config)
-    llama.start_copying(model)
+    init_induction_heads(model)
     for at in range(5):
         share, weight = looks_back(model, head, at, monkeypatch)
         assert (share > .55 and weight > .55) if at == delta else (share < .3 and weight < .3)
@@ -425,7 +426,7 @@ def test_start_copying_depends_on_its_seed_alone(copier):
     for junk, seed in ((1, 0), (2, 0), (3, 1)):
         torch.manual_seed(junk)
         model = llama.Llama(copier.config)
-        llama.start_copying(model, seed)
+        init_induction_heads(model, seed)
         made.append(model.state_dict())
     assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
     assert not torch.equal(made[0]["embed.weight"], made[2]["embed.weight"])

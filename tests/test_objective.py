@@ -24,8 +24,13 @@ import data
 import llama
 import projector
 import train
-import world
 from tiny import loaded, shaken
+from toy.parts import llama_tokenizer
+from toy.texts import dialogue
+from toy.world import SIDE, draw, make_scene
+from train import parse_args as parse
+from trainer.build import new_vlm
+from trainer.loader import MicroBatches, Samples
 
 HERE = Path(__file__).resolve().parents[1]
 SAMPLER = HERE.parent / "shared/goldens/sampler.json"
@@ -38,26 +43,26 @@ def ground(tmp_path_factory):
     """A tiny LLaVA whose weights bf16 holds exactly, and 24 samples, some of them text alone."""
     root = tmp_path_factory.mktemp("ground")
     (root / "llama").mkdir()
-    train.llama_tokenizer(root / "llama")
+    llama_tokenizer(root / "llama")
     rows = -(-(len(data.Tokenizer(root / "llama")) + 2) // 64) * 64
     torch.manual_seed(1)
     tongue = llama.Llama(llama.Config(rows, 32, 2, 4, 2, 64, 1e-5, 1e4, 1024))
-    eye = shaken(clip.CLIP(clip.Config(32, 3, 2, 64, image=world.SIDE, patch=16),
-                           clip.Config(32, 1, 2, 64, vocab=20, context=8, end=19), 16))
+    eye = shaken(clip.CLIP(clip.Config(32, 3, 2, 64, image_size=SIDE, patch_size=16),
+                           clip.Config(32, 1, 2, 64, vocab=20, context=8, eos_id=19), 16))
     for name, part in (("llama", tongue), ("clip", eye)):
         part.bfloat16().float().save_pretrained(root / name)
     torch.manual_seed(3)
-    model = projector.VLM.from_parts(root / "clip", root / "llama", "mlp", "v1", "pad")
+    model = new_vlm(root / "clip", root / "llama", "mlp", "v1", "pad")
     model.bfloat16().float().save_pretrained(root / "start")
     samples = []
     for i in range(24):
-        scene = world.scene(i)
-        pairs = world.dialogue(scene, random.Random(i), 1 + i % 3)
+        scene = make_scene(i)
+        pairs = dialogue(scene, random.Random(i), 1 + i % 3)
         talk = [{"from": who, "value": text} for pair in pairs
                 for who, text in zip(("human", "gpt"), pair)]
         samples.append({"id": str(i), "conversations": talk})
         if i % 4:
-            world.draw(scene).save(root / f"{i}.png")
+            draw(scene).save(root / f"{i}.png")
             samples[-1]["image"] = f"{i}.png"
             talk[0]["value"] = "<image>\n" + talk[0]["value"]
     (root / "all.json").write_text(json.dumps(samples))
@@ -70,7 +75,7 @@ def ground(tmp_path_factory):
 def flags(ground, stage, out, *more):
     return ["--stage", str(stage), "--from", str(ground / "start"), "--data",
             str(ground / ("captions.json" if stage == 1 else "all.json")), "--images", str(ground),
-            "--batch", str(BATCH), "--groups", str(GROUPS), "--steps", str(STEPS), "--lr",
+            "--batch", str(BATCH), "--loss-groups", str(GROUPS), "--steps", str(STEPS), "--lr",
             str(LR[stage]), "--clip", "0", "--threads", "1", "--save-every", "1000",
             "--output-dir", str(out), *(("--dtype", "fp32") if stage == 1 else
                                         ("--optimizer", "adamw8")), *map(str, more)]
@@ -81,7 +86,7 @@ def curve(out):
 
 
 def ours(ground, stage, tmp_path, *more):
-    assert train.train(train.arguments(flags(ground, stage, tmp_path / "run", *more))) == 0
+    assert train.main(parse(flags(ground, stage, tmp_path / "run", *more))) == 0
     return curve(tmp_path / "run")
 
 
@@ -95,9 +100,9 @@ def plain(ground):
         if stage in made:
             return made[stage]
         model = loaded(LlavaForConditionalGeneration, ground / "start").train()
-        args = train.arguments(flags(ground, stage, ground))
-        samples, words = train.Samples(args), data.Tokenizer(ground / "start")
-        image, places = words.added("<image>"), (world.SIDE // 16) ** 2
+        args = parse(flags(ground, stage, ground))
+        samples, words = Samples(args), data.Tokenizer(ground / "start")
+        image, places = words.added("<image>"), (SIDE // 16) ** 2
         trains = ("multi_modal_projector",) + ("language_model", "lm_head") * (stage == 2)
         for name, p in model.named_parameters():
             p.requires_grad_(any(part in name for part in trains))
@@ -120,7 +125,7 @@ def plain(ground):
                     rows.append(([x for xs, _ in wide for x in xs], [y for xs, y in wide
                                                                      for _ in xs]))
                     if picture is not None:
-                        pixels.append(data.preprocess(picture, world.SIDE, args.row.aspect))
+                        pixels.append(data.preprocess(picture, SIDE, args.row.image_aspect))
                 ids, labels = data.collate(rows, 0)
                 sizes = torch.tensor([len(row) for row, _ in rows])
                 there = torch.arange(ids.shape[1]) < sizes[:, None]
@@ -157,20 +162,21 @@ def test_stage_two_with_split_masters_is_the_plain_loop(ground, plain, tmp_path,
 
 def one_document(monkeypatch):
     """All texts of a row see each other."""
-    real = projector.packed
-    monkeypatch.setattr(projector, "packed", lambda lengths, device: real([[sum(lengths[0])]],
-                                                                          device))
+    real = projector.document_spans
+    monkeypatch.setattr(projector, "document_spans",
+                        lambda lengths, device: real([[sum(lengths[0])]], device))
 
 
 def means_of_rows(monkeypatch):
     """Every row counts the same, however much is learned in it."""
-    real = train.Batches.plan
+    real = MicroBatches.plan
 
     def plan(self, step):
         rows = real(self, step)
         learned = [sum(x != data.IGNORE for t in row for x in t[2]) for row in rows]
-        return [[(*t[:3], 1 / (len(rows) * n)) for t in row] for row, n in zip(rows, learned)]
-    monkeypatch.setattr(train.Batches, "plan", plan)
+        return [[t._replace(weight=1 / (len(rows) * n)) for t in row]
+                for row, n in zip(rows, learned)]
+    monkeypatch.setattr(MicroBatches, "plan", plan)
 
 
 @pytest.mark.parametrize("wrong", [one_document, means_of_rows])
@@ -180,14 +186,14 @@ def test_a_wrong_packing_leaves_the_curve(ground, plain, tmp_path, monkeypatch, 
 
 
 def test_another_objective_leaves_the_curve(ground, plain, tmp_path):
-    assert apart(ours(ground, 1, tmp_path, "--groups", 1), plain(1)) > 3 * STAGE1
+    assert apart(ours(ground, 1, tmp_path, "--loss-groups", 1), plain(1)) > 3 * STAGE1
 
 
 def test_workers_change_no_bit(ground, tmp_path):
     kept = []
     for workers in (0, 1, 2):
         out = tmp_path / str(workers)
-        assert train.train(train.arguments(flags(ground, 2, out, "--workers", workers, "--pack",
+        assert train.main(parse(flags(ground, 2, out, "--workers", workers, "--pack",
                                                  256, "--steps", 4))) == 0
         kept.append((out / "model/model.safetensors").read_bytes())
     assert kept[0] == kept[1] == kept[2]
@@ -197,19 +203,19 @@ def test_frozen_matrices_keep_no_input(ground, tmp_path):
     """Of all that backward will need, nothing went into a frozen matrix of the LLaMA."""
     kept = {}
     for stage in (1, 2):
-        args = train.arguments(flags(ground, stage, tmp_path, "--optimizer", "adamw", "--dtype",
+        args = parse(flags(ground, stage, tmp_path, "--optimizer", "adamw", "--dtype",
                                      "fp32"))
-        job = train.bridge_job(args, tmp_path, "cpu")
+        job = train.vlm_job(args, tmp_path, "cpu")
         went_in, saved = [], set()
         for name, m in job.model.llm.blocks.named_modules():
             # what goes into `out` is attention's result, which attention keeps for itself
             if isinstance(m, torch.nn.Linear) and not name.endswith("out"):
                 m.register_forward_pre_hook(lambda m, given: went_in.append(given[0].detach()))
 
-        def keep(t):
+        def attention_mask(t):
             saved.add(t.untyped_storage().data_ptr())
             return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(attention_mask, lambda t: t):
             loss = job.model.loss(*next(job.batches(0))[:6])
         loss.backward()
         kept[stage] = sum(t.untyped_storage().data_ptr() in saved for t in went_in)
@@ -218,8 +224,8 @@ def test_frozen_matrices_keep_no_input(ground, tmp_path):
 
 
 def test_text_alone_wakes_no_eye(ground, tmp_path):
-    args = train.arguments(flags(ground, 2, tmp_path, "--order", "shuffled"))
-    job, looks, last = train.bridge_job(args, tmp_path, "cpu"), [], []
+    args = parse(flags(ground, 2, tmp_path, "--order", "shuffled"))
+    job, looks, last = train.vlm_job(args, tmp_path, "cpu"), [], []
     job.model.vision.register_forward_hook(lambda *a: looks.append(1))
     job.model.vision.blocks[-1].register_forward_hook(lambda *a: last.append(1))
     micro = next(job.batches(0))
@@ -228,7 +234,7 @@ def test_text_alone_wakes_no_eye(ground, tmp_path):
         assert len(looks) == 1 and not last             # CLIP's last block is never run
         texts = [i for i in range(BATCH) if not (micro.ids[i] == data.IMAGE).any()]
         job.loss(micro._replace(pixels=None, **{name: getattr(micro, name)[texts] for name in (
-            "ids", "labels", "keep", "weights")}))
+            "ids", "labels", "attention_mask", "weights")}))
     assert texts and len(looks) == 1
 
 
@@ -248,17 +254,17 @@ def test_two_ranks_are_one(ground, tmp_path):
     two, one, again = (tmp_path / name for name in ("two", "one", "again"))
     said = torchrun(flags(ground, 2, two, *argv)).communicate(timeout=500)[0]
     assert (two / "model").exists(), said
-    args = train.arguments(flags(ground, 2, one, *argv))
-    samples = train.Samples(args)
+    args = parse(flags(ground, 2, one, *argv))
+    samples = Samples(args)
     texts = [[samples.read(i)[0] is None for i in range(b, b + BATCH // 2)]
              for b in range(0, 8 * BATCH, BATCH // 2)]
     ranks = list(zip(texts[::2], texts[1::2]))
     assert any(all(a) != all(b) for a, b in ranks) or any(all(a) and all(b) for a, b in ranks)
-    assert train.train(args) == 0
+    assert train.main(args) == 0
     shutil.copytree(two, again)
     for path in (again / "model", again / "step-000008"):
         shutil.rmtree(path)
-    assert train.train(train.arguments(flags(ground, 2, again, *argv, "--resume", "auto"))) == 0
+    assert train.main(parse(flags(ground, 2, again, *argv, "--resume", "auto"))) == 0
     for out in (two, again):
         assert max(abs(a - b) / b for a, b in zip(curve(out), curve(one))) < 1e-5
         for name in ("trained", "optimizer"):
@@ -309,15 +315,15 @@ def test_packing_fills_rows_and_loses_nobody():
 
 
 def test_a_sample_longer_than_a_row_is_named(ground, tmp_path):
-    args = train.arguments(flags(ground, 2, tmp_path, "--pack", 60))
+    args = parse(flags(ground, 2, tmp_path, "--pack", 60))
     with pytest.raises(data.BadData, match=r"sample \d+: .* row of --pack 60"):
-        next(train.bridge_job(args, tmp_path, "cpu").batches(0))
+        next(train.vlm_job(args, tmp_path, "cpu").batches(0))
 
 
 def test_a_long_sample_is_cut_where_asked(ground, tmp_path):
     """From the end, the picture counted whole; and not at all unless asked."""
     def texts(*more):
-        job = train.bridge_job(train.arguments(flags(ground, 2, tmp_path, "--pack", 400, *more)),
+        job = train.vlm_job(parse(flags(ground, 2, tmp_path, "--pack", 400, *more)),
                                tmp_path, "cpu")
         return [t for micro in job.batches.plan(0) for t in micro], job.batches
     whole, _ = texts()

@@ -24,12 +24,19 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from formats import configs
 import clip
 import data
 import generate
 import llama
 import projector
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
+from formats.anyres import ANYRES_GRIDS, TRANSPOSED
+from formats.checkpoints import expand_names, export, save_weights
+from formats.families import read_vlm_config
+from formats import unused
+from formats.names import canonical_names, CLIP, fused_rows, LLAMA, LLAVA_PROJECTOR
+from trainer.build import load_projector
 
 S = 24                                          # side of the tiny tower's picture: 3 x 3 patches
 EYE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
@@ -107,7 +114,7 @@ def write(model, folder, layout="C", family="llava", **processor):
     fresh = set(data.load_weights(folder))
     if layout != "C":
         table = {respelled(k, layout): v for k, v in model.state_dict().items()}
-        data.save_weights(folder, table)
+        save_weights(folder, table)
     else:
         assert fresh == {respelled(k, "C") for k in model.state_dict()}
     write_words(folder)
@@ -121,7 +128,7 @@ def write_official(model, folder, family="next", tower="openai/clip-vit-large-pa
     table = {official(k): v for k, v in model.state_dict().items()}
     if not with_tower:
         table = {k: v for k, v in table.items() if "vision_tower" not in k}
-    data.save_weights(folder, table)
+    save_weights(folder, table)
     kind = "llava_mistral" if "mistral" in family else "llava_llama"
     tiles = family.startswith("next")
     extra = {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": PINPOINTS,
@@ -139,7 +146,7 @@ def their_inputs(ours, ids, images):
     row, sizes = [], [image.size for image in images]
     left = iter(sizes)
     for i in ids:
-        row += [110] * ours.places(next(left)) if i == data.IMAGE else [i]
+        row += [110] * ours.num_image_tokens(next(left)) if i == data.IMAGE else [i]
     row = torch.tensor([row])
     out = {"input_ids": row, "attention_mask": torch.ones_like(row)}
     tiles = [ours.pixels(image) for image in images]
@@ -207,7 +214,7 @@ def test_one_tensor_in_two_spellings_is_refused(tmp_path, family):
     write(their_model(family), tmp_path, "A", family)
     table = dict(data.load_weights(tmp_path).items())
     table["lm_head.weight"] = table["language_model.lm_head.weight"] + 1
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     with pytest.raises(data.BadModel, match="lm_head.weight are the same one in two spellings"):
         projector.VLM.from_pretrained(tmp_path)
 
@@ -226,7 +233,7 @@ def test_what_does_not_fit_is_named_as_in_the_file(tmp_path, layout, change):
     else:
         table.pop(name)
         name = "layers.1.mlp.down_proj.weight"
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     with pytest.raises(data.BadModel, match=re.escape(name)) as info:
         projector.VLM.from_pretrained(tmp_path)
     assert "\n" not in str(info.value)
@@ -281,7 +288,7 @@ def test_pinpoints_may_be_a_string(tmp_path):
         tmp_path / "clip")
     write_official(their_model("next"), tmp_path / "llava", "next", tmp_path / "clip")
     edit(tmp_path / "llava", image_grid_pinpoints=str([tuple(p) for p in PINPOINTS]))
-    assert projector.VLM.from_pretrained(tmp_path / "llava").grids == data.OFFICIAL
+    assert projector.VLM.from_pretrained(tmp_path / "llava").grids == ANYRES_GRIDS
 
 
 # ------------------------------------------------------------------------------- NeXT's pictures
@@ -315,7 +322,7 @@ def test_several_next_pictures_in_one_prompt(tmp_path):
         ours(torch.tensor([ids]), torch.cat([ours.pixels(i) for i in images[:2]]),
              [i.size for i in images[:2]])
     single = [tiles[:1] for tiles in map(ours.pixels, images)]         # one tile: a newline behind
-    assert len(ours.see(single[0], [images[0].size])[0]) == 9 + 1
+    assert len(ours.encode_images(single[0], [images[0].size])[0]) == 9 + 1
 
 
 def test_ties_are_cut_as_at_home(tmp_path):
@@ -329,7 +336,7 @@ def test_ties_are_cut_as_at_home(tmp_path):
     assert hf.grid((20, 11)).tiles == (2, 1) and ours.grid((20, 11)).tiles == (1, 2)
     ours.save_pretrained(tmp_path / "saved")            # and transformers is told which
     again = projector.VLM.from_pretrained(tmp_path / "saved")
-    assert again.grids == ours.grids == data.OFFICIAL and hf.grids == data.TRANSPOSED
+    assert again.grids == ours.grids == ANYRES_GRIDS and hf.grids == TRANSPOSED
     image = picture((20, 11))
     assert vlm_gap(again, loaded(transformers.LlavaNextForConditionalGeneration,
                                  tmp_path / "saved"), images=[image]) <= LIMIT
@@ -367,21 +374,21 @@ def test_a_projector_alone(tmp_path):
     write(their_model("llava"), tmp_path / "a", "A")
     write(their_model("llava", seed=9), tmp_path / "b", "A")
     a, b = (projector.VLM.from_pretrained(tmp_path / x) for x in "ab")
-    table = data.export(b.bridge, {k.removeprefix("bridge."): v for k, v in b.BRIDGE_NAMES.items()})
+    table = export(b.projector, {k.removeprefix("projector."): v for k, v in LLAVA_PROJECTOR.items()})
     (tmp_path / "p").mkdir()
     for spell in (lambda k: k, lambda k: "model." + k,
                   lambda k: k.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
                              .replace("multi_modal_projector.linear_2", "model.mm_projector.2")):
-        data.save_weights(tmp_path / "p", {spell(k): v for k, v in table.items()})
+        save_weights(tmp_path / "p", {spell(k): v for k, v in table.items()})
         for path in (tmp_path / "p", tmp_path / "p/model.safetensors", tmp_path / "b"):
-            for p in a.bridge.parameters():
+            for p in a.projector.parameters():
                 p.data.zero_()
-            a.load_bridge(path)
-            for p, q in zip(a.bridge.parameters(), b.bridge.parameters()):
+            load_projector(a, path)
+            for p, q in zip(a.projector.parameters(), b.projector.parameters()):
                 assert torch.equal(p, q)
-    data.save_weights(tmp_path / "p", {k: v for k, v in table.items() if "2.bias" not in k})
+    save_weights(tmp_path / "p", {k: v for k, v in table.items() if "2.bias" not in k})
     with pytest.raises(data.BadModel, match="linear_2.bias is missing"):
-        a.load_bridge(tmp_path / "p")
+        load_projector(a, tmp_path / "p")
 
 
 def test_a_linear_bridge_must_be_linear(tmp_path):
@@ -429,26 +436,26 @@ def test_old_hub_configs_leave_fields_out(tmp_path):
     bare = {"_name_or_path": "lmsys/vicuna-7b-v1.5", "architectures": ["LlamaForCausalLM"],
             "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05,
             "torch_dtype": "float16", "vocab_size": 32064}
-    c = llama.Config.from_hf(bare)
+    c = llama.Config(**configs.llama_from_hf(bare))
     assert (c.width, c.depth, c.heads, c.kv_heads, c.mlp) == (4096, 32, 32, 32, 11008)
-    assert (c.eps, c.vocab, c.theta, c.context, c.tied) == (1e-5, 32064, 1e4, 4096, False)
+    assert (c.eps, c.vocab, c.rope_theta, c.context, c.tie_embeddings) == (1e-5, 32064, 1e4, 4096, False)
     for kind, theirs in (("llama", transformers.LlamaConfig()),
                          ("mistral", transformers.MistralConfig())):
-        c = llama.Config.from_hf({"model_type": kind})
+        c = llama.Config(**configs.llama_from_hf({"model_type": kind}))
         assert (c.vocab, c.width, c.depth, c.heads, c.kv_heads, c.mlp, c.eps) == (
             theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers,
             theirs.num_attention_heads, theirs.num_key_value_heads, theirs.intermediate_size,
             theirs.rms_norm_eps)
-        assert c.theta == theirs.rope_parameters["rope_theta"]
+        assert c.rope_theta == theirs.rope_parameters["rope_theta"]
     theirs = transformers.CLIPVisionConfig()
-    c = clip.Config.from_hf({})
-    assert (c.width, c.depth, c.heads, c.mlp, c.eps, c.image, c.patch) == (
+    c = clip.Config(**configs.vit_from_hf({}))
+    assert (c.width, c.depth, c.heads, c.mlp, c.eps, c.image_size, c.patch_size) == (
         theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads,
         theirs.intermediate_size, theirs.layer_norm_eps, theirs.image_size, theirs.patch_size)
     # a whole vision_config left out is ViT-L/14 at 336
     whole = transformers.LlavaConfig().vision_config
-    eye, *_ = projector.settings(tmp_path, {"model_type": "llava"})
-    assert (eye.width, eye.depth, eye.heads, eye.mlp, eye.image, eye.patch) == (
+    eye = clip.Config(**read_vlm_config(tmp_path, {"model_type": "llava"}).vision)
+    assert (eye.width, eye.depth, eye.heads, eye.mlp, eye.image_size, eye.patch_size) == (
         whole.hidden_size, whole.num_hidden_layers, whole.num_attention_heads,
         whole.intermediate_size, whole.image_size, whole.patch_size)
 
@@ -474,7 +481,7 @@ def test_a_tied_file_may_hold_the_head_too(tmp_path):
         **TONGUE, tie_word_embeddings=True)))
     theirs.save_pretrained(tmp_path)
     table = dict(data.load_weights(tmp_path).items())
-    data.save_weights(tmp_path, {**table, "lm_head.weight": table["model.embed_tokens.weight"],
+    save_weights(tmp_path, {**table, "lm_head.weight": table["model.embed_tokens.weight"],
                                  "model.layers.0.self_attn.rotary_emb.inv_freq":
                                      10000 ** (-torch.arange(4) / 4)})
     ids = torch.arange(3, 20)[None]
@@ -512,10 +519,22 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import data, llama, torch
+from formats import checkpoints
 def peak(key="VmHWM"):
     return int(next(x for x in open("/proc/self/status") if x.startswith(key)).split()[1]) * 1024
+real = checkpoints.safe_open
 if {leak}:
-    data.Weights.release = lambda self, name: None
+    class KeptOpen:
+        files = {{}}
+        def __init__(self, path, framework):
+            if path not in self.files:
+                self.files[path] = real(path, framework).__enter__()
+            self.file = self.files[path]
+        def __enter__(self):
+            return self.file
+        def __exit__(self, *error):
+            pass
+    checkpoints.safe_open = KeptOpen
 start, config = peak("VmRSS"), Path({folder!r}) / "config.json"
 honest = json.loads(config.read_text())
 for lie in {lies!r}:
@@ -545,16 +564,16 @@ def test_loading_a_billion_weights_takes_little_more_than_they_do(tmp_path):
         model = llama.Llama(config)
     noise = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(0)).bfloat16() * .02
     table = {k: noise.repeat(-(-v.numel() // len(noise)))[:v.numel()].view(v.shape)
-             for k, v in data.export(model, model.names()).items()}
+             for k, v in export(model, LLAMA, fused_rows(config)).items()}
     count = sum(v.numel() for v in table.values())
     assert count > 1e9
-    data.save_weights(tmp_path, table, max_bytes=1_000_000_000)         # in shards
+    save_weights(tmp_path, table, max_bytes=1_000_000_000)         # in shards
     del table
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(configs.llama_to_hf(config)))
     (what, size, peak), = load_apart(tmp_path)
     assert what == "loaded" and size == 2 * count
     assert peak <= 1.15 * size + 300e6, (peak, size)
-    (what, _, leaky), = load_apart(tmp_path, leak=True)                 # control: pages kept
+    (what, _, leaky), = load_apart(tmp_path, leak=True)                 # control: files kept open
     assert what == "loaded" and leaky > 1.5 * size
     lies = ({"hidden_size": 10 ** 12}, {"num_hidden_layers": 500}, {"intermediate_size": 5631},
             {"vocab_size": 10 ** 6})
@@ -581,30 +600,38 @@ def listed(family):
 def skeleton(family):
     """Our model of a family, without memory: (model, table, what is ignored)."""
     with torch.device("meta"):
-        eye = clip.ViT(clip.Config(image=336))
+        eye = clip.ViT(clip.Config(image_size=336))
         c7 = llama.Config(eps=1e-5, context=4096)
-        mistral = llama.Config(kv_heads=8, mlp=14336, theta=1e6, context=32768)
+        mistral = llama.Config(kv_heads=8, mlp=14336, rope_theta=1e6, context=32768)
         made = {
             "clip-vit-large-patch14": lambda: clip.CLIP(
                 clip.Config(), clip.Config(768, 12, 12, 3072), 768),
             "clip-vit-large-patch14-336": lambda: clip.CLIP(
-                clip.Config(image=336), clip.Config(768, 12, 12, 3072), 768),
+                clip.Config(image_size=336), clip.Config(768, 12, 12, 3072), 768),
             "vicuna-7b-v1.5": lambda: llama.Llama(c7),
             "tinyllama-1.1b": lambda: llama.Llama(llama.Config(32000, 2048, 22, 32, 4, 5632, 1e-5)),
             "mistral-7b-v0.2": lambda: llama.Llama(mistral),
             "llama-3.1-8b": lambda: llama.Llama(llama.Config(
                 128256, 4096, 32, 32, 8, 14336, 1e-5, 5e5)),
             "llama-3.2-1b": lambda: llama.Llama(llama.Config(
-                128256, 2048, 16, 32, 8, 8192, 1e-5, 5e5, tied=True)),
+                128256, 2048, 16, 32, 8, 8192, 1e-5, 5e5, tie_embeddings=True)),
             "llava-1.5-7b-hf": lambda: projector.VLM(
-                eye, "mlp", llama.Llama(llama.replace(c7, vocab=32064)), None),
-            "llava-v1.6-mistral-7b-hf": lambda: projector.VLM(
-                eye, "mlp", llama.Llama(llama.replace(mistral, vocab=32064)), None,
-                aspect="anyres"),
-            "llava-v1.6-vicuna-7b": lambda: projector.VLM(
-                eye, "mlp", llama.Llama(c7), None, aspect="anyres"),
+                eye, "mlp", llama.Llama(replace(c7, vocab=32064)), None),
+            "llava-v1.6-mistral-7b-hf": lambda: projector.LlavaNext(
+                eye, "mlp", llama.Llama(replace(mistral, vocab=32064)), None),
+            "llava-v1.6-vicuna-7b": lambda: projector.LlavaNext(
+                eye, "mlp", llama.Llama(c7), None),
         }[family]()
     return made
+
+
+def left_out(model):
+    """{pattern: reason} of the tensors that this model does not load."""
+    if isinstance(model, clip.CLIP):
+        return unused.POSITIONS
+    if isinstance(model, llama.Llama):
+        return unused.llama(model.config)
+    return {**unused.VISION, **unused.llama(model.llm.config)}
 
 
 FAMILIES = sorted(p.stem for p in (ROOT / "tests/keys").glob("*.txt"))
@@ -613,10 +640,10 @@ FAMILIES = sorted(p.stem for p in (ROOT / "tests/keys").glob("*.txt"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weight_tables_are_complete_both_ways(family):
     model, theirs = skeleton(family), listed(family)
-    known = projector.spelled(theirs) if isinstance(model, projector.VLM) else {}
-    names = model.names() if hasattr(model, "names") else model.NAMES
+    known = canonical_names(theirs) if isinstance(model, projector.VLM) else {}
+    names = {clip.CLIP: CLIP, llama.Llama: LLAMA}.get(type(model)) or model.names()
     used, shapes = set(), {k: tuple(p.shape) for k, p in model.named_parameters()}
-    for ours, parts in data.expand(model, names).items():
+    for ours, parts in expand_names(model, names).items():
         parts = [known.get(part, part) for part in parts]
         assert not used & set(parts)                    # each of theirs has one home
         used |= set(parts)
@@ -624,7 +651,7 @@ def test_weight_tables_are_complete_both_ways(family):
         assert shapes[ours] == (rows[0] if len(rows) == 1 else
                                 (sum(r[0] for r in rows), *rows[0][1:])), ours
     for name in theirs.keys() - used:
-        assert any(re.fullmatch(pattern, name) for pattern in model.IGNORE), name
+        assert any(re.fullmatch(pattern, name) for pattern in left_out(model)), name
     # control: one name less on either side is noticed
     assert used <= theirs.keys() and len(used) >= len(shapes)
 
@@ -734,13 +761,13 @@ def test_generate_answers_as_transformers_does(tmp_path, family, size):
          tmp_path / "model", "--max-new-tokens", "24"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     ours = projector.VLM.from_pretrained(tmp_path / "model")
-    ids = data.chat_ids([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.words)
+    ids = data.prompt_tokens([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.tokenizer)
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 2, 0
     inputs = their_inputs(ours, ids, [Image.open(tmp_path / "img.png")])
     out = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
     said = [i for i in out[inputs["input_ids"].shape[1]:].tolist() if i != 2]
     assert len(said) > 3
-    assert told.stdout.strip() == ours.words.decode(said).strip()
+    assert told.stdout.strip() == ours.tokenizer.decode(said).strip()
 
 
 # ------------------------------------------------------------------------------- the table
@@ -786,7 +813,7 @@ def clip_row(folder):
     out = theirs(input_ids=texts, pixel_values=pixels)
     a, b = ours.encode_image(pixels), ours.encode_text(texts)
     return max(gap(a, out.image_embeds), gap(b, out.text_embeds),
-               gap(a @ b.T * ours.scale.exp(), out.logits_per_image)), None
+               gap(a @ b.T * ours.logit_scale.exp(), out.logits_per_image)), None
 
 
 def vlm_row(folder, family):
@@ -807,7 +834,7 @@ def row(family):
     """(keys used, keys ignored, why, largest difference, equal greedy tokens) of a family: keys
     from its list, numbers from a tiny random model of the same kind."""
     model, theirs = skeleton(family), listed(family)
-    ignored = {k: why for k in theirs for pattern, why in model.IGNORE.items()
+    ignored = {k: why for k in theirs for pattern, why in left_out(model).items()
                if re.fullmatch(pattern, k)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

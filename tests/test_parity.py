@@ -18,17 +18,20 @@ import clip
 import data
 import llama
 import projector
-import world
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, write_words
+from formats.checkpoints import save_weights
+from formats.export import image_token_id
+from toy.world import draw, make_scene
+from trainer.build import new_vlm
 
-EYE = clip.Config(width=32, depth=3, heads=4, mlp=48, eps=1e-5, image=24, patch=8)
-READER = clip.Config(width=24, depth=2, heads=3, mlp=40, vocab=50, context=16, end=49)
+EYE = clip.Config(width=32, depth=3, heads=4, mlp=48, eps=1e-5, image_size=24, patch_size=8)
+READER = clip.Config(width=24, depth=2, heads=3, mlp=40, vocab=50, context=16, eos_id=49)
 TONGUE = llama.Config(vocab=120, width=32, depth=3, heads=4, kv_heads=2, mlp=48, eps=1e-5,
-                      theta=5000.0, context=128)
-LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tied": True},
-          "tied": {"tied": True}, "wide heads": {"head": 16},
-          "llama3": {"scaling": ("llama3", 8.0, 1.0, 4.0, 64)},
-          "linear": {"scaling": ("linear", 4.0)}}
+                      rope_theta=5000.0, context=128)
+LLAMAS = {"mha": {"kv_heads": 4}, "gqa": {}, "mqa tied": {"kv_heads": 1, "tie_embeddings": True},
+          "tied": {"tie_embeddings": True}, "wide heads": {"head_size": 16},
+          "llama3": {"rope_scaling": ("llama3", 8.0, 1.0, 4.0, 64)},
+          "linear": {"rope_scaling": ("linear", 4.0)}}
 
 
 # ------------------------------------------------------------------------------- CLIP
@@ -38,7 +41,7 @@ TEXTS = torch.tensor([[48, 3, 4, 49, 0, 0, 0], [48, 7, 49, 0, 0, 0, 0], [48, 9, 
 
 
 def our_clip(end=49):
-    reader = clip.Config(**{**vars(READER), "end": end})
+    reader = clip.Config(**{**vars(READER), "eos_id": end})
     return shaken(clip.CLIP(EYE, reader, 20))
 
 
@@ -58,7 +61,7 @@ def clip_gap(ours, theirs):
     a, b = ours.encode_image(PIXELS), ours.encode_text(TEXTS)
     out = theirs(input_ids=TEXTS, pixel_values=PIXELS)
     return max(gap(a, out.image_embeds), gap(b, out.text_embeds),
-               gap(a @ b.T * ours.scale.exp(), out.logits_per_image))
+               gap(a @ b.T * ours.logit_scale.exp(), out.logits_per_image))
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def test_their_vision_tower_alone_in_ours(tmp_path, prefix):
     table = {prefix + k.removeprefix("vision_model."): v
              for k, v in data.load_weights(tmp_path).items()}
     table[prefix + "embeddings.position_ids"] = torch.arange(10)[None]      # a buffer of old files
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     assert vit_gap(clip.ViT.from_pretrained(tmp_path), theirs) <= LIMIT
 
 
@@ -131,27 +134,27 @@ def llama_gap(ours, theirs):
 def test_our_llama_in_transformers(tmp_path, changes):
     ours = our_llama(**changes)
     ours.save_pretrained(tmp_path)
-    assert ("lm_head.weight" in data.load_weights(tmp_path)) != ours.config.tied
+    assert ("lm_head.weight" in data.load_weights(tmp_path)) != ours.config.tie_embeddings
     assert llama_gap(ours, loaded(transformers.LlamaForCausalLM, tmp_path)) <= LIMIT
     again = llama.Llama.from_pretrained(tmp_path)
     assert same_tensors(ours, again) and again.config == ours.config
-    assert (again.head.weight is again.embed.weight) == ours.config.tied
+    assert (again.head.weight is again.embed.weight) == ours.config.tie_embeddings
 
 
 @pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
 def test_their_llama_in_ours(tmp_path, changes):
-    kind, *values = changes.get("scaling", ("default",))
+    kind, *values = changes.get("rope_scaling", ("default",))
     theirs = shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=changes.get("kv_heads", 2), intermediate_size=48, rms_norm_eps=1e-3,
-        head_dim=changes.get("head", 8), tie_word_embeddings=changes.get("tied", False),
+        head_dim=changes.get("head_size", 8), tie_word_embeddings=changes.get("tie_embeddings", False),
         rope_parameters={"rope_theta": 700.0, "rope_type": kind, **dict(zip(SCALING, values))})), 4)
     theirs.save_pretrained(tmp_path)
     assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) <= LIMIT
     config = json.loads((tmp_path / "config.json").read_text())     # controls, one lie at a time
     lies = [{"rms_norm_eps": 1e-6}, {"rope_parameters": {"rope_theta": 900.0}},
             {"num_attention_heads": 8, "num_key_value_heads": 2 * changes.get("kv_heads", 2),
-             "head_dim": changes.get("head", 8) // 2}]
+             "head_dim": changes.get("head_size", 8) // 2}]
     for lie in lies + [{"rope_parameters": {"rope_theta": 700.0}}] * bool(values):
         (tmp_path / "config.json").write_text(json.dumps(config | lie))
         assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) > 10 * LIMIT, lie
@@ -164,7 +167,7 @@ def test_rope_base_of_old_and_new_configs(tmp_path):
     for drop in ("rope_theta", "rope_parameters"):          # flat in old files, nested in new ones
         (tmp_path / "config.json").write_text(json.dumps(
             {k: v for k, v in config.items() if k != drop}))
-        assert llama.Llama.from_pretrained(tmp_path).config.theta == 5000
+        assert llama.Llama.from_pretrained(tmp_path).config.rope_theta == 5000
         assert llama_gap(ours, loaded(transformers.LlamaForCausalLM, tmp_path)) <= LIMIT
 
 
@@ -187,7 +190,7 @@ def test_interleaved_rope_breaks_llama(tmp_path, monkeypatch):
 def greedy(model, ids, new, cached):
     """`new` tokens behind ids (1, T), each the most likely."""
     ids, start = ids[0].tolist(), ids.shape[1]
-    cache = llama.Cache(model.config, 1, start + new, model.embed.weight) if cached else None
+    cache = llama.KVCache(model.config, 1, start + new, model.embed.weight) if cached else None
     for step in range(new):
         seen = ids[-1:] if cached and step else ids
         ids.append(int(model(torch.tensor([seen]), cache)[0, -1].argmax()))
@@ -216,7 +219,7 @@ def test_cache_gives_the_same_logits_in_any_pieces(changes):
     model = our_llama(**changes)
     whole = model(IDS)
     for sizes in ((11,), (1,) * 11, (4, 1, 6)):
-        cache, pieces = llama.Cache(model.config, 2, 11, model.embed.weight), []
+        cache, pieces = llama.KVCache(model.config, 2, 11, model.embed.weight), []
         for piece in IDS.split(sizes, 1):
             pieces.append(model(piece, cache))
         assert gap(torch.cat(pieces, 1), whole) <= LIMIT
@@ -228,15 +231,15 @@ def test_cache_gives_the_same_logits_in_any_pieces(changes):
 def test_left_padding_with_positions_changes_nothing():
     model, short = our_llama(), IDS[1:, :7]
     padded = torch.cat((torch.full((1, 4), 5), short), 1)
-    keep = torch.arange(11)[None] >= 4
-    positions = (torch.arange(11) - 4).clamp(min=0)[None]
+    attention_mask = torch.arange(11)[None] >= 4
+    position_ids = (torch.arange(11) - 4).clamp(min=0)[None]
     alone = model(short)
-    assert gap(model(padded, None, positions, keep)[:, 4:], alone) <= LIMIT
-    cache = llama.Cache(model.config, 1, 12, model.embed.weight, keep)
-    assert gap(model(padded, cache, positions)[:, 4:], alone) <= LIMIT
+    assert gap(model(padded, None, position_ids, attention_mask)[:, 4:], alone) <= LIMIT
+    cache = llama.KVCache(model.config, 1, 12, model.embed.weight, attention_mask)
+    assert gap(model(padded, cache, position_ids)[:, 4:], alone) <= LIMIT
     more = model(torch.tensor([[9]]), cache, torch.tensor([[7]]))
     assert gap(more, model(torch.cat((short, torch.tensor([[9]])), 1))[:, -1:]) <= LIMIT
-    assert gap(model(padded, None, positions)[:, 4:], alone) > 100 * LIMIT      # control: no mask
+    assert gap(model(padded, None, position_ids)[:, 4:], alone) > 100 * LIMIT      # control: no mask
 
 
 # ------------------------------------------------------------------------------- LLaVA
@@ -246,16 +249,16 @@ def parts(tmp_path_factory):
     """Folders of a tiny CLIP and, by name, of tiny LLaMAs with a tokenizer."""
     root = tmp_path_factory.mktemp("parts")
     our_clip().save_pretrained(root / "clip")
-    for name, changes in {"llama": {"vocab": 110}, "tied": {"vocab": 110, "tied": True}}.items():
+    for name, changes in {"llama": {"vocab": 110}, "tied": {"vocab": 110, "tie_embeddings": True}}.items():
         our_llama(**changes).save_pretrained(root / name)
         write_words(root / name)
     return root
 
 
 def vlm(parts, bridge, tongue="llama", **options):
-    model = projector.VLM.from_parts(parts / "clip", parts / tongue, bridge, **options)
+    model = new_vlm(parts / "clip", parts / tongue, bridge, **options)
     with torch.no_grad():
-        for p in model.bridge.parameters():                 # biases must matter too
+        for p in model.projector.parameters():                 # biases must matter too
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)), alpha=.1)
     return model.eval()
 
@@ -267,7 +270,7 @@ def their_row(model):
     """Our ids as transformers wants them: the image's token once for each patch."""
     row = ROW[0].tolist()
     at = row.index(data.IMAGE)
-    return torch.tensor([row[:at] + [model.image_token] * model.patches + row[at + 1:]])
+    return torch.tensor([row[:at] + [image_token_id(model.tokenizer)] * model.patches + row[at + 1:]])
 
 
 @torch.no_grad()
@@ -295,9 +298,9 @@ def test_our_llava_comes_back_the_same(tmp_path, parts, bridge, tongue):
     ours = vlm(parts, bridge, tongue, template="plain", aspect="square")
     ours.save_pretrained(tmp_path)
     again = projector.VLM.from_pretrained(tmp_path)
-    assert same_tensors(ours, again) and len(again.words) == 112
-    assert (again.kind, again.template, again.aspect) == (bridge, "plain", "square")
-    assert again.image_token == ours.image_token == 110
+    assert same_tensors(ours, again) and len(again.tokenizer) == 112
+    assert (again.projector_type, again.template, again.aspect) == (bridge, "plain", "square")
+    assert image_token_id(again.tokenizer) == image_token_id(ours.tokenizer) == 110
     assert torch.equal(ours(ROW, PIXELS[:1]), again(ROW, PIXELS[:1]))
     again.save_pretrained(tmp_path / "again")                   # and nothing drifts
     for file in sorted(p.name for p in tmp_path.iterdir() if p.is_file()):
@@ -311,7 +314,7 @@ def test_our_llava_saved_again_by_transformers_comes_back(tmp_path, parts):
     transformers.AutoProcessor.from_pretrained(tmp_path / "ours").save_pretrained(
         tmp_path / "theirs")
     again = projector.VLM.from_pretrained(tmp_path / "theirs")
-    assert again.template == "plain" and len(again.words) == 112
+    assert again.template == "plain" and len(again.tokenizer) == 112
     assert vlm_gap(again, theirs) <= LIMIT
 
 
@@ -341,15 +344,15 @@ def test_processor_loads_and_sees_the_same_picture(tmp_path, parts, aspect):
     for kind in (transformers.AutoProcessor, transformers.LlavaProcessor):
         processor = kind.from_pretrained(tmp_path)
         assert type(processor).__name__ == "LlavaProcessor"
-        for picture in (world.draw(world.scene(0)), world.draw(world.scene(1), side=24),
+        for picture in (draw(make_scene(0)), draw(make_scene(1), side=24),
                         Image.fromarray(np.random.default_rng(0).integers(
                             0, 256, (37, 37, 3), dtype=np.uint8))):
             batch = processor(images=picture, text="USER: <image>\nHi!", return_tensors="pt")
             assert torch.equal(batch["pixel_values"], data.preprocess(picture, 24, aspect))
         ids = batch["input_ids"][0].tolist()
-        assert ids.count(ours.image_token) == ours.patches == 9
-        rest = [i for i in ids if i != ours.image_token]
-        assert rest[-3:] == ours.words.encode("Hi!", bos=False)[-3:]
+        assert ids.count(image_token_id(ours.tokenizer)) == ours.patches == 9
+        rest = [i for i in ids if i != image_token_id(ours.tokenizer)]
+        assert rest[-3:] == ours.tokenizer.encode("Hi!", bos=False)[-3:]
 
 
 def test_their_chat_template_writes_our_prompt(tmp_path, parts):
@@ -444,7 +447,7 @@ def test_a_missing_tensor_is_named(folders, name, kind, tensor):
     table = dict(data.load_weights(folders / name).items())
     kind.from_pretrained(folders / name)
     del table[tensor]
-    data.save_weights(folders / name, table)
+    save_weights(folders / name, table)
     with pytest.raises(data.BadModel, match=f"{tensor} is missing"):
         kind.from_pretrained(folders / name)
 
@@ -455,6 +458,6 @@ def test_a_missing_tensor_is_named(folders, name, kind, tensor):
                                     "language_model.model.layers.0.self_attn.q_proj.bias"])
 def test_a_foreign_tensor_is_named(folders, name, kind, tensor):
     table = dict(data.load_weights(folders / name).items())
-    data.save_weights(folders / name, {**table, tensor: torch.zeros(2)})
+    save_weights(folders / name, {**table, tensor: torch.zeros(2)})
     with pytest.raises(data.BadModel, match=tensor):
         kind.from_pretrained(folders / name)

@@ -13,19 +13,35 @@ import data
 import llama
 import projector
 import train
-import world
 from test_train import flags, here, parts, run, server, sha, unchanged_process  # noqa: F401
 from tiny import LIMIT, gap, shaken
+from formats.checkpoints import export
+from formats.errors import UsageError
+from formats.names import LLAMA, fused_rows
+from formats.pictures import picture_path
+from toy.standin import stand_in, stand_in_row
+from train import parse_args as parse
+from trainer import forecast
+from trainer.forecast import (activation_bytes, choose_row_and_policy, fit_to_card,
+                              flops_per_sample, memory_forecast, meta_model, static_bytes,
+                              usable_bytes)
+from trainer.lengths import CAPTIONS, MIXED, sample_lengths
+from trainer.loader import Samples
+from trainer.lora import LoRALinear, add_lora, merge_lora
 
 POLICIES = (None, "none", "attention", "full")
 
 
 def asked(*flags):
-    return train.arguments(["--stage", "2", "--base", "7b", *map(str, flags)])
+    return parse(["--stage", "2", "--base", "7b", *map(str, flags)])
+
+
+def model_of(args):
+    return meta_model(args, train.set_trainable)
 
 
 def total(args, pack, policy, gpus=1):
-    return sum(train.forecast(train.blank(args), args, train.MIXED, pack, policy, gpus).values())
+    return sum(memory_forecast(model_of(args), args, MIXED, pack, policy, gpus).values())
 
 
 # ------------------------------------------------------------------------------- sums by hand
@@ -33,32 +49,32 @@ def total(args, pack, policy, gpus=1):
 def test_bytes_of_7b():
     """P = 6.759 G weights train, of 0.304 G nothing but the weights is there; GB = 10⁹ bytes."""
     args = asked()
-    model = train.blank(args)
+    model = model_of(args)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_759_395_328
     eye = 2 * sum(p.numel() for p in model.vision.parameters()) / 1e9
-    need = train.state(model, args)
+    need = static_bytes(model, args)
     # bf16 and the low halves 27.0, gradients 13.5, moments 13.7
     assert sum(need.values()) / 1e9 - eye == pytest.approx(54.3, abs=.05)
     assert (need["weights"] + need["masters"]) / 1e9 - eye == pytest.approx(27.0, abs=.05)
     assert need["gradients"] / 1e9 == pytest.approx(13.5, abs=.05)
     assert need["moments"] / 1e9 == pytest.approx(13.7, abs=.05)
-    light = sum(train.state(model, asked("--stochastic")).values()) / 1e9 - eye
+    light = sum(static_bytes(model, asked("--stochastic")).values()) / 1e9 - eye
     assert light == pytest.approx(40.8, abs=.05)
-    heavy = sum(train.state(model, asked("--optimizer", "adamw", "--dtype", "fp32")).values())
+    heavy = sum(static_bytes(model, asked("--optimizer", "adamw", "--dtype", "fp32")).values())
     assert heavy / 1e9 - 2 * eye == pytest.approx(108.1, abs=.1)         # 16 bytes a weight
     # KiB of a token and layer: x 8; q k v 24, attention 8, h 8, gate and up 43; norms 16, product
     # 21.5. The log-sum-exp 1/8, and of both ends 8.5 in 32 layers
     for policy, KiB in (("none", 91.125), ("attention", 16.125), (None, 128.625), ("full", 1.5)):
-        one, two = (train.kept(model, n, 0, 0, policy)[0] for n in (8192, 16384))
+        one, two = (activation_bytes(model, n, 0, 0, policy)[0] for n in (8192, 16384))
         assert (two - one) / 8192 / 32 / 1024 == pytest.approx(KiB + 8.5 / 32, abs=.01), policy
 
 
 def test_work_of_7b():
     """TFLOP of a sample, and hours of one A100 at 60 % of its 312 TFLOP/s."""
-    one = train.blank(train.arguments(["--stage", "1", "--base", "7b"]))
-    two = train.blank(asked())
-    sums = lambda model, kind, policy="none": sum(train.flops(model)(*kind, policy)) / 1e12
-    assert train.flops(one)(30, 28, 1)[3] / 1e12 == pytest.approx(.366, abs=.001)
+    one = model_of(parse(["--stage", "1", "--base", "7b"]))
+    two = model_of(asked())
+    sums = lambda model, kind, policy="none": sum(flops_per_sample(model)(*kind, policy)) / 1e12
+    assert flops_per_sample(one)(30, 28, 1)[3] / 1e12 == pytest.approx(.366, abs=.001)
     assert sums(one, (30, 28, 1)) == pytest.approx(16.5, abs=.05)
     assert sums(two, (324, 180, 1)) == pytest.approx(36.3, abs=.05)
     assert sums(two, (1200, 800, 0)) == pytest.approx(48.6, abs=.05)
@@ -67,38 +83,39 @@ def test_work_of_7b():
         .777 * 11.66, abs=.05)
     hours = lambda n, work: n * work * 1e12 / (.6 * 312e12) / 3600
     assert hours(558_128, sums(one, (30, 28, 1))) == pytest.approx(13.7, abs=.05)
-    mixed = sum(kind[0] * sums(two, kind[1:]) for kind in train.MIXED)
+    mixed = sum(kind[0] * sums(two, kind[1:]) for kind in MIXED)
     assert hours(665_298, mixed) == pytest.approx(36.6, abs=.05)
     # half of the eye trains, too: 11 of the 23 blocks that run, three times; 577 places of 30 KiB
-    half = train.blank(train.arguments(["--stage", "1", "--base", "7b", "--recipe", "sharegpt4v"]))
-    assert train.flops(half)(208, 206, 1)[3] / 1e12 == pytest.approx(.366 * (1 + 2.05 * 11 / 23),
-                                                                     abs=.01)
-    more = [train.kept(m, 0, 0, 1, "none")[0] for m in (two, half)]
+    half = model_of(parse(["--stage", "1", "--base", "7b", "--recipe", "sharegpt4v"]))
+    assert flops_per_sample(half)(208, 206, 1)[3] / 1e12 == pytest.approx(
+        .366 * (1 + 2.05 * 11 / 23), abs=.01)
+    more = [activation_bytes(m, 0, 0, 1, "none")[0] for m in (two, half)]
     assert more[1] - more[0] == pytest.approx(11 * 577 * 30 * 1024, rel=.01)
-    lora = train.blank(asked("--lora", 128))            # frozen weights: a third less
+    lora = model_of(asked("--lora", 128))            # frozen weights: a third less
     assert .70 < sums(lora, (324, 180, 1)) / sums(two, (324, 180, 1)) < .75
 
 
 def test_what_fits():
-    args, space = asked(), train.room(80)
+    args, space = asked(), usable_bytes(80)
     # 79.1 GiB less half a GB; of that 95 %
     assert space / 1e9 == pytest.approx(.95 * 84.43, abs=.05)
-    model = train.blank(args)
-    assert train.choose(model, args, train.MIXED, space) == (6144, "none")
+    model = model_of(args)
+    assert choose_row_and_policy(model, args, MIXED, space) == (6144, "none")
     assert total(args, 6144, "none") / 1e9 == pytest.approx(75, abs=1)
     assert total(args, 8192, "none") / 1e9 == pytest.approx(81.5, abs=1)
     # what was given is kept to, and computing more again makes room for longer rows
     args = asked("--checkpoint", "attention")
-    assert train.choose(model, args, train.MIXED, space) == (8192, "attention")
+    assert choose_row_and_policy(model, args, MIXED, space) == (8192, "attention")
     args = asked("--pack", 8192)
-    assert train.choose(model, args, train.MIXED, space) == (8192, "attention")
+    assert choose_row_and_policy(model, args, MIXED, space) == (8192, "attention")
     args = asked("--pack", 8192, "--checkpoint", "none")
-    assert train.choose(model, args, train.MIXED, space) is None
+    assert choose_row_and_policy(model, args, MIXED, space) is None
     # fp32 AdamW never fits; of two cards each carries half, and what is gathered
     args = asked("--optimizer", "adamw")
-    assert train.choose(model, args, train.MIXED, space) is None
+    assert choose_row_and_policy(model, args, MIXED, space) is None
     args = asked()
-    halves = sum(train.state(model, args, 2).values()) - sum(train.state(model, args).values()) / 2
+    one, two = (sum(static_bytes(model, args, n).values()) for n in (1, 2))
+    halves = two - one / 2
     assert halves / 1e9 == pytest.approx(2 * (3 * .2024 + 2 * .131 + .021 + .3035), abs=.01)
 
 
@@ -111,7 +128,7 @@ def offline(monkeypatch):
 
 
 def told(capsys, *flags):
-    assert train.train(asked("--plan", *flags)) == 0
+    assert train.main(asked("--plan", *flags)) == 0
     return capsys.readouterr().out
 
 
@@ -141,7 +158,7 @@ def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
             if not args.row.losses:
                 assert "hours at" in told(capsys, "--stage", stage, "--recipe", recipe, "--base",
                                           base, "--steps", 9, "--memory", 500)
-                places[recipe] = train.blank(args).places()
+                places[recipe] = model_of(args).num_image_tokens()
     assert places == {"llava": 256, "llava-1.5": 576, "blip2": 32, "minigpt4": 32,
                       "sharegpt4v": 576}
 
@@ -150,53 +167,53 @@ def test_a_plan_reads_what_it_is_given(offline, capsys, parts, tmp_path):       
     base = ["--plan", "--vision", parts / "clip", "--llm", parts / "llama", "--from", "none"]
     text = told(capsys, *base, "--steps", 7)
     assert "7 steps" in text and "0.0 M" in text
-    with pytest.raises(data.Usage, match="sizes are not known"):
+    with pytest.raises(UsageError, match="sizes are not known"):
         told(capsys, "--llm", "someone/a-llama")
     for wrong in (["--lora", "4", "--stage", "1"], ["--mfu", "0"], ["--memory", "nan"],
                   ["--gpus", "0"], ["--stage", "0", "--plan"]):
         with pytest.raises(SystemExit) as left:
-            train.arguments(["--stage", "2", *wrong])
+            parse(["--stage", "2", *wrong])
         assert left.value.code == 2, wrong
 
 
 def test_the_card_at_hand_decides(monkeypatch):
     args = asked()
-    monkeypatch.setattr(train, "room", lambda memory=None: 70e9)
-    train.settle(args)
+    monkeypatch.setattr(forecast, "usable_bytes", lambda memory=None: 70e9)
+    fit_to_card(args, train.set_trainable)
     assert (args.pack, args.checkpoint) == (4096, "none")
     args = asked("--pack", "1024", "--checkpoint", "full")
-    train.settle(args)
+    fit_to_card(args, train.set_trainable)
     assert (args.pack, args.checkpoint) == (1024, "full")
-    monkeypatch.setattr(train, "room", lambda memory=None: 40e9)
+    monkeypatch.setattr(forecast, "usable_bytes", lambda memory=None: 40e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a small card")
-    with pytest.raises(data.Usage, match="40.0 GB of a small card"):
-        train.settle(asked())
+    with pytest.raises(UsageError, match="40.0 GB of a small card"):
+        fit_to_card(asked(), train.set_trainable)
 
 
 # ------------------------------------------------------------------------ what autograd keeps
 
 def tiny(kind="mlp", depth=5):
     return shaken(projector.VLM(
-        clip.ViT(clip.Config(48, 3, 2, 96, image=32, patch=8)), kind,
+        clip.ViT(clip.Config(48, 3, 2, 96, image_size=32, patch_size=8)), kind,
         llama.Llama(llama.Config(110, 64, depth, 4, 2, 172)), None))
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("kind, learns, lora", [("linear", ("bridge",), 0), ("mlp", ("bridge",), 0),
-                                                ("mlp", ("bridge", "llm"), 0),
-                                                ("mlp", ("bridge", "llm"), 4)])
+@pytest.mark.parametrize("kind, learns, lora", [
+    ("linear", ("projector",), 0), ("mlp", ("projector",), 0), ("mlp", ("projector", "llm"), 0),
+    ("mlp", ("projector", "llm"), 4)])
 def test_bytes_kept_for_backward(kind, learns, lora, fast):
     """Each policy's forecast is within 4 % of what is kept; any other's is more than 10 % off."""
     model, B, T = tiny(kind), 3, 90
     if lora:
-        model.llm.adapt(lora)
-    train.set_trained(model, learns, lora)
+        add_lora(model.llm, lora)
+    train.set_trainable(model, learns, lora)
     ids = torch.randint(5, 100, (B, T), generator=torch.Generator().manual_seed(0))
     ids[:, 3] = data.IMAGE
     labels, pixels = ids.clone(), torch.randn(B, 3, 32, 32)
     labels[:, :50] = data.IGNORE
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-    said = {policy: train.kept(model, B * (T + 15), B * 40, B, policy, 4, 4 - 2 * fast,
+    said = {policy: activation_bytes(model, B * (T + 15), B * 40, B, policy, 4, 4 - 2 * fast,
                                kernels=False)[0] for policy in POLICIES}
     for policy in POLICIES:
         found = {}
@@ -231,7 +248,7 @@ def adapted(rank=4):
     """A tiny LLaMA with grouped keys and LoRA that does something, and the same weights without."""
     model = shaken(llama.Llama(llama.Config(110, 64, 2, 4, 2, 172)))
     plain = shaken(llama.Llama(llama.Config(110, 64, 2, 4, 2, 172)))
-    model.adapt(rank)
+    add_lora(model, rank)
     for name, p in model.named_parameters():
         if name.endswith(".b"):
             assert not p.any()                          # at first nothing is added
@@ -246,7 +263,7 @@ def test_lora_is_one_pair_for_each_projection_as_the_official_runs_have(tmp_path
     with torch.no_grad():
         before = plain(ids)
         model_says = model(ids)
-    tensors = data.export(plain, plain.names())
+    tensors = export(plain, LLAMA, fused_rows(plain.config))
     projections = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                    "out": ("self_attn.o_proj",), "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
                    "down": ("mlp.down_proj",)}
@@ -264,7 +281,7 @@ def test_lora_is_one_pair_for_each_projection_as_the_official_runs_have(tmp_path
         assert gap(model_says, before) > 100 * LIMIT
         # and merged
         names = {n for n, _ in plain.named_parameters()}
-        assert {n for n, _ in model.merge().named_parameters()} == names
+        assert {n for n, _ in merge_lora(model).named_parameters()} == names
         assert gap(model(ids), model_says) <= LIMIT
     model.save_pretrained(tmp_path)
     assert gap(llama.Llama.from_pretrained(tmp_path)(ids).detach(), model_says) <= LIMIT
@@ -278,24 +295,24 @@ def test_a_wrong_merge_is_seen():
         says = model(ids).detach()
         for block in model.blocks:
             wrong(block.qkv)
-        assert gap(model.merge()(ids).detach(), says) > 100 * LIMIT
+        assert gap(merge_lora(model)(ids).detach(), says) > 100 * LIMIT
 
 
 def test_only_the_additions_and_the_bridge_train():
     model = tiny()
-    model.llm.adapt(4)
-    trained = train.set_trained(model, ("bridge", "llm"), 4)
-    assert all(n.startswith("bridge.") or n.endswith((".a", ".b")) for n in trained)
+    add_lora(model.llm, 4)
+    trained = train.set_trainable(model, ("projector", "llm"), 4)
+    assert all(n.startswith("projector.") or n.endswith((".a", ".b")) for n in trained)
     assert sum(n.startswith("llm.") for n in trained) == 5 * 4 * 2
     args = asked("--lora", 128)
-    assert (args.row.lr, args.row.bridge_lr) == (2e-4, 2e-5)
+    assert (args.row.lr, args.row.projector_lr) == (2e-4, 2e-5)
     # the official 7B run has 320 M of them
-    big = train.blank(args)
+    big = model_of(args)
     assert sum(p.numel() for p in big.llm.parameters() if p.requires_grad) == 319_815_680
-    rates = {n: group["lr"] for group in train.adamw(trained, args.row).param_groups
+    rates = {n: group["lr"] for group in train.parameter_groups(trained, args.row)
              for p in group["params"] for n, q in trained.items() if q is p}
     assert len(rates) == len(trained)
-    assert all(lr == (2e-5 if n.startswith("bridge.") else 2e-4) for n, lr in rates.items())
+    assert all(lr == (2e-5 if n.startswith("projector.") else 2e-4) for n, lr in rates.items())
 
 
 def test_a_killed_lora_run_ends_with_the_same_bits(flags, run, tmp_path):       # noqa: F811
@@ -311,7 +328,7 @@ def test_a_killed_lora_run_ends_with_the_same_bits(flags, run, tmp_path):       
     assert sha(out) == sha(tmp_path / "whole") != sha(tmp_path / "other")
     # what came out is a model like any other, and the picture tower is what it was
     model = projector.VLM.from_pretrained(out / "model")
-    assert not any(isinstance(m, llama.LoRA) for m in model.modules())
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
     assert run(flags(out, *more)).code == 0     # finished: nothing to do
     refused = run(flags(out, "--lora", "2", "--resume", "auto"))
     assert refused.code == 3 and "--lora" in refused.err
@@ -322,7 +339,7 @@ def test_a_killed_lora_run_ends_with_the_same_bits(flags, run, tmp_path):       
 def test_stand_in_data_has_the_layout_of_the_real(tmp_path):
     """Files that the readers take, the same for the same seed, another for another."""
     for name, seed, stage in (("a", 0, 2), ("b", 0, 2), ("other", 1, 2), ("captions", 0, 1)):
-        world.stand_in(tmp_path / name, 60, stage, seed, pictures=3)
+        stand_in(tmp_path / name, 60, stage, seed, pictures=3)
     files = {name: {str(p.relative_to(tmp_path / name)): p.read_bytes()
                     for p in (tmp_path / name).rglob("*") if p.is_file()}
              for name in ("a", "b", "other")}
@@ -334,15 +351,15 @@ def test_stand_in_data_has_the_layout_of_the_real(tmp_path):
             marks = [t["value"].count("<image>") for t in row["conversations"]]
             assert sum(marks) == marks[0] == ("image" in row)
             if "image" in row:
-                picture = data.load_image(data.picture_path(tmp_path / name / "images",
+                picture = data.load_image(picture_path(tmp_path / name / "images",
                                                             row["image"]))
                 assert 336 <= min(picture.size) and max(picture.size) <= 640
         assert (name == "captions") == all("image" in row for row in rows)
     # a run reads it
-    args = train.arguments(["--stage", "2", "--data", str(tmp_path / "a/data.json"),
+    args = parse(["--stage", "2", "--data", str(tmp_path / "a/data.json"),
                             "--images", str(tmp_path / "a/images")])
-    picture, talk = train.Samples(args)[0]
-    assert talk and train.kinds_of(args)[0] == 60
+    picture, talk = Samples(args)[0]
+    assert talk and sample_lengths(args)[0] == 60
 
 
 def test_stand_in_data_is_as_long_as_the_plan_says():
@@ -354,7 +371,7 @@ def test_stand_in_data_is_as_long_as_the_plan_says():
     def mean(stage, template, n):
         kinds = {True: [], False: []}
         for i in range(n):
-            row = world.stand_in_row(i, stage, random.Random(i))
+            row = stand_in_row(i, stage, random.Random(i))
             ids, labels = data.encode(row["conversations"], template, words, "image" in row)
             kinds["image" in row].append((len(ids) - ("image" in row),
                                           sum(x != data.IGNORE for x in labels)))
@@ -363,9 +380,9 @@ def test_stand_in_data_is_as_long_as_the_plan_says():
 
     (share, text, learned, longest), alone = mean(2, "v1", 1500)
     assert longest + 576 <= 2048 and alone[3] <= 2048
-    for made, kind in ((share, text, learned), train.MIXED[0]), (alone[:3], train.MIXED[1]):
+    for made, kind in ((share, text, learned), MIXED[0]), (alone[:3], MIXED[1]):
         assert made[1:] == pytest.approx(kind[1:3], rel=.08)
-    assert alone[0] == pytest.approx(train.MIXED[1][0], abs=.02)
+    assert alone[0] == pytest.approx(MIXED[1][0], abs=.02)
     (_, text, learned, _), = mean(1, "plain", 500)
-    assert (text, learned) == pytest.approx(train.CAPTIONS[0][1:3], rel=.08)
-    assert learned != pytest.approx(train.MIXED[0][2], rel=.08)     # it can tell them apart
+    assert (text, learned) == pytest.approx(CAPTIONS[0][1:3], rel=.08)
+    assert learned != pytest.approx(MIXED[0][2], rel=.08)     # it can tell them apart

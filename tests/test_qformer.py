@@ -17,20 +17,29 @@ import transformers
 import clip
 import data
 import qformer
-import world
 from kernels.attention import visible
-from qformer import QFormer, Retriever, Words, itc, itg, itm
+from qformer import QFormer, itc, itg, itm
 from tiny import LIMIT, edit, gap, loaded, same_tensors, shaken, span_errors
+from formats.checkpoints import export, load_into, save_weights
+from formats import names, unused
+from formats.errors import exit_status
+from formats.folders import init_weights
+from formats.bert import BertTokenizer, SPECIAL, wordpiece_tokenizer
+from qformer import Blip2Stage1
+from toy import world as toy_world
+from toy.texts import captions
+from toy.world import make_scene
+from trainer.build import drop_text_branch, init_from_bert, new_blip2_stage1
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["a red circle", "a blue square and a red star", "two green stars"]
-EYE = clip.Config(32, 2, 4, 48, 1e-6, 28, 14, eva=True, tail=False)
+EYE = clip.Config(32, 2, 4, 48, 1e-6, 28, 14, eva=True, has_final_block=False)
 CLEAR = 1e-3                    # a sprung trap is at least this far off
 Q = 5
 
 
 def small(**other):
-    c = dict(width=24, depth=3, heads=3, mlp=40, queries=Q, vision=32, vocab=60, context=40)
+    c = dict(width=24, depth=3, heads=3, mlp=40, num_queries=Q, vision_width=32, vocab=60, context=40)
     return qformer.Config(**c | other)
 
 
@@ -54,7 +63,7 @@ def theirs_in(folder, seed=0):
             if "LayerNorm.weight" in name:                  # which `shaken` does not know
                 p.add_(1)
     theirs.save_pretrained(folder)
-    Words.build(TEXTS).save(folder)
+    BertTokenizer.build(TEXTS).save(folder)
     return theirs
 
 
@@ -63,7 +72,24 @@ def pair(tmp_path_factory):
     """(ours, theirs) with the same weights; look, do not touch."""
     folder = tmp_path_factory.mktemp("blip2")
     theirs = theirs_in(folder)
-    return Retriever.from_pretrained(folder), theirs
+    return Blip2Stage1.from_pretrained(folder), theirs
+
+
+def similarity(model, pixels, ids, mask):
+    """Pictures (B, 3, S, S) and texts (N, T) -> (B, N) cosines, without temperature."""
+    image = model.encode_image(model.ln_vision(model.encode_vision(pixels)))
+    return qformer.max_query_similarity(image, model.encode_text(ids, mask))
+
+
+def match_logit(model, pixels, ids, mask):
+    """B pictures, each with its text -> (B, 2) logits of "no" and "yes"."""
+    return model.itm_logits(model.ln_vision(model.encode_vision(pixels)), ids, mask)
+
+
+def score(model, pixels, ids, mask):
+    """B pictures, each with its text -> (B,): raw match logit + cosine, as published."""
+    cosine = similarity(model, pixels, ids, mask).diagonal()
+    return match_logit(model, pixels, ids, mask)[:, 1] + cosine
 
 
 def batch(seed=1):
@@ -98,7 +124,7 @@ def test_no_mask_is_true_outside_its_span():
 def passes(model, theirs):
     """Worst differences {pass: gap}: pictures alone, words alone, both, ITC, ITM."""
     pixels, ids, mask = batch()
-    features = model.ln_vision(model.see(pixels))
+    features = model.ln_vision(model.encode_vision(pixels))
     sight = theirs.vision_model(pixels).last_hidden_state
     queries = theirs.query_tokens.expand(3, -1, -1)
     alone = theirs.qformer(query_embeds=queries, encoder_hidden_states=sight)
@@ -114,9 +140,9 @@ def passes(model, theirs):
             "pictures": gap(model.qformer(features), alone.last_hidden_state),
             "words": gap(model.qformer(None, ids, itc, mask), words.last_hidden_state),
             "both": gap(model.qformer(features, ids, itm, mask), both.last_hidden_state),
-            "itc": gap(model.similarity(pixels, ids, mask), contrast),
-            "itm": gap(model.match_logit(pixels, ids, mask), match),
-            "score": gap(model.score(pixels, ids, mask), contrast.diagonal() + match[:, 1])}
+            "itc": gap(similarity(model, pixels, ids, mask), contrast),
+            "itm": gap(match_logit(model, pixels, ids, mask), match),
+            "score": gap(score(model, pixels, ids, mask), contrast.diagonal() + match[:, 1])}
 
 
 def test_a_retriever_of_transformers_in_ours(pair):
@@ -127,13 +153,13 @@ def test_from_transformers_and_back(pair, tmp_path):
     pair[0].save_pretrained(tmp_path)
     theirs = loaded(transformers.Blip2ForImageTextRetrieval, tmp_path)
     assert same_tensors(theirs, pair[1]) and max(passes(pair[0], theirs).values()) <= LIMIT
-    again = Retriever.from_pretrained(tmp_path)
+    again = Blip2Stage1.from_pretrained(tmp_path)
     assert same_tensors(again, pair[0])                     # head and temperature too
     weights = data.load_weights(tmp_path / "pretraining.safetensors")
     assert set(weights) == {"temp", *(f"Qformer.cls.predictions.{x}" for x in (
         "bias", "transform.dense.weight", "transform.dense.bias", "transform.LayerNorm.weight",
         "transform.LayerNorm.bias"))}
-    picture = world.draw(world.scene(1), 90).crop((0, 0, 90, 60))
+    picture = toy_world.draw(make_scene(1), 90).crop((0, 0, 90, 60))
     pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)(
         picture, return_tensors="pt").pixel_values
     ours = data.preprocess(picture, 28, "squash")
@@ -157,21 +183,21 @@ def cross_in_every_block(model, monkeypatch):
 
 
 def words_cross_too(model, monkeypatch):
-    def forward(self, x, n, features, allow, keep, past):
-        x, kv = self.attention(x, x, allow, n, keep, past)
+    def forward(self, x, n, features, allow, attention_mask, past):
+        x, kv = self.attention(x, x, allow, n, attention_mask, past)
         x = self.cross(x, features)[0] if n and self.cross is not None else x
-        return torch.cat((self.mlp(x[:, :n]), self.words_mlp(x[:, n:])), 1), kv
+        return torch.cat((self.mlp(x[:, :n]), self.text_mlp(x[:, n:])), 1), kv
     monkeypatch.setattr(qformer.Block, "forward", forward)
 
 
 def one_mlp_for_all(model, monkeypatch):
     for block in model.qformer.blocks:
-        block.words_mlp = block.mlp
+        block.text_mlp = block.mlp
 
 
 def padding_is_seen(model, monkeypatch):
     attend = qformer.attention
-    monkeypatch.setattr(qformer, "attention", lambda q, k, v, allow, n, start, keep: attend(
+    monkeypatch.setattr(qformer, "attention", lambda q, k, v, allow, n, start, attention_mask: attend(
         q, k, v, allow, n, start, None))
 
 
@@ -184,15 +210,15 @@ def tanh_gelu(model, monkeypatch):
 
 
 def mean_of_queries(model, monkeypatch):
-    monkeypatch.setattr(qformer, "best_query",
+    monkeypatch.setattr(qformer, "max_query_similarity",
                         lambda i, t: torch.einsum("bqe,ne->bqn", i, t).mean(1))
 
 
 def mean_of_probabilities(model, monkeypatch):
-    def matched(self, features, ids, mask):
+    def itm_logits(self, features, ids, mask):
         x = self.qformer(features, ids, itm, mask)
-        return self.match(x[:, :Q]).softmax(-1).mean(1).log()
-    monkeypatch.setattr(Retriever, "matched", matched)
+        return self.itm_head(x[:, :Q]).softmax(-1).mean(1).log()
+    monkeypatch.setattr(Blip2Stage1, "itm_logits", itm_logits)
 
 
 def eps_of_lavis(model, monkeypatch):
@@ -208,7 +234,7 @@ def eps_of_lavis(model, monkeypatch):
     (one_mlp_for_all, "words both"), (padding_is_seen, "words both itm"), (tanh_gelu, "words")])
 def test_a_trap_that_is_sprung_is_seen(pair, tmp_path, monkeypatch, trap, notices):
     pair[0].save_pretrained(tmp_path)
-    model = Retriever.from_pretrained(tmp_path)
+    model = Blip2Stage1.from_pretrained(tmp_path)
     with torch.no_grad():
         trap(model, monkeypatch)
     found = passes(model, pair[1])
@@ -285,13 +311,13 @@ def test_the_qformer_of_an_instructblip(tmp_path):
         encoder_hidden_states=features).last_hidden_state
     assert gap(ours(features, ids, itm, mask), told) <= LIMIT
     assert gap(ours(features, ids, itg, mask), told) > CLEAR
-    assert ours.spelling(data.load_weights(tmp_path)) is QFormer.INSTRUCT_NAMES
+    assert names.qformer(data.load_weights(tmp_path)) is names.QFORMER_INSTRUCT
     sprung = QFormer(ours.config)
     with pytest.raises(data.BadModel, match="embeddings.word_embeddings.weight is missing"):
-        data.fill(sprung, QFormer.NAMES, data.load_weights(tmp_path), QFormer.IGNORE)
+        load_into(sprung, names.QFORMER, data.load_weights(tmp_path), unused.QFORMER)
     # control of the control, and what saving hands back
-    data.fill(sprung, QFormer.INSTRUCT_NAMES, data.load_weights(tmp_path), QFormer.IGNORE)
-    table = data.export(sprung, QFormer.INSTRUCT_NAMES)
+    load_into(sprung, names.QFORMER_INSTRUCT, data.load_weights(tmp_path), unused.QFORMER)
+    table = export(sprung, names.QFORMER_INSTRUCT)
     assert all(torch.equal(v, table[k]) for k, v in theirs.state_dict().items() if k in table)
     assert len(table) == sum(k.startswith(("qformer.", "query")) for k in theirs.state_dict())
 
@@ -311,10 +337,10 @@ def test_the_qformer_of_a_second_stage_has_no_words(pair, tmp_path):
         ours(features, torch.ones(3, 2, dtype=torch.long))
     # out of a first stage, loaded without words or rid of them
     pair[0].save_pretrained(tmp_path / "first")
-    bare = QFormer.from_pretrained(tmp_path / "first", words=False)
+    bare = QFormer.from_pretrained(tmp_path / "first", text=False)
     whole = QFormer.from_pretrained(tmp_path / "first")
     want = whole(features)
-    assert torch.equal(bare(features), want) and torch.equal(whole.without_words()(features), want)
+    assert torch.equal(bare(features), want) and torch.equal(drop_text_branch(whole)(features), want)
     assert same_tensors(bare, whole) and bare.config == whole.config and bare.config.vocab == 0
 
 
@@ -354,7 +380,7 @@ def lavis_in(folder, theirs, eye=True):
     table |= {"temp": torch.tensor(.05), at + "decoder.weight": word.clone(),
               at + "decoder.bias": table[at + "bias"].clone(),
               "Qformer.bert.embeddings.position_ids": torch.arange(40)[None]}
-    data.save_weights(folder, {k: v for k, v in table.items()
+    save_weights(folder, {k: v for k, v in table.items()
                                if eye or not k.startswith("visual_encoder.")})
     return table
 
@@ -365,27 +391,27 @@ def test_lavis_names(tmp_path):
         for layer in theirs.vision_model.encoder.layers:
             layer.self_attn.qkv.bias[32:64] = 0             # trap 3: k has no bias
     theirs.save_pretrained(tmp_path / "hf")
-    hf = Retriever.from_pretrained(tmp_path / "hf")
+    hf = Blip2Stage1.from_pretrained(tmp_path / "hf")
     for eye in (True, False):
         table = lavis_in(tmp_path / "hf", theirs, eye)
         if not eye:
-            with pytest.raises(data.BadModel, match="frozen eye"):
-                Retriever.from_pretrained(tmp_path / "hf")
+            with pytest.raises(data.BadModel, match="frozen vision tower"):
+                Blip2Stage1.from_pretrained(tmp_path / "hf")
             hf.save_pretrained(tmp_path / "eye")
-        ours = Retriever.from_pretrained(tmp_path / "hf", vision=None if eye else tmp_path / "eye")
+        ours = Blip2Stage1.from_pretrained(tmp_path / "hf", vision=None if eye else tmp_path / "eye")
         assert ours.ln_vision.eps == 1e-5 and hf.ln_vision.eps == 1e-6              # trap 4
         theirs.vision_model.post_layernorm.eps = 1e-5
         assert max(passes(ours, theirs).values()) <= LIMIT
         assert torch.equal(ours.temp, table["temp"])
-        assert torch.equal(ours.head.dense.weight,
+        assert torch.equal(ours.lm_head.dense.weight,
                            table["Qformer.cls.predictions.transform.dense.weight"])
         ours.save_pretrained(tmp_path / "again")
-        again = Retriever.from_pretrained(tmp_path / "again")
+        again = Blip2Stage1.from_pretrained(tmp_path / "again")
         assert again.ln_vision.eps == 1e-5 and same_tensors(again, ours)
     table["Qformer.bert.extra"] = torch.ones(1)
-    data.save_weights(tmp_path / "hf", table)
+    save_weights(tmp_path / "hf", table)
     with pytest.raises(data.BadModel, match="Qformer.bert.extra"):
-        Retriever.from_pretrained(tmp_path / "hf")
+        Blip2Stage1.from_pretrained(tmp_path / "hf")
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -449,10 +475,10 @@ def test_gathered_features_carry_no_gradient():
 
     def gradients(loss, *leaves):
         return torch.autograd.grad(loss, leaves, allow_unused=True)
-    both = qformer.similarities(image, text, qformer.gather(image), qformer.gather(text), temp)
+    both = qformer.similarities(image, text, qformer.all_gather(image), qformer.all_gather(text), temp)
     assert [g is None for g in gradients(F.cross_entropy(both[0], OWN.float()), image, text)
             ] == [False, True]
-    both = qformer.similarities(image, text, qformer.gather(image), qformer.gather(text), temp)
+    both = qformer.similarities(image, text, qformer.all_gather(image), qformer.all_gather(text), temp)
     assert [g is None for g in gradients(F.cross_entropy(both[1], OWN.float()), image, text)
             ] == [True, False]
     leaky = qformer.similarities(image, text, image, text, temp)                    # trap 5, sprung
@@ -528,9 +554,10 @@ def test_itg_by_hand():
 
 def fresh(**other):
     """A small Retriever at random, and three pairs for it. No folder, no picture files."""
-    words = Words.build(TEXTS)
-    model = Retriever(EYE, small(vocab=len(words), **other), 16).fits(words)
-    shaken(model, 11)
+    words = BertTokenizer.build(TEXTS)
+    model = Blip2Stage1(EYE, small(vocab=len(words), **other), 16)
+    model.tokenizer = words.check_fits(len(words))
+    shaken(model, 13)
     with torch.no_grad():
         model.temp.fill_(.3)
     ids, mask = words.encode(TEXTS)
@@ -542,11 +569,11 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     """The pieces in the order of section 3, put together once more by hand."""
     model, pixels, ids, mask = fresh()
     shown = []
-    monkeypatch.setattr(Retriever, "matched", lambda self, f, i, m, real=Retriever.matched: (
+    monkeypatch.setattr(Blip2Stage1, "itm_logits", lambda self, f, i, m, real=Blip2Stage1.itm_logits: (
         shown.append((f, i, m)), real(self, f, i, m))[1])
     made = model.losses(pixels, ids, mask, seed=4)
     features = model.ln_vision(model.vision(pixels))
-    cosine = model.similarity(pixels, ids, mask)
+    cosine = similarity(model, pixels, ids, mask)
     both = cosine / model.temp, cosine.T / model.temp
     assert torch.allclose(made["itc"], qformer.itc_loss(*both, OWN))
     drawn = qformer.hard_negatives(*both, OWN, 4)
@@ -555,16 +582,16 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     assert torch.allclose(seen, torch.cat((features, features[drawn[0]], features)), atol=1e-6)
     assert torch.equal(asked, torch.cat((ids, ids, ids[drawn[1]])))
     assert torch.equal(kept, torch.cat((mask, mask, mask[drawn[1]])))
-    logits = torch.cat([model.match_logit(pixels[p], ids[t], mask[t]) for p, t in (
+    logits = torch.cat([match_logit(model, pixels[p], ids[t], mask[t]) for p, t in (
         (slice(None), slice(None)), (drawn[0], slice(None)), (slice(None), drawn[1]))])
     labels = torch.tensor([1] * 3 + [0] * 6)
     assert torch.allclose(made["itm"], F.cross_entropy(logits, labels))
     # trap 7: [DEC] in the place of [CLS], one joint pass under itg
-    begun = torch.cat((torch.full((3, 1), model.words.dec), ids[:, 1:]), 1)
+    begun = torch.cat((torch.full((3, 1), model.tokenizer.dec), ids[:, 1:]), 1)
 
     def caption_loss(first):
-        x = model.head(model.qformer(features, first, itg, mask)[:, Q:])
-        scores = x @ model.qformer.word.weight.T + model.head.bias
+        x = model.lm_head(model.qformer(features, first, itg, mask)[:, Q:])
+        scores = x @ model.qformer.token.weight.T + model.lm_head.bias
         labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
         return F.cross_entropy(scores[:, :-1].flatten(0, 1), labels.flatten(), label_smoothing=.1)
     assert torch.allclose(made["itg"], caption_loss(begun))
@@ -603,9 +630,9 @@ def test_gradients_flow_where_they_should(monkeypatch):
         reached[name] = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
         # queries and the norm behind the eye learn from all three, captions through kept k and v
         assert model.qformer.query_tokens.grad.abs().sum() > 0 < model.ln_vision.weight.grad.norm()
-    assert reached == {"itc": {"ln_vision", "qformer", "to_shared", "text_to_shared", "temp"},
-                       "itm": {"ln_vision", "qformer", "match"},
-                       "itg": {"ln_vision", "qformer", "head"}}
+    assert reached == {"itc": {"ln_vision", "qformer", "vision_proj", "text_proj", "temp"},
+                       "itm": {"ln_vision", "qformer", "itm_head"},
+                       "itg": {"ln_vision", "qformer", "lm_head"}}
     model.zero_grad()
     asked = QFormer.forward
     monkeypatch.setattr(QFormer, "forward", lambda self, *a, past=None, **k: asked(
@@ -619,13 +646,13 @@ def test_the_negatives_teach_the_norm_behind_the_eye(monkeypatch):
     model, pixels, ids, mask = fresh()
     loss = model.losses(pixels, ids, mask, only=("itm",))["itm"]
     got, = torch.autograd.grad(loss, [model.ln_vision.weight])
-    cosine = model.similarity(pixels, ids, mask) / model.temp
+    cosine = similarity(model, pixels, ids, mask) / model.temp
     drawn = qformer.hard_negatives(cosine, cosine.T, OWN, 0)
 
     def whole(detached):
         f = model.ln_vision(model.vision(pixels))
         wrong = f[drawn[0]].detach() if detached else f[drawn[0]]
-        logits = model.matched(torch.cat((f, wrong, f)), torch.cat((ids, ids, ids[drawn[1]])),
+        logits = model.itm_logits(torch.cat((f, wrong, f)), torch.cat((ids, ids, ids[drawn[1]])),
                                torch.cat((mask, mask, mask[drawn[1]])))
         loss = qformer.itm_loss(logits, drawn)
         return torch.autograd.grad(loss, [model.ln_vision.weight])[0]
@@ -641,10 +668,10 @@ def two_ranks(out):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
-    ids, mask = model.words.encode(texts[mine])
+    ids, mask = model.tokenizer.encode(texts[mine])
     made = model.losses(pixels[mine], ids, mask, seed=6, only=("itc", "itm"))
     own = pixels[mine, 0, 0, 0].clone().requires_grad_()
-    everyone = qformer.gather(own)
+    everyone = qformer.all_gather(own)
     sum(made.values()).backward()
     grads = {n: p.grad / 2 for n, p in model.named_parameters() if p.grad is not None}
     for g in grads.values():
@@ -653,7 +680,7 @@ def two_ranks(out):
                 "shape": tuple(ids.shape), "all": everyone, "learns": everyone.requires_grad},
                f"{out}/{rank}.pt")
     # all words alike, on every rank: refused on every rank
-    same, kept = model.words.encode(["a red circle"] * 2)
+    same, kept = model.tokenizer.encode(["a red circle"] * 2)
     try:
         model.losses(pixels[mine], same, kept)
     except data.BadData as error:
@@ -677,7 +704,7 @@ def test_two_ranks_are_one_process_with_all_pairs(tmp_path):
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
     assert ranks[0]["shape"] != ranks[1]["shape"]
     model, pixels, texts = four()
-    ids, mask = model.words.encode(texts)
+    ids, mask = model.tokenizer.encode(texts)
     made = model.losses(pixels, ids, mask, seed=6, only=("itc", "itm"))
     sum(made.values()).backward()
     for name, value in ((k, v.item()) for k, v in made.items()):
@@ -701,14 +728,14 @@ def test_two_ranks_are_one_process_with_all_pairs(tmp_path):
 # ------------------------------------------------------------------------------------ beginning
 
 def test_a_new_one_begins_as_published(tmp_path):
-    words = Words.build(TEXTS)
+    words = BertTokenizer.build(TEXTS)
     clip.CLIP(clip.Config(32, 3, 4, 48, 1e-5, 28, 14), clip.Config(24, 1, 3, 40, vocab=50,
-                                                                  context=16, end=49), 20
+                                                                  context=16, eos_id=49), 20
               ).save_pretrained(tmp_path / "clip")
     c = small(width=768, heads=12, vocab=len(words))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    model = Retriever.from_parts(tmp_path / "clip", words, c)
+    model = new_blip2_stage1(tmp_path / "clip", words, c)
     assert torch.equal(before, torch.get_rng_state())               # nobody's dice were thrown
     std = {n: float(p.detach().std()) for n, p in model.named_parameters()
            if p.dim() > 1 and not n.startswith("vision.") and p.numel() > 10000}
@@ -716,25 +743,25 @@ def test_a_new_one_begins_as_published(tmp_path):
     assert model.temp.item() == pytest.approx(.07) and not any(
         p.requires_grad for p in model.vision.parameters())
     for block in model.qformer.blocks:
-        assert same_tensors(block.mlp, block.words_mlp)
+        assert same_tensors(block.mlp, block.text_mlp)
         assert not torch.equal(block.attention.q.weight, model.qformer.blocks[0].mlp.up.weight[:768]
                                ) and block.attention.norm.weight.eq(1).all()
         assert block.attention.q.bias.eq(0).all()
-    assert model.head.bias.eq(0).all() and model.vision.config.depth == 2           # docked
-    twin = Retriever.from_parts(tmp_path / "clip", words, c)
+    assert model.lm_head.bias.eq(0).all() and model.vision.config.depth == 2           # docked
+    twin = new_blip2_stage1(tmp_path / "clip", words, c)
     assert same_tensors(twin, model)
-    assert not same_tensors(Retriever.from_parts(tmp_path / "clip", words, c, seed=1), model)
+    assert not same_tensors(new_blip2_stage1(tmp_path / "clip", words, c, seed=1), model)
     # a CLIP as the eye comes back as it was
     model.save_pretrained(tmp_path / "made")
-    again = Retriever.from_pretrained(tmp_path / "made")
+    again = Blip2Stage1.from_pretrained(tmp_path / "made")
     pixels, (ids, mask) = batch()[0], words.encode(TEXTS)
     with torch.no_grad():
         assert same_tensors(again, model) and torch.equal(
-            again.score(pixels, ids, mask), model.score(pixels, ids, mask))
+            score(again, pixels, ids, mask), score(model, pixels, ids, mask))
     with pytest.raises(data.BadModel, match="one width"):
-        Retriever.from_parts(tmp_path / "clip", words, small(vision=40, vocab=len(words)))
+        new_blip2_stage1(tmp_path / "clip", words, small(vision_width=40, vocab=len(words)))
     with pytest.raises(data.BadModel, match="rows"):
-        Retriever.from_parts(tmp_path / "clip", words, small(vocab=len(words) - 1))
+        new_blip2_stage1(tmp_path / "clip", words, small(vocab=len(words) - 1))
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -747,36 +774,36 @@ def test_a_new_one_begins_as_bert(tmp_path, old):
         bert.bert.embeddings.token_type_embeddings.weight.zero_()
     bert.save_pretrained(tmp_path)
     if old:                                         # bert-base-uncased's own spelling
-        data.save_weights(tmp_path, {
+        save_weights(tmp_path, {
             k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias",
                                                                      "LayerNorm.beta"): v
             for k, v in bert.state_dict().items()})
     _, _, ids, mask = fresh()
-    model = Retriever(EYE, small(), 16)
-    qformer.begin(model, 24)
-    dec = model.qformer.word.weight[59].clone()
-    qformer.begin_as_bert(model, tmp_path)
+    model = Blip2Stage1(EYE, small(), 16)
+    init_weights(model, 24)
+    dec = model.qformer.token.weight[59].clone()
+    init_from_bert(model, tmp_path)
     with torch.no_grad():
         told = bert.bert(ids, attention_mask=mask.long())
         said = model.qformer(None, ids, itc, mask)
         assert gap(said, told.last_hidden_state) <= LIMIT
-        words = F.linear(model.head(said), model.qformer.word.weight[:59], model.head.bias[:59])
+        words = F.linear(model.lm_head(said), model.qformer.token.weight[:59], model.lm_head.bias[:59])
         assert gap(words, bert(ids, attention_mask=mask.long()).prediction_logits) <= LIMIT
-        assert torch.equal(model.qformer.word.weight[59], dec)                      # [DEC] is new
+        assert torch.equal(model.qformer.token.weight[59], dec)                      # [DEC] is new
     table = dict(data.load_weights(tmp_path)) | {"bert.extra": torch.ones(1)}
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     with pytest.raises(data.BadModel, match="bert.extra"):
-        qformer.begin_as_bert(model, tmp_path)
+        init_from_bert(model, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- words
 
-BERT = [*qformer.SPECIAL, "a", "red", "circle", "##s", "left", "of", "cafe", ",", "[", "]", "sep"]
+BERT = [*SPECIAL, "a", "red", "circle", "##s", "left", "of", "cafe", ",", "[", "]", "sep"]
 
 
 def test_words_of_a_vocabulary(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(BERT) + "\n")
-    words = Words(tmp_path)
+    words = BertTokenizer(tmp_path)
     assert (words.pad, words.cls, words.sep, words.dec, len(words)) == (0, 2, 3, 16, 17)
     ids, mask = words.encode(["A red Circles, café", "left"])
     assert ids.tolist() == [[2, 5, 6, 7, 8, 12, 11, 3], [2, 9, 3, 0, 0, 0, 0, 0]]
@@ -794,35 +821,35 @@ def test_words_of_a_vocabulary(tmp_path):
     assert words.encode(long, 35)[0].shape == (1, 35)
     assert words.encode(long, 5, left=True)[0].tolist() == [[2, 6, 6, 9, 3]]
     words.save(tmp_path / "saved")
-    again = Words(tmp_path / "saved")
+    again = BertTokenizer(tmp_path / "saved")
     assert again.dec == 16 and len(again) == 17                     # not a second time
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert theirs("a red circle").input_ids == again.encode("a red circle")[0][0].tolist()
     assert theirs.bos_token_id == 16 and theirs.decode([5, 6, 7, 8]) == "a red circles"
     # the hub's files may know <image> as well, before or behind [DEC]: no caption can say it
     for i, (more, dec) in enumerate(((["[DEC]", "<image>"], 16), (["<image>"], 16))):
-        lib = qformer.word_piece(BERT)
+        lib = wordpiece_tokenizer(BERT)
         lib.add_special_tokens(more)
         (tmp_path / str(i)).mkdir()
         lib.save(str(tmp_path / str(i) / "tokenizer.json"))
-        hub = Words(tmp_path / str(i))
+        hub = BertTokenizer(tmp_path / str(i))
         assert (hub.dec, len(hub)) == (dec, 17)
         assert int(hub.encode("a <image> circle")[0].max()) < 16
     (tmp_path / "vocab.txt").write_text("\n".join(BERT[1:]))
     with pytest.raises(data.BadModel, match="missing"):
-        Words(tmp_path)
+        BertTokenizer(tmp_path)
 
 
 def test_words_made_on_the_spot(tmp_path):
-    texts = [t for i in range(50) for t in world.captions(world.scene(i))]
-    words = Words.build(texts)
+    texts = [t for i in range(50) for t in captions(make_scene(i))]
+    words = BertTokenizer.build(texts)
     vocabulary = words.lib.get_vocab()
-    assert [vocabulary[t] for t in (*qformer.SPECIAL, "[DEC]")] == [0, 1, 2, 3, 4, len(words) - 1]
+    assert [vocabulary[t] for t in (*SPECIAL, "[DEC]")] == [0, 1, 2, 3, 4, len(words) - 1]
     ids, _ = words.encode(texts, 64)
     assert not (ids == vocabulary["[UNK]"]).any() and len(words) < 200
     assert [words.decode(row) for row in ids] == [t.lower() for t in texts]
-    assert Words.build(texts).lib.to_str() == words.lib.to_str()
-    assert len(Words.build(texts, size=40)) == 40
+    assert BertTokenizer.build(texts).lib.to_str() == words.lib.to_str()
+    assert len(BertTokenizer.build(texts, size=40)) == 40
     # a word made of known letters is spelled, another is not known
     assert words.decode(words.encode("tardigrade")[0][0]) == "tardigrade"
     assert vocabulary["[UNK]"] in words.encode("ßpin")[0][0].tolist()
@@ -831,7 +858,7 @@ def test_words_made_on_the_spot(tmp_path):
 # ------------------------------------------------------------------------------------- bad input
 
 def test_texts_without_words_are_refused():
-    words = Words.build(TEXTS)
+    words = BertTokenizer.build(TEXTS)
     for bad in ("", "   ", "\n\t", "\u200b"):
         with pytest.raises(data.BadData, match="text 1: .* holds no word") as told:
             words.encode(["a red circle", bad])
@@ -852,11 +879,11 @@ def test_batches_without_negatives():
         assert all(v.isfinite() for v in made.values())
     # one pair alone has nothing to be told apart from
     assert model.losses(*one, only=("itc",))["itc"].item() == pytest.approx(0, abs=1e-6)
-    assert model.similarity(*one).shape == (1, 1) and model.match_logit(*one).shape == (1, 2)
+    assert similarity(model, *one).shape == (1, 1) and match_logit(model, *one).shape == (1, 2)
     # one picture twice: by its owner
     with pytest.raises(data.BadData):
-        model.losses(pixels, ids, mask, owner=torch.tensor([7, 7, 7]))
-    twice = model.losses(pixels, ids, mask, owner=torch.tensor([7, 7, 1]))
+        model.losses(pixels, ids, mask, image_ids=torch.tensor([7, 7, 7]))
+    twice = model.losses(pixels, ids, mask, image_ids=torch.tensor([7, 7, 1]))
     assert twice["itc"].item() != model.losses(pixels, ids, mask)["itc"].item()
 
 
@@ -881,31 +908,31 @@ def test_nonsense_in_a_config_is_one_line(pair, tmp_path):
             (("qformer_config",), {"num_attention_heads": 5}, "divide"),
             (("qformer_config",), {"hidden_act": "relu"}, "gelu"),
             (("qformer_config",), {"layer_norm_eps": 0}, "eps"),
-            (("qformer_config",), {"cross_attention_frequency": 0}, "every"),
+            (("qformer_config",), {"cross_attention_frequency": 0}, "cross_attention_freq"),
             (("qformer_config",), {"cross_attention_frequency": 3}, "no place"),
             (("qformer_config",), {"num_hidden_layers": 4}, "missing"),
             (("qformer_config",), {"use_qformer_text_input": False}, "vocabulary"),
             (("qformer_config",), {"vocab_size": 8}, "rows"),
             (("vision_config",), {"hidden_size": 48}, "width|disagree"),
-            ((), {"num_query_tokens": "32"}, "queries"), ((), {"num_query_tokens": 6}, "disagree"),
+            ((), {"num_query_tokens": "32"}, "num_queries"), ((), {"num_query_tokens": 6}, "disagree"),
             ((), {"image_text_hidden_size": -1}, "image_text"), ((), {"ln_vision_eps": "x"}, "eps"),
             ((), {"qformer_config": 3}, "object"), ((), {"model_type": "llava"}, "no Q-Former")):
         edit(tmp_path, *path, **values)
         with pytest.raises(data.BadModel, match=says) as told:
-            Retriever.from_pretrained(tmp_path)
+            Blip2Stage1.from_pretrained(tmp_path)
         assert "\n" not in str(told.value)
         (tmp_path / "config.json").write_text(whole)
-    Retriever.from_pretrained(tmp_path)                             # control
+    Blip2Stage1.from_pretrained(tmp_path)                             # control
 
 
 def test_half_precision_is_the_eyes_alone(pair, tmp_path):
     pair[0].save_pretrained(tmp_path)
-    half = Retriever.from_pretrained(tmp_path, torch.float16)
+    half = Blip2Stage1.from_pretrained(tmp_path, torch.float16)
     kinds = {(n.split(".")[0] == "vision", p.dtype) for n, p in half.named_parameters()}
     assert kinds == {(True, torch.float16), (False, torch.float32)}
     pixels, ids, mask = batch()
     with torch.no_grad():
-        found = gap(half.score(pixels, ids, mask), pair[0].score(pixels, ids, mask))
+        found = gap(score(half, pixels, ids, mask), score(pair[0], pixels, ids, mask))
     assert 1e-7 < found < .02
 
 
@@ -914,22 +941,22 @@ def test_half_precision_is_the_eyes_alone(pair, tmp_path):
 def test_the_command_line(pair, tmp_path, monkeypatch, capsys):
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["qformer.py", *map(str, args)])
-        return data.guarded(qformer.main), *capsys.readouterr()
+        return exit_status(qformer.main), *capsys.readouterr()
     model, image = tmp_path / "model", tmp_path / "img.png"
     pair[0].save_pretrained(model)
-    world.draw(world.scene(3), 64).save(image)
+    toy_world.draw(make_scene(3), 64).save(image)
     capsys.readouterr()
     code, out, err = run(image, *TEXTS[:2], "--model", model)
     assert code == 0 and not err
     rows = [line.split(maxsplit=3) for line in out.splitlines()[1:]]
     assert [row[3] for row in rows] == TEXTS[:2]
     pixels = data.preprocess(data.load_image(image), 28, "squash").repeat(2, 1, 1, 1)
-    ours = Retriever.from_pretrained(model)
-    ids, mask = ours.words.encode(TEXTS[:2])
+    ours = Blip2Stage1.from_pretrained(model)
+    ids, mask = ours.tokenizer.encode(TEXTS[:2])
     with torch.no_grad():
-        want = (ours.similarity(pixels, ids, mask).diagonal(),
-                ours.match_logit(pixels, ids, mask).softmax(1)[:, 1],
-                ours.score(pixels, ids, mask))
+        want = (similarity(ours, pixels, ids, mask).diagonal(),
+                match_logit(ours, pixels, ids, mask).softmax(1)[:, 1],
+                score(ours, pixels, ids, mask))
     for i, row in enumerate(rows):
         assert all(abs(float(a) - float(b[i])) < .006 for a, b in zip(row, want))
     for args, exit_code, says in (

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,21 @@ from PIL import Image
 import data
 import llama
 import train
+from formats.errors import UsageError
+from train import parse_args as parse
+from trainer import build, run_folder
+from trainer.checkpoint import save_checkpoint
+from trainer.schedules import lr_schedule
 
-TOY_PARTS = Path(__file__).parents[1] / "weights/toy"
+TOY_PARTS = Path(__file__).parents[1] / "toy/weights"
+SMALL = dict(width=128, depth=2, heads=4, mlp=64, num_queries=3)
 
 
 @pytest.fixture(autouse=True)
 def unchanged_process(monkeypatch):
     """Runs inside this process set threads, signals and determinism: put them back."""
     monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
-    monkeypatch.setattr(train, "TOY_QFORMER", dict(width=128, depth=2, heads=4, mlp=64, queries=3))
+    monkeypatch.setattr(build, "TOY_QFORMER", SMALL)
     threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in
                                                   (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
@@ -34,7 +41,7 @@ def unchanged_process(monkeypatch):
 
 def run(out, recipe, stage, *more, steps=3):
     """Exit code of a short run."""
-    return train.train(train.arguments([
+    return train.main(parse([
         "--recipe", recipe, "--stage", str(stage), "--output-dir", str(out), "--batch", "2",
         "--steps", str(steps), "--save-every", "1", "--threads", "1", *map(str, more)]))
 
@@ -46,14 +53,14 @@ def sha(out):
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """blip2 and minigpt4, both stages each, three steps a stage."""
-    keep, generate = train.TOY_QFORMER, train.generate
-    train.TOY_QFORMER = dict(width=128, depth=2, heads=4, mlp=64, queries=3)
+    sizes, generate = build.TOY_QFORMER, train.generate
+    build.TOY_QFORMER = SMALL
     train.generate = lambda *a, **more: iter((5, 6, 7))
     top = tmp_path_factory.mktemp("toy")
     for recipe in ("blip2", "minigpt4"):
         for stage in (1, 2):
             assert run(top / recipe / f"stage{stage}", recipe, stage) == 0
-    train.TOY_QFORMER, train.generate = keep, generate
+    build.TOY_QFORMER, train.generate = sizes, generate
     return top
 
 
@@ -92,14 +99,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(chain, tmp_path, recipe,
                                                         monkeypatch):
     start = {("blip2", 2): ("--from", chain / "blip2/stage1/model"),
              ("minigpt4", 1): ("--qformer", chain / "blip2/stage2/model")}.get((recipe, stage), ())
-    real, calls = train.save, []
+    real, calls = save_checkpoint, []
 
     def stopping(job, out, step, keep):
         real(job, out, step, keep)
         if step == 2 and not calls:
             calls.append(step)
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save", stopping)
+    monkeypatch.setattr(run_folder, "save_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", recipe, stage, *start)
     assert run(tmp_path / "run", recipe, stage, *start, "--resume", "auto") == 0
@@ -132,8 +139,8 @@ def test_sharegpt4v_unlocks_the_upper_half_of_the_tower(tmp_path):
 
 def rates(recipe, stage, steps, **changes):
     """The learning rate of every step of a row, in its own units."""
-    row = train.replace(train.RECIPES[recipe][stage - 1], **changes)
-    factor = train.factor_of(row, steps)
+    row = replace(train.RECIPES[recipe][stage - 1], **changes)
+    factor = lr_schedule(row, steps)
     return [row.lr * factor(step) for step in range(steps)]
 
 
@@ -166,8 +173,8 @@ def test_what_decays():
              "temp": torch.nn.Parameter(torch.tensor(.07))}
 
     def decaying(recipe):
-        optimizer = train.adamw(named, train.RECIPES[recipe][0])
-        return {n for n, p in named.items() for g in optimizer.param_groups
+        groups = train.parameter_groups(named, train.RECIPES[recipe][0])
+        return {n for n, p in named.items() for g in groups
                 if g["weight_decay"] == .05 and any(p is q for q in g["params"])}
     assert decaying("blip2") == {"w", "temp"} and decaying("minigpt4") == {"w"}
     assert not decaying("llava-1.5")
@@ -180,17 +187,18 @@ def test_parts_that_are_not_there_are_named(tmp_path):
         run(tmp_path / "blip2/stage2", "blip2", 2)
     with pytest.raises(data.BadModel, match="run --recipe blip2"):
         run(tmp_path / "minigpt4/stage1", "minigpt4", 1)
-    with pytest.raises(data.Usage, match="no such part"):
+    with pytest.raises(UsageError, match="no such part"):
         run(tmp_path / "run", "blip2", 1, "--train", "qformer,ear")
 
 
 @pytest.mark.parametrize("argv", [
-    ["--recipe", "blip2", "--bridge", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
+    ["--recipe", "blip2", "--projector-type", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
     ["--recipe", "llava", "--losses", "itc"], ["--recipe", "blip2", "--losses", ""],
-    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"], ["--told", "lies"]])
+    ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"],
+    ["--caption-style", "lies"]])
 def test_flags_that_do_not_fit_a_recipe(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
-        train.arguments(["--stage", "1", *argv])
+        parse(["--stage", "1", *argv])
     assert leaving.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 

@@ -19,6 +19,13 @@ import llama
 import projector
 from test_generate import TONGUE, args_for, asked, folder, inside, model, pixels, words
 from tiny import shaken
+from decoding.attention_map import attention_to_patches, tokens_by_word
+from decoding.chat import add_picture
+from decoding.flags import parse
+from decoding.pictures import image_turns, load_picture, load_pictures
+from formats.errors import UsageError
+from formats.pictures import picture_path
+from instruct.answerers import from_llama, from_vlm
 
 # ------------------------------------------------------------------------------- the tokenizers
 
@@ -68,27 +75,27 @@ class Script:
     """Stands in for a model: what each row says is written down, and then its end token."""
 
     def __init__(self, words, rows, monkeypatch, template="v1", room=None):
-        self.words, self.template, self.rows, self.steps = words, template, rows, 0
+        self.tokenizer, self.template, self.rows, self.steps = words, template, rows, 0
         rooms = lambda count: [min(count, room or 999)] * len(rows)
-        monkeypatch.setattr(g, "begin", lambda model, prompts, pictures, count, sizes=None, *_: (
-            self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool(), rooms(count)))
-        monkeypatch.setattr(g, "Cache", lambda *_: SimpleNamespace(pick=lambda parents: None))
-        monkeypatch.setattr(g, "predict", self.predict)
+        inputs = self, torch.zeros(len(rows), 1, 4), torch.ones(len(rows), 1).bool()
+        monkeypatch.setattr(g, "prefill_inputs", lambda model, prompts, pictures, count, *_: (
+            *inputs, rooms(count)))
+        monkeypatch.setattr(g, "KVCache", lambda *_: SimpleNamespace(reorder=lambda parents: None))
         self.config = SimpleNamespace(vocab=len(words), context=999)
         self.embed = SimpleNamespace(weight=torch.zeros(1))
 
-    def predict(self, llm, x, *_):
-        row = [(row + [self.words.eos] * 400)[self.steps] for row in self.rows]
+    def next_logits(self, x, *_):
+        row = [(row + [self.tokenizer.eos] * 400)[self.steps] for row in self.rows]
         self.steps += 1
         row = row * (len(x) // len(row))                    # beams: all hear the same
-        return F.one_hot(torch.tensor(row), len(self.words)).float() * 9
+        return F.one_hot(torch.tensor(row), len(self.tokenizer)).float() * 9
 
     def say(self, **settings):
         """(pieces of the stream, `Generation`) of the one row."""
         self.steps = 0
         answer = g.generate(self, [1], max_new_tokens=settings.pop("max_new_tokens", 400),
                             **settings)
-        return list(filter(None, g.spell(answer, self.words))), answer
+        return list(filter(None, g.stream_text(answer, self.tokenizer))), answer
 
 
 # --------------------------------------------------------------------------- A5: the stop texts
@@ -114,12 +121,12 @@ def test_stop_texts_in_any_script(either, monkeypatch, text, stops):
     pieces, answer = script.say(stop=stops)
     assert "".join(pieces) == before(text, stops) and answer.finish_reason == "stop"
     assert "\ufffd" not in "".join(pieces) and all(pieces)
-    assert ids[:len(answer.said)] == answer.said
+    assert ids[:len(answer.tokens)] == answer.tokens
     assert script.steps <= len(either.encode(text, bos=False))
     script.steps = 0
     (row,) = g.generate_batch(script, [[1]], max_new_tokens=99, stop=stops)
-    assert row == answer.said and row.rest == answer.rest and row.finish_reason == "stop"
-    assert "".join(g.spell(row, either)) == before(text, stops)
+    assert row == answer.tokens and row.rest == answer.rest and row.finish_reason == "stop"
+    assert "".join(g.stream_text(row, either)) == before(text, stops)
     if len(stops) == 1:
         pieces, beams = script.say(stop=stops[0], num_beams=2)
         assert "".join(pieces) == before(text, stops) and beams.finish_reason == "stop"
@@ -127,11 +134,11 @@ def test_stop_texts_in_any_script(either, monkeypatch, text, stops):
 
 def test_drawn_texts_and_stops(either, monkeypatch):
     """Every cut of a text into tokens gives the text before the first stop text, to the letter."""
-    dice, found = random.Random(0), 0
+    rng, found = random.Random(0), 0
     for _ in range(150):
-        text = "x" + "".join(dice.choice("ab!cat lo😀漢字é.끝") for _ in range(14))
-        stops = [text[i:i + dice.randint(1, 4)] for i in (dice.randint(1, 13), dice.randint(1, 13))]
-        stops.append("".join(dice.choice("ab😀漢") for _ in range(3)))
+        text = "x" + "".join(rng.choice("ab!cat lo😀漢字é.끝") for _ in range(14))
+        stops = [text[i:i + rng.randint(1, 4)] for i in (rng.randint(1, 13), rng.randint(1, 13))]
+        stops.append("".join(rng.choice("ab😀漢") for _ in range(3)))
         ids = either.encode(text, bos=False)
         pieces, answer = Script(either, [ids], monkeypatch).say(stop=stops)
         # SentencePiece's first space, which nobody sees, is text: it goes on behind a word
@@ -147,11 +154,11 @@ def test_no_piece_is_taken_back(either, monkeypatch):
     """What has been handed out stays, and no more is held than may become a stop text."""
     text = "see lo😀 lo漢 lo漢字 cat"
     script = Script(either, [either.encode(text, bos=False)], monkeypatch)
-    heard = ""
+    shown = ""
     for piece in g.stream(script, [1], max_new_tokens=99, stop="漢字"):
-        heard += piece
-        assert text.startswith(heard)
-    assert heard == "see lo😀 lo漢 lo"
+        shown += piece
+        assert text.startswith(shown)
+    assert shown == "see lo😀 lo漢 lo"
     script.steps, seen = 0, []
     for piece in g.stream(script, [1], max_new_tokens=99, stop="cat"):
         seen.append((piece, script.steps))
@@ -162,13 +169,13 @@ def test_a_stream_of_broken_bytes(words, byte_words, monkeypatch):
     """Bytes that are no character are U+FFFD, and the whole one behind them is itself."""
     smile = [3 + b for b in "😀".encode()]
     a = words.encode("a", bos=False)[-1:]
-    assert "".join(g.spell([*a, 3 + 0x80, *smile, *smile, *a], words)) == "a\ufffd😀😀a"
+    assert "".join(g.stream_text([*a, 3 + 0x80, *smile, *smile, *a], words)) == "a\ufffd😀😀a"
     for cut in (1, 2, 3):                                   # at the end half a character is nothing
         script = Script(words, [[*a, *smile, *smile[:cut]]], monkeypatch)
         for stop in ([], ["😀😀"], ["zz"]):
             pieces, answer = script.say(stop=stop)
             assert "".join(pieces) == "a😀" and answer.finish_reason == "end"
-            assert answer.said == [*a, *smile, *smile[:cut]]            # the ids are all there
+            assert answer.tokens == [*a, *smile, *smile[:cut]]            # the ids are all there
     script = Script(words, [[*a, *smile, *smile[:2]]], monkeypatch)
     assert "".join(script.say(stop="😀")[0]) == "a"
     letters = {c: b for b, c in unicode_bytes().items()}
@@ -183,14 +190,14 @@ def test_a_stop_text_does_not_match_the_prompt(either, monkeypatch):
     script = Script(either, [either.encode("OP 漢 STOP", bos=False)], monkeypatch)
     prompt = either.encode("Please ST")
     answer = g.generate(script, prompt, max_new_tokens=99, stop=["STOP", "a"])
-    assert "".join(g.spell(answer, either)) == "OP 漢 "
+    assert "".join(g.stream_text(answer, either)) == "OP 漢 "
 
 
 def test_words_of_the_attention_picture(words, byte_words):
     """Whole characters, each with its tokens."""
     for tokenizer in (words, byte_words):
         ids = tokenizer.encode("a cat 😀漢 b", bos=False)
-        found = g.by_word(ids, tokenizer)
+        found = tokens_by_word(ids, tokenizer)
         assert [word for word, _ in found] == ["a", "cat", "😀漢", "b"]
         for word, numbers in found:
             assert tokenizer.decode([ids[i] for i in numbers]).strip() == word
@@ -200,7 +207,7 @@ def test_rows_of_a_batch_stop_by_themselves(either, monkeypatch):
     texts = ["a 😀 b", "no end", "漢字 x", "cats."]
     script = Script(either, [either.encode(t, bos=False) for t in texts], monkeypatch)
     rows = g.generate_batch(script, [[1]] * 4, max_new_tokens=99, stop=["😀", "字", "s"])
-    assert ["".join(g.spell(row, either)) for row in rows] == ["a ", "no end", "漢", "cat"]
+    assert ["".join(g.stream_text(row, either)) for row in rows] == ["a ", "no end", "漢", "cat"]
     assert [row.finish_reason for row in rows] == ["stop", "end", "stop", "stop"]
 
 
@@ -212,6 +219,8 @@ def test_a_stop_text_that_is_a_token(byte_words, monkeypatch):
     pieces, answer = script.say(stop="<|eot_id|>")
     assert "".join(pieces) == "hi" and answer.finish_reason == "stop"
     assert "".join(script.say(stop="<|nothing|>")[0]) == "hiyou"
+    pieces, answer = script.say(stop="<|eot_id|>", num_beams=2)
+    assert "".join(pieces) == "hi" and answer.finish_reason == "stop"
 
 
 def test_hashes_of_a_template_are_an_end(words, monkeypatch):
@@ -224,7 +233,7 @@ def test_hashes_of_a_template_are_an_end(words, monkeypatch):
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], ["half \ud83d"]])
 def test_stop_texts_that_can_never_come(model, stop):
-    with pytest.raises(data.Usage, match="stop"):
+    with pytest.raises(UsageError, match="stop"):
         next(g.generate(model, [1], stop=stop))
 
 
@@ -233,34 +242,35 @@ def test_stop_texts_that_can_never_come(model, stop):
 def test_ask_with_several_pictures_in_a_turn(words):
     """A mark each at the front of the turn, as the chat template that we write has it."""
     text = data.prompt([{"from": "human", "value": "<image>\n<image>\nSame?"}], "v1")
-    assert g.ask(["Same?"], "v1", words, (0, 0)) == data.prompt_ids(text, words)
-    ids = g.ask(["<image> a", "b", "c <image>"], "v1", words, (0, 2, 2, 0, 2))
+    assert g.build_prompt(["Same?"], "v1", words, (0, 0)) == data.prompt_ids(text, words)
+    ids = g.build_prompt(["<image> a", "b", "c <image>"], "v1", words, (0, 2, 2, 0, 2))
     assert ids.count(data.IMAGE) == 5 and words.decode(ids).count("<image>") == 2
     for template in ("llava_llama_2", "mpt", "llava_v0", "mistral_instruct"):
-        assert g.ask(["?"], template, words, (0, 0, 0)).count(data.IMAGE) == 3
-    assert g.ask(["<image>"], "v1", words, ()).count(data.IMAGE) == 0
-    assert g.ask(["?"], "v1", words, {0: None}) == g.ask(["?"], "v1", words)    # as before
+        assert g.build_prompt(["?"], template, words, (0, 0, 0)).count(data.IMAGE) == 3
+    assert g.build_prompt(["<image>"], "v1", words, ()).count(data.IMAGE) == 0
+    one = g.build_prompt(["?"], "v1", words)
+    assert g.build_prompt(["?"], "v1", words, {0: None}) == one             # as before
 
 
 @pytest.mark.parametrize("template", ["plain", "blip2", "minigpt4_caption", "instructblip",
                                       "minigpt4"])
 def test_models_of_one_picture(words, template):
-    with pytest.raises(data.Usage, match="one picture") as info:
-        g.ask(["Same?"], template, words, (0, 0))
+    with pytest.raises(UsageError, match="one picture") as info:
+        g.build_prompt(["Same?"], template, words, (0, 0))
     assert "\n" not in str(info.value)
-    assert g.ask(["Same?"], template, words).count(data.IMAGE) == 1
+    assert g.build_prompt(["Same?"], template, words).count(data.IMAGE) == 1
     if template == "minigpt4":              # its demo shows one picture after the other
-        assert g.ask(["a", "b", "c"], template, words, (0, 2)).count(data.IMAGE) == 2
+        assert g.build_prompt(["a", "b", "c"], template, words, (0, 2)).count(data.IMAGE) == 2
     else:
-        with pytest.raises(data.Usage, match="one picture"):
-            g.ask(["a", "b", "c"], template, words, (0, 2))
+        with pytest.raises(UsageError, match="one picture"):
+            g.build_prompt(["a", "b", "c"], template, words, (0, 2))
 
 
 def seen_by(model, paths, *turns, shown=None, new=8):
     """What the model says, by way of ids and pixels."""
-    images = [g.see(path, model) for path in paths]
+    images = [load_picture(model, path) for path in paths]
     sizes = [size for _, some in images for size in some or ()]
-    ids = g.ask(list(turns), model.template, model.words, shown or [0] * len(paths))
+    ids = g.build_prompt(list(turns), model.template, model.tokenizer, shown or [0] * len(paths))
     return "".join(g.stream(model, ids, torch.cat([x for x, _ in images]), max_new_tokens=new,
                             sizes=sizes or None)).strip()
 
@@ -290,7 +300,7 @@ def test_pictures_on_the_command_line(folder, inside, model):
 def test_which_argument_is_the_question(folder, line, images, prompt):
     names = {"red": folder / "photos/0.png", "blue": folder / "photos/2.png",
              "photos": folder / "photos"}
-    args = g.arguments([word.format(**names) for word in line])
+    args = parse([word.format(**names) for word in line])
     assert (len(args.images), args.prompt) == (images, prompt)
     assert args.image == args.images[0]
 
@@ -321,8 +331,8 @@ def test_chat_with_several_pictures(folder, inside, model, tmp_path):
     values = [turn["value"] for turn in row["conversations"]]
     assert values == ["<image>\n<image>\n<image>\nOne?", one, "<image>\n<image>\nTwo?", two]
     turns = [re.sub("^(<image>\n)*", "", value) for value in values]
-    assert g.ask(turns[:3], "v1", model.words, (0, 0, 0, 2, 2)) == data.chat_ids(
-        row["conversations"][:3], "v1", model.words)
+    assert g.build_prompt(turns[:3], "v1", model.tokenizer, (0, 0, 0, 2, 2)) == data.prompt_tokens(
+        row["conversations"][:3], "v1", model.tokenizer)
     code, _, err = inside(args_for(folder, red), f"/image {blue}", "/image none.png", "/reset",
                           "Now?", f"/save {tmp_path}/y.json")
     assert json.loads((tmp_path / "y.json").read_text())[0]["image"] == ["0.png", "2.png"]
@@ -346,12 +356,12 @@ def test_saved_names_tell_folders_apart(folder, inside, tmp_path):
     code, _, err = inside(args, "Same?", f"/save {tmp_path}/x.json")
     (row,) = json.loads((tmp_path / "x.json").read_text())
     assert row["image"] == ["a/1.png", "b/1.png"] and f"its pictures are in {tmp_path}" in err
-    assert all(data.picture_path(tmp_path, name).is_file() for name in row["image"])
+    assert all(picture_path(tmp_path, name).is_file() for name in row["image"])
     bad = os.fsdecode(b"\xff.png")
     (tmp_path / bad).write_bytes((tmp_path / "a/1.png").read_bytes())
     code, _, err = inside(args_for(folder, tmp_path / bad), "Hi", f"/save {tmp_path}/z.json")
     assert code == 0 and err.count("error") == 1 and "UTF-8" in err
-    assert not list(tmp_path.glob(".gen*")) and not (tmp_path / "z.json").exists()
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "z.json").exists()
 
 
 def test_a_model_of_one_picture_says_so(folder, inside, tmp_path, model):
@@ -380,19 +390,19 @@ def test_pictures_that_fill_the_context(folder, inside, tmp_path, model):
 
 def test_tiles_of_several_pictures(words, tmp_path, monkeypatch, inside):
     """LLaVA-NeXT: each picture is cut by its own size."""
-    eye = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image=24, patch=8))
-    tongue = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
-    tiles = shaken(projector.VLM(eye, "mlp", tongue, words, aspect="anyres"), seed=3)
+    vision = clip.ViT(clip.Config(width=32, depth=2, heads=4, mlp=48, image_size=24, patch_size=8))
+    llm = llama.Llama(llama.Config(vocab=len(words), context=700, **TONGUE))
+    tiles = shaken(projector.LlavaNext(vision, "mlp", llm, words), seed=3)
     paths = [tmp_path / "wide.png", tmp_path / "tall.png", tmp_path / "small.png"]
     for path, size in zip(paths, ((60, 20), (25, 70), (24, 24))):
         Image.effect_noise(size, 90).convert("RGB").save(path)
     args = SimpleNamespace(settings={"max_new_tokens": 8}, seed=0, max_new_tokens=8, num_beams=1,
                            attention=None, verbose=False)
-    picture = g.pictured(tiles, paths)
-    assert picture[1] == [(60, 20), (25, 70), (24, 24)] and g.numbers({0: picture}) == [0, 0, 0]
-    said = g.answer(tiles, ["Same?"], {0: picture}, args)
+    picture = load_pictures(tiles, paths)
+    assert picture[1] == [(60, 20), (25, 70), (24, 24)] and image_turns({0: picture}) == [0, 0, 0]
+    said = g.print_answer(tiles, ["Same?"], {0: picture}, args)
     assert said == seen_by(tiles, paths, "Same?")
-    grown = g.with_picture(tiles, {0: g.pictured(tiles, paths[:2])}, 0, paths[2])
+    grown = add_picture(tiles, {0: load_pictures(tiles, paths[:2])}, 0, paths[2])
     assert torch.equal(grown[0][0], picture[0]) and grown[0][1:] == picture[1:]
 
 
@@ -401,9 +411,9 @@ def test_attention_is_of_one_picture(folder, model, pixels, capsys):
     with pytest.raises(SystemExit):
         args_for(folder, red, blue, "Same?", "--attention", "x.png")
     assert "one picture" in capsys.readouterr().err
-    ids = g.ask(["Same?"], "v1", model.words, (0, 0))
-    with pytest.raises(data.Usage, match="one picture"):
-        g.looked(model, ids, [80, 81], torch.cat((pixels[0], pixels[1])))
+    ids = g.build_prompt(["Same?"], "v1", model.tokenizer, (0, 0))
+    with pytest.raises(UsageError, match="one picture"):
+        attention_to_patches(model, ids, [80, 81], torch.cat((pixels[0], pixels[1])))
 
 
 # ------------------------------------------------------------------------- A9: why an answer ended
@@ -434,7 +444,7 @@ def test_reasons_of_real_models(model, words, pixels):
     assert rows == [list(row) for row in rows]              # they are lists
     answer = g.generate(model.llm, words.encode("a"), max_new_tokens=5)     # text only
     assert len(list(answer)) == 5 and answer.finish_reason == "length"
-    end = answer.said[3]
+    end = answer.tokens[3]
     answer = g.generate(model.llm, words.encode("a"), max_new_tokens=5, eos=end)
     assert end not in list(answer) and answer.finish_reason == "end"
 
@@ -469,7 +479,7 @@ def test_cut_captions_are_counted(folder, inside, tmp_path, model):
 def test_instruct_goes_by_the_reason():
     """No arithmetic of its own."""
     import inspect
-    assert "context" not in inspect.getsource(instruct.local) + inspect.getsource(instruct.eyes)
+    assert "context" not in inspect.getsource(from_llama) + inspect.getsource(from_vlm)
 
 
 # ----------------------------------------------------------------- A10: flags that did nothing
@@ -505,9 +515,9 @@ def test_flags_that_matter_are_taken(folder, capsys):
 
 @pytest.mark.parametrize("settings", [{"top_p": .5}, {"top_k": 3}, {"top_k": 3, "num_beams": 2}])
 def test_python_callers_hear_it_too(model, settings):
-    with pytest.raises(data.Usage, match="top-p and top-k"):
+    with pytest.raises(UsageError, match="top-p and top-k"):
         next(g.generate(model, [1], **settings))
-    with pytest.raises(data.Usage, match="top-p and top-k"):
+    with pytest.raises(UsageError, match="top-p and top-k"):
         g.generate_batch(model, [[1]], **settings)
 
 
@@ -521,7 +531,7 @@ def test_verbose_says_something(folder, inside, tmp_path):
 
 def test_attention_of_an_empty_answer(folder, inside, tmp_path, model):
     red = folder / "photos/0.png"
-    first = "".join(g.stream(model, asked(model, "What?"), g.see(red, model)[0],
+    first = "".join(g.stream(model, asked(model, "What?"), load_picture(model, red)[0],
                              max_new_tokens=1))
     code, _, err = inside(args_for(folder, red, "What?", "--stop", first, "--attention",
                                    tmp_path / "x.png", "--verbose"))

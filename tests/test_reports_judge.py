@@ -1,4 +1,4 @@
-"""Faults that users reported: pictures, instruct.py's answers, the three benchmarks."""
+"""Faults that users reported: pictures, answers to instruct, the three benchmarks."""
 import io
 import json
 import os
@@ -14,13 +14,22 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 import data
-import evaluate
-import instruct
 import test_benchmarks as benchmarks
 import test_instruct as asking
+import train
 from formats import pictures
 from test_benchmarks import Judge, bench, exam, scores, seer, stand_in              # noqa: F401
 from test_instruct import Server, asked, coco, folder                               # noqa: F401
+from evaluate.benchmarks import parse_choice_leniently, says_neither
+from evaluate.judge import relative_score
+from formats.pictures import list_pictures, picture_path
+from instruct.endpoint import ChatEndpoint
+from instruct.flags import parse
+from instruct.parsing import parse_reply
+from instruct.prompts import format_qa
+from instruct.sources import folder_requests
+from trainer import doctor
+from trainer.run_folder import run_config
 
 ROOT = Path(__file__).parents[1]
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
@@ -190,12 +199,12 @@ def linked(tmp_path):
 def test_links_are_followed_on_request(linked):
     for name in ("coco/deep/a.png", "b.png"):
         with pytest.raises(data.BadData, match="leads outside of .* give --follow-links"):
-            data.picture_path(linked / "img", name)
-        assert data.picture_path(linked / "img", name, follow_links=True).read_bytes()
+            picture_path(linked / "img", name)
+        assert picture_path(linked / "img", name, follow_links=True).read_bytes()
     for name in ("../secret.png", str(linked / "secret.png"), "coco/../../secret.png", "coco",
                  "coco/none.png", "C:\\x.png", ""):
         with pytest.raises(data.BadData):
-            data.picture_path(linked / "img", name, follow_links=True)
+            picture_path(linked / "img", name, follow_links=True)
 
 
 def rows(linked):
@@ -207,23 +216,22 @@ def rows(linked):
 
 def test_the_doctor_follows_links(linked, capsys):
     words = ["check", str(rows(linked)), "--images", str(linked / "img")]
-    assert data.main(data.arguments(words)) == 3 and "--follow-links" in capsys.readouterr().out
-    assert data.main(data.arguments([*words, "--follow-links"])) == 0
+    assert doctor.main(words) == 3 and "--follow-links" in capsys.readouterr().out
+    assert doctor.main([*words, "--follow-links"]) == 0
 
 
 def test_training_follows_links(linked):
-    import train
-    args = train.arguments(["--stage", "2", "--data", str(rows(linked)), "--images",
-                            str(linked / "img"), "--follow-links"])
-    assert args.follow_links and not train.arguments(["--stage", "2"]).follow_links
-    assert "follow_links" not in train.resolved(args)           # old runs can be resumed
+    args = train.parse_args(["--stage", "2", "--data", str(rows(linked)), "--images",
+                             str(linked / "img"), "--follow-links"])
+    assert args.follow_links and not train.parse_args(["--stage", "2"]).follow_links
+    assert "follow_links" not in run_config(args)           # old runs can be resumed
 
 
 def test_captions_of_linked_folders(linked):
     words = ["caption", str(linked / "img"), "--model", str(linked), "--out", str(linked / "o")]
-    jobs = list(instruct.photos(instruct.arguments(words)))
+    jobs = list(folder_requests(parse(words)))
     assert [job.image for job in jobs] == ["b.png"]             # refused when it is opened
-    jobs = list(instruct.photos(instruct.arguments([*words, "--follow-links"])))
+    jobs = list(folder_requests(parse([*words, "--follow-links"])))
     assert [job.image for job in jobs] == ["b.png", "coco/deep/a.png"]
 
 
@@ -239,10 +247,10 @@ def test_every_picture_of_a_folder_is_listed(tmp_path):
         (tmp_path / name).write_bytes(b"BMW is a car, said II*\0")
     (tmp_path / "below").mkdir()
     (tmp_path / "below/x.png").write_bytes(PNG)
-    found, lines = data.list_pictures(tmp_path)
+    found, lines = list_pictures(tmp_path)
     if "AVIF" in pictures.READERS:
         (tmp_path / "y.avif").write_bytes(encoded(NOISE, "AVIF"))
-        assert "y.avif" in [p.name for p in data.list_pictures(tmp_path)[0]]
+        assert "y.avif" in [p.name for p in list_pictures(tmp_path)[0]]
         assert data.load_image(tmp_path / "y.avif").size == NOISE.size
     assert [p.name for p in found] == sorted(good)
     told = "\n".join(lines)
@@ -250,7 +258,7 @@ def test_every_picture_of_a_folder_is_listed(tmp_path):
     assert "4 file(s) are no pictures: BMW, README, notes.txt ..." in told
     assert "1 folder(s) in it are not entered: below" in told
     assert "below/x.png" in [p.relative_to(tmp_path).as_posix()
-                             for p in data.list_pictures(tmp_path, below=True)[0]]
+                             for p in list_pictures(tmp_path, below=True)[0]]
     with pytest.raises(data.BadImage, match="HEIC is not read here: convert it"):
         data.load_image(tmp_path / "IMG_1.HEIC")
 
@@ -259,11 +267,11 @@ def test_nothing_outside_is_opened_to_look_at_it(linked):
     (linked / "img/word").symlink_to(linked / "secret.png")
     opened, watching = [], True
     sys.addaudithook(lambda event, args: watching and event == "open" and opened.append(args[0]))
-    found, lines = data.list_pictures(linked / "img", below=True)
+    found, lines = list_pictures(linked / "img", below=True)
     watching = False
     assert not [p for p in opened if "secret" in str(p)] and "--follow-links" in "".join(lines)
     assert [p.name for p in found] == ["b.png"]
-    assert "word" in [p.name for p in data.list_pictures(linked / "img", follow_links=True)[0]]
+    assert "word" in [p.name for p in list_pictures(linked / "img", follow_links=True)[0]]
 
 
 def test_generate_tells_of_the_others(tmp_path, seer):
@@ -347,7 +355,7 @@ def test_many_refusals_do_not_end_a_run_that_gets_answers(folder):
 # ---------------------------------------------------------------- the form of answers
 
 WANT = ["What is it?", "A cat.", "Is it large?", "Yes, it is."]
-PLAIN = instruct.laid_out([WANT[:2], WANT[2:]])
+PLAIN = format_qa([WANT[:2], WANT[2:]])
 BOLD = ("**Question:** What is it?\n**Answer:** A cat.\n\n**Question:** Is it large?\n"
         "**Answer:** Yes, it is.")
 SHAPES = {
@@ -381,7 +389,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_answers_are_read_in_any_clear_form(shape):
-    assert instruct.parse("conversation", SHAPES[shape]) == WANT
+    assert parse_reply("conversation", SHAPES[shape]) == WANT
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -396,7 +404,7 @@ def test_answers_are_read_in_any_clear_form(shape):
     ("Question: What is it?\nAnswer:", "no === blocks")])
 def test_what_is_not_clear_is_rejected_with_its_reason(text, reason):
     with pytest.raises(data.BadData, match=reason):
-        instruct.parse("conversation", text)
+        parse_reply("conversation", text)
 
 
 @pytest.mark.parametrize("text, want", [
@@ -405,7 +413,7 @@ def test_what_is_not_clear_is_rejected_with_its_reason(text, reason):
     ("<think>The caption</think>A cat sits.", "A cat sits."),
     ("Here is a cat. It sits.", "Here is a cat. It sits.")])
 def test_descriptions_without_what_stands_around_them(text, want):
-    assert instruct.parse("detail", text) == [want]
+    assert parse_reply("detail", text) == [want]
 
 
 @pytest.mark.parametrize("message, what, want", [
@@ -421,10 +429,10 @@ def test_descriptions_without_what_stands_around_them(text, want):
     ({"content": "", "reasoning_content": "Hm"}, "detail", ("Hm", "thinking without an answer")),
     ({"content": None}, "detail", ("", ""))])
 def test_what_a_message_says(folder, message, what, want):
-    args = instruct.arguments([what, "--toy", "1", "--images", str(folder), "--out",
+    args = parse([what, "--toy", "1", "--images", str(folder), "--out",
                                str(folder / "o"), "--endpoint", "http://127.0.0.1:1/v1",
                                "--endpoint-model", "m"])
-    assert instruct.Endpoint(args).read({"choices": [{"message": message}]}) == want
+    assert ChatEndpoint(args).read({"choices": [{"message": message}]}) == want
 
 
 # ---------------------------------------------------------------- LLaVA-Bench
@@ -468,9 +476,9 @@ def test_a_missing_review_leaves_the_other_categories(papers, seer, stand_in, ca
 
 
 def test_groups_without_grades():
-    assert evaluate.relative([[-1, -1]])["score"] is None
-    assert evaluate.relative([[1, 2], [-1, -1]])["score"] is None       # a mean of nothing
-    assert evaluate.relative([[8, 4]])["score"] == 50
+    assert relative_score([[-1, -1]])["score"] is None
+    assert relative_score([[1, 2], [-1, -1]])["score"] is None       # a mean of nothing
+    assert relative_score([[8, 4]])["score"] == 50
 
 
 # ---------------------------------------------------------------- ScienceQA and POPE
@@ -483,7 +491,7 @@ def test_groups_without_grades():
     ("I do not know", -1), ("The answer is a cat", -1),
     ("The answer is A. The answer is B.", -1)])
 def test_what_a_reader_would_read(text, pick):
-    assert evaluate.chosen_leniently(text, ["dog", "cat", "a bird"]) == pick
+    assert parse_choice_leniently(text, ["dog", "cat", "a bird"]) == pick
 
 
 def test_scienceqa_shows_both_rules(papers, seer, stand_in, capsys):
@@ -520,7 +528,7 @@ def test_pope_has_no_note_where_there_is_nothing_to_note(papers, seer, stand_in,
     ("Yes", 0), ("NO", 0), ("there isn't", 0), ("It is not", 0), ("A cat", 1), ("nothing", 1),
     ("", 1), ("know", 1)])
 def test_neither_yes_nor_no(text, neither):
-    assert evaluate.says_neither(text) == bool(neither)
+    assert says_neither(text) == bool(neither)
 
 
 def test_a_damaged_picture_ends_no_benchmark(papers, seer, stand_in, capsys):

@@ -24,6 +24,12 @@ import qformer
 import test_official as official
 import test_qformer_vlm as queries
 from tiny import LIMIT, edit, gap, shaken, write_words
+from decoding.loading import cast_for_cpu
+from formats.checkpoints import export, load_into, save_weights
+from formats.errors import UsageError
+from formats import names, unused
+from formats.export import save_tokenizer
+from trainer.build import init_from_bert, load_projector
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +37,7 @@ IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 def change(folder, new=None, drop=()):
     """Rewrite the weights of a folder: `new` tensors added, those that match `drop` left out."""
     table = {k: v for k, v in data.load_weights(folder).items() if k not in drop}
-    data.save_weights(folder, table | (new or {}))
+    save_weights(folder, table | (new or {}))
 
 
 def write_vlm(folder, family):
@@ -50,7 +56,7 @@ def theirs(folder):
 
 
 def vlm_gap(ours, other):
-    module = official if ours.kind != "qformer" else queries
+    module = official if ours.projector_type != "qformer" else queries
     return module.vlm_gap(ours, other)
 
 
@@ -77,7 +83,7 @@ def test_ties_are_read_as_transformers_reads_them(tmp_path, family, head, said):
         table[name] = table["language_model.model.embed_tokens.weight"].clone()
     elif head == "absent":
         del table[name]
-    data.save_weights(tmp_path, table)
+    save_weights(tmp_path, table)
     tied = {"llava": any(TIES[said]), "next": TIES[said][0]}.get(family.split()[0], TIES[said][1])
     if head == "absent" and not tied:                   # transformers draws a head at random
         with pytest.raises(data.BadModel, match="lm_head.weight is missing"):
@@ -88,7 +94,7 @@ def test_ties_are_read_as_transformers_reads_them(tmp_path, family, head, said):
     assert (ours.llm.head.weight is ours.llm.embed.weight) == bool(tied and head != "another")
     ours.save_pretrained(tmp_path / "again")            # and it is written as it is
     again = projector.VLM.from_pretrained(tmp_path / "again")
-    assert again.llm.config.tied == ours.llm.config.tied
+    assert again.llm.config.tie_embeddings == ours.llm.config.tie_embeddings
     assert torch.equal(again.llm.head.weight, ours.llm.head.weight)
     assert vlm_gap(ours, theirs(tmp_path / "again")) <= LIMIT
 
@@ -106,7 +112,7 @@ def test_a_tied_llama_with_a_head_in_its_file(tmp_path, kind, head):
     with torch.no_grad():
         right = model(IDS).logits
         assert gap(ours(IDS), right) <= LIMIT
-        assert ours.config.tied == (head != "another")
+        assert ours.config.tie_embeddings == (head != "another")
         ours.save_pretrained(tmp_path / "again")
         assert gap(theirs(tmp_path / "again")(IDS).logits, right) <= LIMIT
         if head == "another":                           # control: a tie would be heard
@@ -121,7 +127,7 @@ def test_an_official_llava_keeps_its_own_head(tmp_path):
     official.write_official(model, tmp_path / "a", "llava", tmp_path / "clip")
     edit(tmp_path / "a", tie_word_embeddings=True)
     ours = projector.VLM.from_pretrained(tmp_path / "a")
-    assert vlm_gap(ours, model) <= LIMIT and not ours.llm.config.tied
+    assert vlm_gap(ours, model) <= LIMIT and not ours.llm.config.tie_embeddings
 
 
 # ------------------------------------------------------------------------------- A3: reasons
@@ -174,7 +180,7 @@ def test_inv_freq_inside_a_llava(tmp_path):
 @pytest.mark.parametrize("which", ["weight", "bias"])
 def test_a_caption_head_called_tied_must_be(tmp_path, which):
     """LAVIS and BERT write the decoder beside the embedding it is tied to."""
-    c = qformer.Config(width=32, depth=2, heads=2, mlp=48, queries=3, vision=32, vocab=len(
+    c = qformer.Config(width=32, depth=2, heads=2, mlp=48, num_queries=3, vision_width=32, vocab=len(
         queries.READER))
     bert = shaken(transformers.BertForPreTraining(transformers.BertConfig(
         vocab_size=c.vocab - 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -184,12 +190,12 @@ def test_a_caption_head_called_tied_must_be(tmp_path, which):
     both = {f"cls.predictions.decoder.{k}": state[f"cls.predictions.decoder.{k}"].clone()
             for k in ("weight", "bias")}
     change(tmp_path, both)
-    model = qformer.Retriever(clip.Config(32, 2, 2, 48, 1e-6, 24, 8, eva=True, tail=False), c)
-    qformer.begin_as_bert(model, tmp_path)
+    model = qformer.Blip2Stage1(clip.Config(32, 2, 2, 48, 1e-6, 24, 8, eva=True, has_final_block=False), c)
+    init_from_bert(model, tmp_path)
     name = f"cls.predictions.decoder.{which}"
     change(tmp_path, {name: both[name] + 1})
     with pytest.raises(data.BadModel, match=f"decoder.{which} is left unused as tied"):
-        qformer.begin_as_bert(model, tmp_path)
+        init_from_bert(model, tmp_path)
     lavis = {f"Qformer.bert.embeddings.word_embeddings.weight": torch.ones(3, 2),
              "Qformer.cls.predictions.bias": torch.ones(3),
              "Qformer.cls.predictions.decoder.weight": torch.ones(3, 2),
@@ -197,10 +203,10 @@ def test_a_caption_head_called_tied_must_be(tmp_path, which):
     part = torch.nn.Module()
     part.word, part.bias = (torch.nn.Parameter(torch.zeros(n)) for n in ((3, 2), (3,)))
     table = {"word": list(lavis)[0], "bias": list(lavis)[1]}
-    data.fill(part, table, lavis, qformer.Retriever.IGNORE)
+    load_into(part, table, lavis, unused.STAGE1)
     lavis[f"Qformer.cls.predictions.decoder.{which}"] *= 2
     with pytest.raises(data.BadModel, match=f"decoder.{which} is left unused as tied"):
-        data.fill(part, table, lavis, qformer.Retriever.IGNORE)
+        load_into(part, table, lavis, unused.STAGE1)
 
 
 # ------------------------------------------------------------------------------- A4: processors
@@ -517,7 +523,7 @@ def test_added_tokens_have_transformers_ids(tmp_path, how):
             assert ours.added(token) == hf.get_added_vocab().get(token)
     agree(ours, hf)
     (tmp_path / "b").mkdir()
-    data.save_tokenizer(ours, tmp_path / "b")           # and both read the same from ours
+    save_tokenizer(ours, tmp_path / "b")           # and both read the same from ours
     agree(data.Tokenizer(tmp_path / "b"),
           transformers.AutoTokenizer.from_pretrained(tmp_path / "b"))
     assert ours.encode("<image>", bos=False, special=False) != [ours.added("<image>")]
@@ -537,9 +543,9 @@ def test_tokens_without_a_row_are_unused_or_refused(tmp_path, token):
     fill = [(f"<f{i}>", 110 + i) for i in range(18)]
     write_added(tmp_path, fill + [(token, 128)], pad_token=token)
     ours = projector.VLM.from_pretrained(tmp_path)
-    assert len(ours.words) == 129 and ours.words.pad == 0
-    ids = ours.words.encode(f"a {token} b")
-    assert max(ids) < 128 and ids[:3] == ours.words.encode("a ")[:3]
+    assert len(ours.tokenizer) == 129 and ours.tokenizer.pad == 0
+    ids = ours.tokenizer.encode(f"a {token} b")
+    assert max(ids) < 128 and ids[:3] == ours.tokenizer.encode("a ")[:3]
     assert vlm_gap(ours, theirs(tmp_path)) <= LIMIT
     for used in (dict(eos_token=token), dict(bos_token=token)):
         write_added(tmp_path, fill + [(token, 128)], **used)
@@ -561,7 +567,7 @@ def test_a_saved_model_has_rows_for_image_and_pad(tmp_path, monkeypatch):
     ours.save_pretrained(tmp_path / "b")
     assert vlm_gap(ours, theirs(tmp_path / "b")) <= LIMIT
     again = projector.VLM.from_pretrained(tmp_path / "b")
-    assert again.llm.config.vocab == 112 and len(again.words) == 112
+    assert again.llm.config.vocab == 112 and len(again.tokenizer) == 112
 
 
 @pytest.mark.parametrize("what", [{"added_tokens_decoder": {"x": {"content": "a"}}},
@@ -609,19 +615,19 @@ def test_a_projector_that_is_a_pickle(tmp_path):
     """LLaVA publishes mm_projector.bin: the line converts it, and then it is loaded."""
     write_vlm(tmp_path / "a", "llava")
     ours = projector.VLM.from_pretrained(tmp_path / "a")
-    table = data.export(ours.bridge, {k.removeprefix("bridge."): v
-                                      for k, v in ours.BRIDGE_NAMES.items()})
-    names = {"linear_1": "0", "linear_2": "2"}
+    table = export(ours.projector, {k.removeprefix("projector."): v
+                                    for k, v in names.LLAVA_PROJECTOR.items()})
+    numbers = {"linear_1": "0", "linear_2": "2"}
     torch.save({re.sub(r"multi_modal_projector\.(linear_.)", lambda m: "model.mm_projector."
-                       + names[m[1]], k): v + 1 for k, v in table.items()},
+                       + numbers[m[1]], k): v + 1 for k, v in table.items()},
                tmp_path / "mm_projector.bin")
     with pytest.raises(data.BadModel, match="mm_projector.bin: pickled weights") as info:
-        ours.load_bridge(tmp_path / "mm_projector.bin")
+        load_projector(ours, tmp_path / "mm_projector.bin")
     subprocess.run([sys.executable, "-c", re.search(r'python -c "(.*)"', str(info.value))[1]],
                    check=True)
-    before = ours.bridge.first.weight.clone()
-    ours.load_bridge(tmp_path / "mm_projector.safetensors")
-    assert torch.equal(ours.bridge.first.weight, before + 1)
+    before = ours.projector.first.weight.clone()
+    load_projector(ours, tmp_path / "mm_projector.safetensors")
+    assert torch.equal(ours.projector.first.weight, before + 1)
 
 
 def test_hub_ids_with_pickles_and_the_older_tokenizer(tmp_path):
@@ -671,10 +677,10 @@ def write_adapter(folder, prefix="language_model.model.", base=None, rank=4, **c
 def by_hand(folder, pairs, scale):
     """transformers' model of the folder, with scale(module) B A added to its weights."""
     model = theirs(folder)
-    modules = {projector.canonical(f"{k}.weight"): m for k, m in model.named_modules()}
+    modules = {names.canonical(f"{k}.weight"): m for k, m in model.named_modules()}
     with torch.no_grad():
         for name, (A, B) in pairs.items():
-            modules[projector.canonical(f"{name}.weight")].weight += scale(name) * (B @ A)
+            modules[names.canonical(f"{name}.weight")].weight += scale(name) * (B @ A)
     return model
 
 
@@ -777,7 +783,7 @@ def test_llavas_own_lora_folder(tmp_path):
                             with_tower=False)
     table = {k: v.clone() for k, v in data.load_weights(tmp_path / "whole").items()}
     base, lora = tmp_path / "vicuna", tmp_path / "lora"
-    data.save_weights(base, {k: v for k, v in table.items() if "projector" not in k})
+    save_weights(base, {k: v for k, v in table.items() if "projector" not in k})
     write_words(base)
     pairs = write_adapter(lora, "model.", "lmsys/vicuna-7b-v1.5")
     shutil.copy(tmp_path / "whole/config.json", lora)
@@ -802,9 +808,9 @@ def test_llavas_own_lora_folder(tmp_path):
 def test_where_an_adapter_cannot_be_used(tmp_path):
     base = write_vlm(tmp_path / "base", "llava")
     write_adapter(tmp_path / "lora")
-    with pytest.raises(data.Usage, match="does not name its base.*--model-base"):
+    with pytest.raises(UsageError, match="does not name its base.*--model-base"):
         projector.VLM.from_pretrained(tmp_path / "lora")
-    with pytest.raises(data.Usage, match="is a whole model, no LoRA adapter"):
+    with pytest.raises(UsageError, match="is a whole model, no LoRA adapter"):
         projector.VLM.from_pretrained(base, base=base)
     for load in (data.load_weights, clip.ViT.from_pretrained, llama.Llama.from_pretrained):
         (tmp_path / "lora/config.json").write_text("{}")
@@ -859,6 +865,6 @@ def test_dtype_auto_on_a_gpu(tmp_path, monkeypatch, capsys, has, kind, becomes):
     write_vlm(tmp_path, "llava")
     model = projector.VLM.from_pretrained(tmp_path, getattr(torch, kind))
     capsys.readouterr()
-    made = generate.at_home(model, torch.device("cuda"))
+    made = cast_for_cpu(model, torch.device("cuda"))
     assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
     assert capsys.readouterr().err.count("\n") == (kind != becomes)

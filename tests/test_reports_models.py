@@ -13,6 +13,7 @@ import transformers
 from packaging.requirements import Requirement
 from PIL import Image
 
+from formats import configs
 import clip
 import data
 import evaluate
@@ -22,9 +23,19 @@ import llama
 import projector
 import test_compile
 import train
-from kernels.attention import packed
+from kernels.attention import document_spans
 from test_qformer_vlm import ASKED, PIXELS, READER, folders      # noqa: F401 (a fixture)
 from tiny import LIMIT, edit, gap, loaded, shaken, write_words
+from decoding.attention_map import attention_to_patches
+from decoding.captions import caption_folder
+from decoding.cuda_graph import StaticCache
+from evaluate import benchmarks
+from evaluate.benchmarks import model_answers
+from evaluate.toy import answers
+from formats.errors import UserError
+from instruct.journal import Request
+from trainer.build import new_vlm
+from trainer.loader import MicroBatches
 
 ROOT = Path(__file__).parents[1]
 TONGUE = dict(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -33,7 +44,7 @@ TONGUE = dict(vocab_size=100, hidden_size=32, num_hidden_layers=3, num_attention
 
 
 def config(**values):
-    return llama.Config.from_hf({**TONGUE, **values})
+    return llama.Config(**configs.llama_from_hf({**TONGUE, **values}))
 
 
 # ------------------------------------------------------------------------- the requirement files
@@ -85,7 +96,7 @@ def test_the_context(values, context):
     """FastChat's get_context_length: int(factor * max_position_embeddings)."""
     made = config(**values)
     assert made.context == context
-    assert llama.Config.from_hf(made.to_hf()) == made                   # saved, it loads so again
+    assert llama.Config(**configs.llama_from_hf(configs.llama_to_hf(made))) == made                   # saved, it loads so again
 
 
 def test_a_context_that_the_factor_does_not_divide_survives():
@@ -94,7 +105,7 @@ def test_a_context_that_the_factor_does_not_divide_survives():
             made = config(max_position_embeddings=old, rope_scaling={"type": "linear",
                                                                      "factor": factor})
             assert made.context == int(old * factor)
-            assert llama.Config.from_hf(made.to_hf()) == made
+            assert llama.Config(**configs.llama_from_hf(configs.llama_to_hf(made))) == made
 
 
 @pytest.mark.parametrize("values", [
@@ -106,7 +117,7 @@ def test_a_context_that_the_factor_does_not_divide_survives():
     {"rope_theta": 700.0}, {}])
 def test_theta_is_where_transformers_finds_it(values):
     theirs = transformers.LlamaConfig(**TONGUE, **json.loads(json.dumps(values)))
-    assert config(**values).theta == theirs.rope_parameters["rope_theta"]
+    assert config(**values).rope_theta == theirs.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize("values, said", [
@@ -149,7 +160,7 @@ def test_a_stretched_model_writes_past_the_length_before(tmp_path):
     with torch.no_grad():
         assert gap(ours(ids), theirs(ids).logits) <= LIMIT
     assert len(list(generate.generate(ours, ids[0, :40].tolist(), max_new_tokens=99))) == 24
-    with pytest.raises(data.Failure, match="context has 64"):
+    with pytest.raises(UserError, match="context has 64"):
         list(generate.generate(ours, ids[0].tolist() * 2))
 
 
@@ -190,16 +201,16 @@ def test_prefill_sees_the_window(mistral):
         assert gap(ours(ids), theirs(ids).logits) <= LIMIT
 
 
-def stepped(model, ids, keep, prompt, held=False):
+def stepped(model, ids, attention_mask, prompt, held=False):
     """Logits of the places behind the prompt, one by one with a cache; held: by the device."""
-    positions = (keep.cumsum(1) - 1).clamp(min=0)
-    cache = llama.Cache(model.config, len(ids), ids.shape[1] + 3, model.embed.weight,
-                        keep[:, :prompt])
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    cache = llama.KVCache(model.config, len(ids), ids.shape[1] + 3, model.embed.weight,
+                        attention_mask[:, :prompt])
     cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
-    model(ids[:, :prompt], cache, positions[:, :prompt])
+    model(ids[:, :prompt], cache, position_ids[:, :prompt])
     if held:
-        cache.hold()
-    return torch.cat([model(ids[:, t:t + 1], cache, positions[:, t:t + 1])
+        cache = StaticCache(cache)
+    return torch.cat([model(ids[:, t:t + 1], cache, position_ids[:, t:t + 1])
                       for t in range(prompt, ids.shape[1])], 1)
 
 
@@ -208,22 +219,22 @@ def stepped(model, ids, keep, prompt, held=False):
 @torch.no_grad()
 def test_step_by_step_with_a_cache_and_left_padding(mistral, prompt, held):
     _, ours, theirs = mistral
-    ids, keep = draw(3, 24), torch.ones(3, 24, dtype=torch.bool)
-    keep[1, :1], keep[2, :prompt - 1] = False, False
-    positions = (keep.cumsum(1) - 1).clamp(min=0)
-    told = theirs(ids, attention_mask=keep.long(), position_ids=positions).logits
+    ids, attention_mask = draw(3, 24), torch.ones(3, 24, dtype=torch.bool)
+    attention_mask[1, :1], attention_mask[2, :prompt - 1] = False, False
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    told = theirs(ids, attention_mask=attention_mask.long(), position_ids=position_ids).logits
     # the whole row at once, then a place at a time
-    for got in (ours(ids, positions=positions, keep=keep)[:, prompt:],
-                stepped(ours, ids, keep, prompt, held)):
+    for got in (ours(ids, position_ids=position_ids, attention_mask=attention_mask)[:, prompt:],
+                stepped(ours, ids, attention_mask, prompt, held)):
         assert gap(got, told[:, prompt:]) <= LIMIT
-    assert gap(stepped(widened(ours), ids, keep, prompt, held), told[:, prompt:]) > 100 * LIMIT
+    assert gap(stepped(widened(ours), ids, attention_mask, prompt, held), told[:, prompt:]) > 100 * LIMIT
 
 
 @torch.no_grad()
 def test_a_chunk_behind_a_cache_sees_its_window(mistral):
     _, ours, theirs = mistral
     ids = draw(2, 30)
-    cache = llama.Cache(ours.config, 2, 30, ours.embed.weight)
+    cache = llama.KVCache(ours.config, 2, 30, ours.embed.weight)
     parts = [ours(part, cache) for part in ids.split([4, 11, 1, 14], 1)]
     assert gap(torch.cat(parts, 1), theirs(ids).logits) <= LIMIT
 
@@ -236,7 +247,7 @@ def test_packed_documents_see_their_own_windows(mistral):
     for policy in (None, "attention", "full"):
         ours.checkpoint = policy
         ours.zero_grad()
-        x = ours.head(ours.hidden(row, documents=packed([[17, 3, 20]])))
+        x = ours.head(ours.hidden(row, doc_spans=document_spans([[17, 3, 20]])))
         x.square().mean().backward()
         found[policy] = x.detach(), ours.blocks[0].qkv.weight.grad.clone()
         assert torch.equal(found[policy][1], found[None][1])
@@ -245,7 +256,7 @@ def test_packed_documents_see_their_own_windows(mistral):
         alone = torch.cat([theirs(ids).logits for ids in texts], 1)
         assert gap(found[None][0], alone) <= LIMIT
         wide = widened(ours)
-        assert gap(wide.head(wide.hidden(row, documents=packed([[17, 3, 20]]))), alone
+        assert gap(wide.head(wide.hidden(row, doc_spans=document_spans([[17, 3, 20]]))), alone
                    ) > 100 * LIMIT
     ours.zero_grad()
     (sum(theirs(ids).logits.square().sum() for ids in texts) / row.numel() / 100).backward()
@@ -254,7 +265,7 @@ def test_packed_documents_see_their_own_windows(mistral):
     theirs.zero_grad()
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache": False}])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}])
 def test_written_text_is_theirs(mistral, settings):
     _, ours, theirs = mistral
     ids = draw(1, 9)
@@ -291,7 +302,7 @@ def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, 
     write_words(source)
     blip2 = folders["blip2"][0]
     if bridge == "qformer":
-        made = projector.VLM.from_parts(None, source, "qformer", "minigpt4", "squash",
+        made = new_vlm(None, source, "qformer", "minigpt4", "squash",
                                         qformer=blip2)
         pixels = PIXELS[:1]
     else:
@@ -301,7 +312,7 @@ def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, 
             text_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                              intermediate_size=48))))
         eye.save_pretrained(tmp_path / "clip")
-        made, pixels = projector.VLM.from_parts(tmp_path / "clip", source), PIXELS[:1]
+        made, pixels = new_vlm(tmp_path / "clip", source), PIXELS[:1]
     made.save_pretrained(tmp_path / "vlm")
     again = projector.VLM.from_pretrained(tmp_path / "vlm")
     assert again.llm.config == made.llm.config and again.llm.config.window == WINDOW
@@ -318,15 +329,15 @@ def test_what_an_answer_looked_at_lies_in_its_window(mistral, tmp_path):
     folder = tmp_path / "llm"
     mistral[1].save_pretrained(folder)
     write_words(folder)
-    eye = shaken(clip.CLIP(clip.Config(32, 3, 4, 48, image=24, patch=8),
-                           clip.Config(32, 1, 4, 48, vocab=50, context=8, end=49), 16))
+    eye = shaken(clip.CLIP(clip.Config(32, 3, 4, 48, image_size=24, patch_size=8),
+                           clip.Config(32, 1, 4, 48, vocab=50, context=8, eos_id=49), 16))
     eye.save_pretrained(tmp_path / "clip")
-    vlm = projector.VLM.from_parts(tmp_path / "clip", folder)
+    vlm = new_vlm(tmp_path / "clip", folder)
     ids, pixels = [1, data.IMAGE, *range(5, 15)], PIXELS[:1]
-    assert float(generate.looked(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0     # 10 tokens back
-    assert float(generate.looked(vlm, ids[:4], [7, 8], pixels, 0).sum()) > 0
+    assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0     # 10 tokens back
+    assert float(attention_to_patches(vlm, ids[:4], [7, 8], pixels, 0).sum()) > 0
     vlm.llm = widened(vlm.llm)
-    assert float(generate.looked(vlm, ids, [7, 8], pixels, 0).sum()) > 0            # control
+    assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).sum()) > 0            # control
 
 
 # ------------------------------------------------------------------------- CLIP's text tower
@@ -369,7 +380,7 @@ def test_end_ids_of_a_text_may_be_a_list(towers, tmp_path, end):
         other).last_hidden_state[[0, 1], [3, 2]]), dim=-1)) <= LIMIT) == (57 in end)
     ours.save_pretrained(tmp_path / "again")
     again = clip.CLIP.from_pretrained(tmp_path / "again")
-    assert {*again.text.config.ends} == {*end}
+    assert {*again.text.config.eos_ids} == {*end}
     assert torch.equal(again.encode_text(ids), ours.encode_text(ids))
 
 
@@ -395,12 +406,12 @@ TYPED = "Wh\u00e4t is \u4e2d\u200bin it?", "\u200b", "\u4e2d\u6587", "How many  
 def reads(folders, monkeypatch):                                        # noqa: F811
     """An InstructBLIP, and what its Q-Former was given since."""
     model, given = projector.VLM.from_pretrained(folders["instructblip"][0]), []
-    encode = model.reader.encode
+    encode = model.qformer_tokenizer.encode
 
     def noted(texts, *rest, **named):
         given.extend(texts)
         return encode(texts, *rest, **named)
-    monkeypatch.setattr(model.reader, "encode", noted)
+    monkeypatch.setattr(model.qformer_tokenizer, "encode", noted)
     return model, given
 
 
@@ -408,8 +419,8 @@ def reads(folders, monkeypatch):                                        # noqa: 
 def test_ids_do_not_give_back_what_was_typed(reads, text):
     """The control of the tests below; and what is known of ids alone is read as before."""
     model, given = reads
-    ids = generate.ask([text], model.template, model.words)
-    lost = model.asked(torch.tensor([ids]))[0]
+    ids = generate.build_prompt([text], model.template, model.tokenizer)
+    lost = model.qformer_text(torch.tensor([ids]))[0]
     assert lost != text
     list(generate.generate(model, [*ids], PIXELS[:1], max_new_tokens=1))
     assert given == [lost]
@@ -418,16 +429,16 @@ def test_ids_do_not_give_back_what_was_typed(reads, text):
     assert given == [lost, lost]
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache": False}])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}])
 def test_generate_hands_on_what_was_typed(reads, settings):
     model, given = reads
     for text in TYPED:
-        ids = generate.ask([text], model.template, model.words)
+        ids = generate.build_prompt([text], model.template, model.tokenizer)
         given.clear()
         list(generate.generate(model, ids, PIXELS[:1], max_new_tokens=2, **settings))
         assert given == [text]
     given.clear()
-    rows = [generate.ask([text], model.template, model.words) for text in TYPED[:2]]
+    rows = [generate.build_prompt([text], model.template, model.tokenizer) for text in TYPED[:2]]
     generate.generate_batch(model, rows, [PIXELS[:1]] * 2, max_new_tokens=2, **settings)
     assert given == list(TYPED[:2])
 
@@ -440,23 +451,23 @@ def test_every_way_to_ask_hands_on_what_was_typed(reads, monkeypatch, tmp_path):
     args = SimpleNamespace(seed=0, settings={"max_new_tokens": 2}, attention=None, verbose=False,
                            num_beams=1, batch_size=2, prompt=TYPED[0], out=str(tmp_path / "o.json"),
                            max_new_tokens=2)
-    generate.answer(model, [TYPED[2]], {0: (pixels, None)}, args)
+    generate.print_answer(model, [TYPED[2]], {0: (pixels, None)}, args)
     assert given == [TYPED[2]]
     given.clear()
-    generate.answer(model, ["a", "b", TYPED[0]], {0: (pixels, None)}, args)
+    generate.print_answer(model, ["a", "b", TYPED[0]], {0: (pixels, None)}, args)
     assert given == [TYPED[0]]                          # it knows one question: the last
     given.clear()
-    generate.captions(model, [tmp_path / "a.png"] * 2, args)
+    caption_folder(model, [tmp_path / "a.png"] * 2, args, generate.generate_batch)
     assert given == [TYPED[0]] * 2
     given.clear()
-    evaluate.answers(model, list(TYPED[:2]), PIXELS, 2)
+    answers(model, list(TYPED[:2]), PIXELS, 2)
     assert given == list(TYPED[:2])
     given.clear()
-    monkeypatch.setattr(generate, "load", lambda args: model)
-    jobs = [instruct.Job(str(i), "a.png", str(i), text) for i, text in enumerate(TYPED)]
+    monkeypatch.setattr(benchmarks, "load_model", lambda args: model)
+    jobs = [Request(str(i), "a.png", str(i), text) for i, text in enumerate(TYPED)]
     asked = SimpleNamespace(model="m", batch_size=4, images=tmp_path, max_new_tokens=2,
                             follow_links=False)
-    list(evaluate.replies(asked, jobs, {}))
+    list(model_answers(asked, jobs, {}))
     assert given == list(TYPED)
 
 
@@ -477,10 +488,10 @@ def test_training_reads_the_samples_question(reads):
     talks = [[{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "Two."}]
              for text in TYPED[:2]]
     assert [data.question(talk) for talk in talks] == list(TYPED[:2])
-    rows = [data.encode(talk, "instructblip", model.words) for talk in talks]
+    rows = [data.encode(talk, "instructblip", model.tokenizer) for talk in talks]
     ids, labels = data.collate(rows, 0)
-    keep = torch.arange(ids.shape[1]) < torch.tensor([[len(r[0])] for r in rows])
-    model.loss(ids, labels, PIXELS, keep, questions=[data.question(t) for t in talks])
+    attention_mask = torch.arange(ids.shape[1]) < torch.tensor([[len(r[0])] for r in rows])
+    model.loss(ids, labels, PIXELS, attention_mask, questions=[data.question(t) for t in talks])
     assert given == list(TYPED[:2])
 
 
@@ -495,7 +506,7 @@ def test_batches_carry_the_questions(reads):
                 return {"conversations": [{"from": "human", "value": "no picture"}, talks[3][1]]}
             return {"image": "picture", "conversations": talks[index]}
 
-        def asked(self, index):
+        def instruction(self, index):
             return ""
 
         def read(self, index):
@@ -511,12 +522,12 @@ def test_batches_carry_the_questions(reads):
         def fault(self, index):
             return None
 
-    row = SimpleNamespace(batch=4, groups=1, template="instructblip", aspect="squash")
+    row = SimpleNamespace(batch=4, loss_groups=1, template="instructblip", image_aspect="squash")
     for pack in (0, 400):
         args = SimpleNamespace(row=row, pack=pack, accum=1, official_quirks=False, max_length=0,
                                on_bad_sample="error", workers=0)
-        micro = train.Batches(Samples(), model, args)[0, 0]
+        micro = MicroBatches(Samples(), model, args)[0, 0]
         assert sorted(micro.questions) == sorted([*TYPED[:2], ASKED[0]])
-        model.reader, reader = None, model.reader
-        assert train.Batches(Samples(), model, args)[0, 0].questions is None
-        model.reader = reader
+        model.qformer_tokenizer, reader = None, model.qformer_tokenizer
+        assert MicroBatches(Samples(), model, args)[0, 0].questions is None
+        model.qformer_tokenizer = reader

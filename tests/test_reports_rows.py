@@ -15,8 +15,15 @@ import data
 import train
 from formats import conversations
 from tiny import write_words
+from formats.conversations import images_of
+from formats.errors import NothingToLearn, UserError
+from formats.strict_json import read_config, read_json
+from trainer import doctor as trainer_doctor, loader
+from trainer.doctor import parse
+from trainer.loader import MicroBatches, Samples
+from trainer.samples import encode_sample
 
-LLAMA = Path(data.__file__).parent / "weights/toy/llama"
+LLAMA = Path(data.__file__).parent / "toy/weights/llama"
 
 
 def talk(*values):
@@ -59,7 +66,7 @@ def read(folder, row):
 
 def said(folder, row):
     (sample,) = read(folder, row)
-    return data.images_of(sample), sample["conversations"][0]["value"]
+    return images_of(sample), sample["conversations"][0]["value"]
 
 
 # ------------------------------------------------------------------------------- A1: pictures
@@ -92,7 +99,7 @@ def test_pictures_of_every_layout_reach_the_model(folder, layout):
     """Through what training asks: a place for each picture, and the ids of LLaVA's own layout."""
     row, names = LAYOUTS[layout]
     (sample,) = read(folder, row)
-    assert data.images_of(sample) == names
+    assert images_of(sample) == names
     assert ("image" in sample) == bool(names) and not {"images", "image_path"} & set(sample)
     words = data.Tokenizer(folder)
     ids, labels = batches(folder, row, "v1").text(0)
@@ -191,7 +198,7 @@ def test_marks_of_other_models_are_refused_by_name(folder, mark):
 def test_words_in_a_sentence_are_words(folder, value):
     (sample,) = read(folder, {"conversations": talk(value, "A")})
     words = data.Tokenizer(folder)
-    ids, _ = data.encode_sample(sample, "v1", words, 576)
+    ids, _ = encode_sample(sample, "v1", words, 576)
     assert data.IMAGE not in ids and ids == data.encode(talk(value, "A"), "v1", words, False)[0]
 
 
@@ -212,11 +219,11 @@ HAVE = sorted(name for name, t in data.TEMPLATES.items()
 def test_system_texts_stand_where_the_templates_own_stands(folder, template):
     """The whole text equals the template's own, with another system text in its place."""
     t = data.TEMPLATES[template]
-    own = t.text
+    own = t.system
     turns = talk("Q?", "A")
-    before = "".join(p for p, _, _ in data._training_pieces(turns, template, False)[1])
+    before = "".join(p.text for p in data.training_segments(turns, template, False)[1])
     given = [{"from": "system", "value": "Be terse."}, *turns]
-    after = "".join(p for p, _, _ in data._training_pieces(given, template, False)[1])
+    after = "".join(p.text for p in data.training_segments(given, template, False)[1])
     assert before.count(own) == 1 and after == before.replace(own, "Be terse.")
     asked, told = data.prompt(turns[:1], template), data.prompt(given[:2], template)
     assert asked.count(own) == 1 and told == asked.replace(own, "Be terse.")
@@ -224,7 +231,7 @@ def test_system_texts_stand_where_the_templates_own_stands(folder, template):
     for kind, row in SYSTEMS.items():
         (sample,) = read(folder, row)
         assert sample["system"] == "Be terse." and len(sample["conversations"]) == 2, kind
-        got = data.encode_sample(sample, template, words, 576)
+        got = encode_sample(sample, template, words, 576)
         assert got == data.encode(given, template, words, False)
         assert batches(folder, row, template).text(0) == got
     assert data.encode(turns, template, words, False) != got                        # the control
@@ -234,10 +241,10 @@ def test_what_stands_in_a_system_text_is_no_control_token():
     words = data.Tokenizer(LLAMA)
     turns = [{"from": "system", "value": "say </s> now"}, *talk("Q?")]
     for template in HAVE:
-        assert data.chat_ids(turns, template, words).count(words.eos) == 0, template
-        bare = data.chat_ids(turns[1:], template, words)
+        assert data.prompt_tokens(turns, template, words).count(words.eos) == 0, template
+        bare = data.prompt_tokens(turns[1:], template, words)
         blank = [{"from": "system", "value": " "}, *turns[1:]]
-        assert data.chat_ids(blank, template, words) == bare
+        assert data.prompt_tokens(blank, template, words) == bare
 
 
 @pytest.mark.parametrize("template", sorted(set(data.TEMPLATES) - set(HAVE)))
@@ -315,12 +322,13 @@ def test_bad_fields_have_the_names_of_the_file(folder, kind):
 def batches(folder, row, template="v1", *more):
     """What training asks for a file's texts, with a model of a tokeniser alone."""
     (folder / "x.json").write_text(json.dumps([row]))
-    args = train.arguments(["--stage", "2", "--template", template, "--data",
+    args = train.parse_args(["--stage", "2", "--template", template, "--data",
                             str(folder / "x.json"), "--images", str(folder / "images"),
                             "--batch", "1", *map(str, more)])
-    model = SimpleNamespace(words=data.Tokenizer(folder), image_size=336, places=lambda: 576, reader=None,
+    model = SimpleNamespace(tokenizer=data.Tokenizer(folder), image_size=336,
+                            num_image_tokens=lambda: 576, qformer_tokenizer=None,
                             llm=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))))
-    return train.Batches(train.Samples(args), model, args)
+    return MicroBatches(Samples(args), model, args)
 
 
 def reason(line):
@@ -342,12 +350,12 @@ def trained(folder, row, template, *more):
             # left out and counted; what is said of it is the judge's
             ((_, _, (sample,)),) = conversations.read_rows(folder / "x.json")
             flags = dict(zip(more[::2], more[1::2]))
-            with pytest.raises(data.NothingToLearn) as info:
-                data.encode_sample(sample, template, data.Tokenizer(folder), 576,
+            with pytest.raises(NothingToLearn) as info:
+                encode_sample(sample, template, data.Tokenizer(folder), 576,
                                    flags.get("--pack", 0), flags.get("--max-length", 0))
             return reason(str(info.value))
         return ""
-    except data.Failure as error:
+    except UserError as error:
         return reason(str(error))
 
 
@@ -355,7 +363,7 @@ def doctored(folder, row, template, capsys, *more):
     """The doctor's verdict: "", or what it says."""
     (folder / "x.json").write_text(json.dumps([row]))
     capsys.readouterr()
-    code = data.main(data.arguments(["check", str(folder / "x.json"), "--images",
+    code = trainer_doctor.run(parse(["check", str(folder / "x.json"), "--images",
                                      str(folder / "images"), "--llm", str(folder), "--template",
                                      template, *map(str, more)]))
     out = capsys.readouterr().out
@@ -436,8 +444,8 @@ def test_the_control_of_the_table(folder, capsys, monkeypatch):
     row = {"image": "a.png", "conversations": talk("Q?", "A")}
     alone = lambda sample, template, words, *_, **__: data.encode(
         sample["conversations"], template, words)
-    monkeypatch.setattr(data, "encode_sample", alone)
-    monkeypatch.setattr(train.Samples, "check", lambda *_: None, raising=False)
+    monkeypatch.setattr(loader, "encode_sample", alone)
+    monkeypatch.setattr(Samples, "check", lambda *_: None, raising=False)
     assert trained(folder, row, "v1") != doctored(folder, row, "v1", capsys)
 
 
@@ -446,11 +454,11 @@ def test_the_control_of_the_table(folder, capsys, monkeypatch):
 def test_samples_that_teach_nothing_are_counted_and_named(folder, capsys):
     rows = [{"conversations": talk("Q?", "A" if i == 3 else "")} for i in range(8)]
     (folder / "x.json").write_text(json.dumps(rows))
-    assert data.main(data.arguments(["check", str(folder / "x.json")])) == 3
+    assert trainer_doctor.run(parse(["check", str(folder / "x.json")])) == 3
     out = capsys.readouterr().out
     assert out.count("conversations: nothing to learn, no answer has words") == 8     # 7 and a sum
     assert re.search(r"^ +7  conversations: nothing to learn", out, re.M)
-    assert issubclass(data.NothingToLearn, data.BadData)
+    assert issubclass(NothingToLearn, data.BadData)
 
 
 def test_every_picture_of_a_row_is_looked_at(folder, capsys):
@@ -468,7 +476,7 @@ def test_the_doctor_counts_tokens_as_training_does(folder, capsys):
                "messages": chat("<image>\n" * n + "Q " * dice.randint(1, 9), "A")}
         (sample,) = read(folder, row)
         words = data.Tokenizer(folder)
-        ids = data.encode_sample(sample, "v1", words, 576)[0]
+        ids = encode_sample(sample, "v1", words, 576)[0]
         size = len(ids) + 575 * n
         assert not doctored(folder, row, "v1", capsys, "--pack", size)
         assert f"{size:,} tokens" in doctored(folder, row, "v1", capsys, "--pack", size - 1)
@@ -477,7 +485,7 @@ def test_the_doctor_counts_tokens_as_training_does(folder, capsys):
 def test_show_names_each_picture_and_the_system_text(folder, capsys):
     row = {"system": "Be terse.", "images": ["a.png", "b.png"], "messages": chat(*TWO)}
     (folder / "x.json").write_text(json.dumps([row]))
-    assert data.main(data.arguments(["show", str(folder / "x.json"), "--llm", str(folder)])) == 0
+    assert trainer_doctor.run(parse(["show", str(folder / "x.json"), "--llm", str(folder)])) == 0
     out = capsys.readouterr().out
     assert 0 < out.index("<a.png: 576 places>") < out.index("<b.png: 576 places>")
     assert "B e ▁ t e r s e" in out and "c u r i o u s" not in out
@@ -492,13 +500,13 @@ def test_other_unicodes_are_named(folder, tmp_path, name, bom):
     rows = [{"conversations": talk("é", "ü")}]
     for written in (json.dumps(rows), json.dumps(rows[0]), "\n" + json.dumps(rows, indent=1)):
         (tmp_path / "x.json").write_bytes(("\ufeff" * bom + written).encode(name))
-        for ask in (data.read_conversations, data.read_json):
+        for ask in (data.read_conversations, read_json):
             with pytest.raises(data.BadData, match=told) as info:
                 ask(tmp_path / "x.json")
             assert "x.json" in str(info.value)
     for file in ("config.json", "tokenizer.json"):
         (tmp_path / file).write_bytes(("\ufeff" * bom + "{}").encode(name))
-    for ask in (data.read_config, data.Tokenizer):
+    for ask in (read_config, data.Tokenizer):
         with pytest.raises(data.BadModel, match=told):
             ask(tmp_path)
         (tmp_path / "config.json").unlink(missing_ok=True)

@@ -15,14 +15,19 @@ from PIL import Image
 
 import clip
 import data
+import formats.templates
 import generate as g
-import instruct
 import llama
 import train
 from projector import VLM
+from decoding.stopping import stop_ids
+from formats.errors import exit_status
+from formats.chat_templates import ChatTemplate
+from instruct import answerers
+from train import parse_args as parse
 
-TOY = Path(data.__file__).parent / "weights/toy/llama"
-EYE = clip.Config(width=32, depth=2, heads=4, mlp=48, eps=1e-5, image=24, patch=8)
+TOY = Path(data.__file__).parent / "toy/weights/llama"
+EYE = clip.Config(width=32, depth=2, heads=4, mlp=48, eps=1e-5, image_size=24, patch_size=8)
 NAMED = [name for name in data.TEMPLATES
          if data.TEMPLATES[name].style in ("two", "chat", "llama2", "single")]
 USERS = {"user": "human", "assistant": "gpt"}
@@ -78,7 +83,7 @@ def words_in(folder, kind="first", specials=()):
 
 def tiny(words, template="v1", **options):
     tongue = llama.Config(vocab=len(words) + 64, width=16, depth=1, heads=2, kv_heads=2, mlp=16,
-                          eps=1e-5, theta=1e4, context=512)
+                          eps=1e-5, rope_theta=1e4, context=512)
     torch.manual_seed(0)
     return VLM(clip.ViT(EYE), "mlp", llama.Llama(tongue), words, template, **options).eval()
 
@@ -149,8 +154,8 @@ def test_other_tools_ask_in_our_ids(tmp_path, name, kind):
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
     again = data.Tokenizer(tmp_path / "model")
     for talk, form in itertools.product(TALKS, ("text", "list")):
-        want = with_mark(data.chat_ids(ours(talk), name, model.words), model.image_token)
-        assert with_mark(data.chat_ids(ours(talk), name, again), model.image_token) == want
+        want = with_mark(data.prompt_tokens(ours(talk), name, model.tokenizer), model.image_token)
+        assert with_mark(data.prompt_tokens(ours(talk), name, again), model.image_token) == want
         told = theirs(talk, form)
         assert words.apply_chat_template(told, add_generation_prompt=True, tokenize=True,
                                          return_dict=False) == want
@@ -166,7 +171,7 @@ def test_other_tools_read_whole_talks_as_training_does(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     talk = [*TALKS[1], ("assistant", "Yes.")]
-    want = with_mark(data.encode(ours(talk), name, model.words)[0], model.image_token)
+    want = with_mark(data.encode(ours(talk), name, model.tokenizer)[0], model.image_token)
     for form in ("text", "list"):
         assert words.apply_chat_template(theirs(talk, form), tokenize=True,
                                          return_dict=False) == want
@@ -178,7 +183,7 @@ def test_a_system_turn_replaces_the_system_text(tmp_path, name):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     t = data.TEMPLATES[name]
-    want = data.prompt(ours(TALKS[1]), name).replace(t.text, "Be brief.")
+    want = data.prompt(ours(TALKS[1]), name).replace(t.system, "Be brief.")
     assert want != data.prompt(ours(TALKS[1]), name)
     for form in ("text", "list"):
         told = theirs([("system", "Be brief."), *TALKS[1]], form)
@@ -198,17 +203,17 @@ def test_a_captioner_is_never_asked_nothing(tmp_path):
     model.save_pretrained(tmp_path / "model")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     ask = lambda told: words.apply_chat_template(told, tokenize=True, return_dict=False)
-    want = with_mark(data.chat_ids(ours([("user", "<image>")]), "plain", model.words),
+    want = with_mark(data.prompt_tokens(ours([("user", "<image>")]), "plain", model.tokenizer),
                      model.image_token)
     text = [{"role": "user", "content": "What is 2 and 2?"}]
     for form in ("text", "list"):
         assert ask(theirs([("user", "<image>")], form)) == want
-        assert ask(theirs([("user", "What is 2 and 2?")], form)) == model.words.encode(
+        assert ask(theirs([("user", "What is 2 and 2?")], form)) == model.tokenizer.encode(
             "What is 2 and 2?")
     pair = [("user", "<image>"), ("assistant", "a cat")]
     for form in ("text", "list"):
         assert ask(theirs(pair, form)) == with_mark(
-            data.encode(ours(pair), "plain", model.words)[0], model.image_token)
+            data.encode(ours(pair), "plain", model.tokenizer)[0], model.image_token)
     assert words.apply_chat_template(text, tokenize=False).endswith("What is 2 and 2?")
 
 
@@ -241,10 +246,10 @@ def test_a_folder_is_asked_in_its_own_words(tmp_path, capsys, kind, model_type, 
     for talk in TALKS:
         want = processor_ids(processor, theirs(talk), model.image_token,
                              "<image>" in str(talk), add_generation_prompt=True)
-        got = data.chat_ids(ours(talk), model.template, model.words)
+        got = data.prompt_tokens(ours(talk), model.template, model.tokenizer)
         assert with_mark(got, model.image_token) == want
-    assert g.ask(["What is it?"], model.template, model.words) == data.chat_ids(
-        ours(TALKS[0]), model.template, model.words)
+    assert g.build_prompt(["What is it?"], model.template, model.tokenizer) == data.prompt_tokens(
+        ours(TALKS[0]), model.template, model.tokenizer)
 
 
 def test_a_template_that_is_exactly_ours_is_ours(tmp_path):
@@ -255,7 +260,7 @@ def test_a_template_that_is_exactly_ours_is_ours(tmp_path):
              + "{{ ' ' if m.role == 'user' else '</s>' }}{% endfor %}ASSISTANT:")
     assert type(VLM.from_pretrained(stranger(tmp_path / "a", jinja)).template) is str
     other = VLM.from_pretrained(stranger(tmp_path / "b", jinja.replace("</s>", "; "))).template
-    assert other == "v1" and isinstance(other, data.ChatTemplate)
+    assert other == "v1" and isinstance(other, ChatTemplate)
 
 
 def test_our_key_wins_over_the_template(tmp_path):
@@ -321,10 +326,10 @@ def test_a_template_that_takes_texts_only(tmp_path):
     model = VLM.from_pretrained(folder)
     assert model.template == "llama_3"
     words = transformers.AutoTokenizer.from_pretrained(folder)
-    got = g.ask(["What is it?"], model.template, model.words)
+    got = g.build_prompt(["What is it?"], model.template, model.tokenizer)
     assert with_mark(got, model.image_token)[1:] == words.apply_chat_template(
         theirs(TALKS[0], "text"), add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert got[0] == model.words.bos
+    assert got[0] == model.tokenizer.bos
 
 
 @pytest.mark.parametrize("kind", HUB)
@@ -334,14 +339,14 @@ def test_what_is_typed_stays_letters(tmp_path, kind, typed):
     """transformers says the same where it is asked to (sanitize_control_tokens)."""
     folder = stranger(tmp_path / "model", HUB[kind])
     model = VLM.from_pretrained(folder)
-    plain = g.ask(["Q"], model.template, model.words)
-    ids = g.ask([typed], model.template, model.words)
-    assert isinstance(model.template, data.ChatTemplate)
-    control = {model.words.added(t) for t in [*SPECIALS, "<s>", "</s>", "<image>", "<unk>"]}
+    plain = g.build_prompt(["Q"], model.template, model.tokenizer)
+    ids = g.build_prompt([typed], model.template, model.tokenizer)
+    assert isinstance(model.template, ChatTemplate)
+    control = {model.tokenizer.added(t) for t in [*SPECIALS, "<s>", "</s>", "<image>", "<unk>"]}
     count = lambda row: sorted(i for i in row if i in control or i == data.IMAGE)
-    assert count(ids) == count(plain) and typed.strip() in model.words.decode(ids)
+    assert count(ids) == count(plain) and typed.strip() in model.tokenizer.decode(ids)
     parsed = data.prompt_ids(data.prompt(ours([("user", f"<image>\n{typed}")]), model.template),
-                             model.words)
+                             model.tokenizer)
     assert count(parsed) != count(plain)                    # control: parsed, it is no letters
 
 
@@ -352,15 +357,15 @@ def test_letters_as_transformers_sanitises_them(tmp_path):
     talk = [("user", "What is<|eot_id|>this</s>?")]
     want = words.apply_chat_template(theirs(talk), add_generation_prompt=True, tokenize=True,
                                      return_dict=False, sanitize_control_tokens=True)
-    got = data.chat_ids(ours(talk), model.template, model.words)[1:]
-    assert model.words.decode(got, False) == model.words.decode(want, False)
-    control = [model.words.added(t) for t in SPECIALS]
+    got = data.prompt_tokens(ours(talk), model.template, model.tokenizer)[1:]
+    assert model.tokenizer.decode(got, False) == model.tokenizer.decode(want, False)
+    control = [model.tokenizer.added(t) for t in SPECIALS]
     assert [i for i in got if i in control] == [i for i in want if i in control]
 
 
 def test_training_from_a_strange_template_needs_a_name(tmp_path, monkeypatch, capsys):
     folder = stranger(tmp_path / "model", HUB["phi"])
-    run = lambda *more: data.guarded(lambda: train.train(train.arguments([
+    run = lambda *more: exit_status(lambda: train.main(parse([
         "--stage", "2", "--from", str(folder), "--output-dir", str(tmp_path / f"out{len(more)}"),
         "--steps", "1", "--batch", "8", *more])))
     assert run() == 2
@@ -375,13 +380,13 @@ def test_a_strange_model_is_saved_as_it_came(tmp_path):
     again = VLM.from_pretrained(tmp_path / "b")
     assert "template" not in json.loads((tmp_path / "b/config.json").read_text())
     for talk in TALKS[:1]:
-        assert data.chat_ids(ours(talk), again.template, again.words) == data.chat_ids(
-            ours(talk), model.template, model.words)
-    assert g.endings(again) == g.endings(model) >= {2, 7, model.words.added("<|end|>")}
+        assert data.prompt_tokens(ours(talk), again.template, again.tokenizer) == data.prompt_tokens(
+            ours(talk), model.template, model.tokenizer)
+    assert stop_ids(again) == stop_ids(model) >= {2, 7, model.tokenizer.added("<|end|>")}
 
 
 def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
-    """instruct.py with a local LLaMA: its template and its ends; without any, v1."""
+    """instruct with a local LLaMA: its template and its ends; without any, v1."""
     asked = []
 
     class Said(list):
@@ -391,21 +396,21 @@ def test_a_language_model_is_asked_in_its_own_words_too(tmp_path, monkeypatch):
         asked.append((rows[0], eos))
         told = [Said([2]) for _ in rows]
         return told
-    monkeypatch.setattr(instruct, "generate_batch", batch)
+    monkeypatch.setattr(answerers, "generate_batch", batch)
     words = words_in(tmp_path / "llm", "first", SPECIALS)
     tongue = llama.Config(vocab=len(words), width=16, depth=1, heads=2, kv_heads=2, mlp=16,
-                          eps=1e-5, theta=1e4, context=512)
+                          eps=1e-5, rope_theta=1e4, context=512)
     llama.Llama(tongue).save_pretrained(tmp_path / "llm")
     (tmp_path / "llm/generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     job = SimpleNamespace(request=[("system", "Be brief."), ("user", "Why?")])
     args = SimpleNamespace(llm=str(tmp_path / "llm"), template=None, dtype="fp32", device="cpu",
                            batch_size=1, max_tokens=4, temperature=0.0, seed=0)
-    monkeypatch.setattr(instruct, "chunks", lambda jobs, *rest: [(0, jobs)])
+    monkeypatch.setattr(answerers, "unanswered_chunks", lambda jobs, *rest: [(0, jobs)])
     talk = [("user", "Be brief.\n\nWhy?")]
-    list(instruct.local(args, [job], None))
-    assert asked[-1] == (data.chat_ids(ours(talk), "v1", words, 0), {2, 9})
+    list(answerers.from_llama(args, [job], None))
+    assert asked[-1] == (data.prompt_tokens(ours(talk), "v1", words, 0), {2, 9})
     (tmp_path / "llm/chat_template.jinja").write_text(HUB["llama_3"])
-    list(instruct.local(args, [job], None))
+    list(answerers.from_llama(args, [job], None))
     told = transformers.AutoTokenizer.from_pretrained(tmp_path / "llm").apply_chat_template(
         theirs(talk), add_generation_prompt=True, tokenize=True, return_dict=False)
     assert asked[-1] == ([1, *told], {2, 9, words.added("<|eot_id|>")})
@@ -424,18 +429,18 @@ HARM = {"hangs": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfo
 
 @pytest.mark.parametrize("kind", HARM)
 def test_a_harmful_template_is_one_line(tmp_path, kind, monkeypatch):
-    import formats.templates
-    monkeypatch.setattr(formats.templates, "SECONDS", 3.0)
+    import formats.jinja_process
+    monkeypatch.setattr(formats.jinja_process, "SECONDS", 3.0)
     folder = stranger(tmp_path / "model", HARM[kind])
     start = time.monotonic()
     model = VLM.from_pretrained(folder)
     with pytest.raises(data.BadModel, match="--template NAME") as info:
-        g.ask(["What?"], model.template, model.words)
+        g.build_prompt(["What?"], model.template, model.tokenizer)
     assert "\n" not in str(info.value) and time.monotonic() - start < 30
     model.template = "v1"                                   # what --template v1 does
-    assert g.ask(["What?"], model.template, model.words)
+    assert g.build_prompt(["What?"], model.template, model.tokenizer)
     fine = VLM.from_pretrained(stranger(tmp_path / "fine", HUB["vicuna"]))
-    assert g.ask(["What?"], fine.template, fine.words)      # the next one is served again
+    assert g.build_prompt(["What?"], fine.template, fine.tokenizer)      # the next one is served again
 
 
 # ------------------------------------------------------------------- where answers end
@@ -456,12 +461,12 @@ def said_by(model, row):
 def test_every_end_of_the_folder_ends_an_answer(tmp_path, monkeypatch, told, want):
     folder = stranger(tmp_path / "model", HUB["vicuna"], eos_token_id=told, bos_token_id=1)
     model = VLM.from_pretrained(folder)
-    assert g.endings(model) == want
+    assert stop_ids(model) == want
     for end in want:
-        monkeypatch.setattr(g, "predict", said_by(model, [40, 41, end, 42, 43]))
+        monkeypatch.setattr(type(model.llm), "next_logits", said_by(model, [40, 41, end, 42, 43]))
         assert list(g.generate(model, [1, 5], None, 5)) == [40, 41]
     model.save_pretrained(tmp_path / "again")
-    assert g.endings(VLM.from_pretrained(tmp_path / "again")) == want
+    assert stop_ids(VLM.from_pretrained(tmp_path / "again")) == want
     saved = transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id
     assert set([saved] if type(saved) is int else saved) == want
 
@@ -479,7 +484,7 @@ def test_ends_of_config_where_there_is_no_generation_config(tmp_path):
     config["text_config"]["eos_token_id"] = [2, 19]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").unlink()
-    assert g.endings(VLM.from_pretrained(folder)) == {2, 19}
+    assert stop_ids(VLM.from_pretrained(folder)) == {2, 19}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -487,34 +492,34 @@ def test_the_template_s_end_is_saved(tmp_path, name):
     model = tiny(words_in(tmp_path / "words", "first", SPECIALS), name)
     model.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"]
-    assert set([saved] if type(saved) is int else saved) == g.endings(model)
-    end = model.words.added(data.TEMPLATES[name].stop)
-    assert end is None or end in g.endings(model)
+    assert set([saved] if type(saved) is int else saved) == stop_ids(model)
+    end = model.tokenizer.added(data.TEMPLATES[name].stop)
+    assert end is None or end in stop_ids(model)
 
 
 def test_a_captioner_s_newline_does_not_end_answers_later(tmp_path):
     model = tiny(words_in(tmp_path / "words"), "plain", aspect="square")
-    newline = model.words.encode("\n", bos=False)[-1]
+    newline = model.tokenizer.encode("\n", bos=False)[-1]
     model.save_pretrained(tmp_path / "model")
     assert json.loads((tmp_path / "model/generation_config.json").read_text())[
         "eos_token_id"] == [2, newline]
     again = VLM.from_pretrained(tmp_path / "model")
-    assert g.endings(again) == {2, newline}
+    assert stop_ids(again) == {2, newline}
     again.template = "v1"                                   # stage 2
-    assert g.endings(again) == {2}
+    assert stop_ids(again) == {2}
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_stop_text_that_is_a_token(tmp_path, monkeypatch, beams):
     model = tiny(words_in(tmp_path / "words", "first", SPECIALS))
-    end = model.words.added("<|eot_id|>")
+    end = model.tokenizer.added("<|eot_id|>")
     row = [40, 41, end, 42, 43]
     for stop, want in (((), row), (["<|eot_id|>"], row[:2]), ("<|eot_id|>", row[:2])):
-        monkeypatch.setattr(g, "predict", said_by(model, row))
+        monkeypatch.setattr(type(model.llm), "next_logits", said_by(model, row))
         assert list(g.generate(model, [1, 5], None, 5, num_beams=beams, stop=stop)) == want
 
 
 def test_v0_says_that_the_example_is_left_out():
-    source = Path(data.__file__).read_text()
-    before = source[:source.index('"llava_v0": Template')].splitlines()[-5:]
+    source = Path(formats.templates.__file__).read_text()
+    before = source[:source.index('"llava_v0": row(')].splitlines()[-5:]
     assert "quirk" in "".join(before) and "renewable energy" in "".join(before)

@@ -17,7 +17,12 @@ from tiny import loaded
 
 import data
 import train
-import world
+from toy.world import SIDE
+from train import parse_args as parse
+from trainer.build import new_vlm
+from trainer.lengths import sample_lengths
+from trainer.loader import Samples
+from trainer.run_folder import Run
 
 
 def talk(*texts):
@@ -61,19 +66,18 @@ TWO = {"id": "two", "image": ["0.png", "1.png"], "conversations": talk(
 
 def test_two_pictures_have_the_loss_of_transformers(flags, run, album, parts, tmp_path):
     """The pixels of both are spliced, in the order of the marks."""
-    from projector import VLM
     from transformers import LlavaForConditionalGeneration
-    VLM.from_parts(parts / "clip", parts / "llama").save_pretrained(tmp_path / "start")
+    new_vlm(parts / "clip", parts / "llama").save_pretrained(tmp_path / "start")
     theirs = loaded(LlavaForConditionalGeneration, tmp_path / "start")
     words = data.Tokenizer(tmp_path / "start")
-    image, places = words.added("<image>"), (world.SIDE // 16) ** 2
+    image, places = words.added("<image>"), (SIDE // 16) ** 2
 
     def official(names):
         ids, labels = data.encode(TWO["conversations"], "v1", words, 2)
         wide = [([image] * places, [data.IGNORE] * places) if i == data.IMAGE else ([i], [label])
                 for i, label in zip(ids, labels)]
         row, target = ([x for pair in wide for x in pair[k]] for k in (0, 1))
-        pixels = torch.cat([data.preprocess(Image.open(tmp_path / name), world.SIDE, "pad")
+        pixels = torch.cat([data.preprocess(Image.open(tmp_path / name), SIDE, "pad")
                             for name in names])
         with torch.no_grad():
             return float(theirs(input_ids=torch.tensor([row]), labels=torch.tensor([target]),
@@ -91,21 +95,21 @@ def test_two_pictures_have_the_loss_of_transformers(flags, run, album, parts, tm
 
 def test_every_picture_is_counted(flags, run, album, parts, tmp_path):
     given = album([TWO, TWO])
-    job = train.bridge_job(train.arguments(flags(tmp_path / "a", *given)), tmp_path, "cpu")
+    job = train.vlm_job(parse(flags(tmp_path / "a", *given)), tmp_path, "cpu")
     (micro,) = job.batches(0)
-    places, length = job.batches.places, len(job.batches.text(0)[0])
+    places, length = job.batches.num_image_tokens, len(job.batches.text(0)[0])
     assert micro.pixels.shape[0] == 4 and [c[2] for c in micro.counts] == [2, 2]
     assert job.batches.size(job.batches.text(0)[0]) == length - 2 + 2 * places
-    assert job.work(micro)[0] == 2 * (length - 2 + 2 * places)          # tokens of the log
+    assert job.count_flops(micro)[0] == 2 * (length - 2 + 2 * places)          # tokens of the log
     size = length - 2 + 2 * places
     assert run(flags(tmp_path / "b", *given, "--pack", size, steps=2)).code == 0
     refused(run(flags(tmp_path / "c", *given, "--pack", size - 1, steps=2)), 3, f"{size:,} tokens",
             "--pack")
     shown = run(flags(None, *given, "--show-batch", 1))
     assert shown.code == 0 and "2 pictures" in shown.out and shown.out.count("<image>") == 2
-    args = train.arguments(flags(None, *given))
-    assert train.kinds_of(args)[1][0][3] == 2                           # the forecast's
-    words = train.Samples(train.arguments(flags(None, *album([TWO, text(1)])))).rows.words
+    args = parse(flags(None, *given))
+    assert sample_lengths(args)[1][0][3] == 2                           # the forecast's
+    words = Samples(parse(flags(None, *album([TWO, text(1)])))).rows.words
     assert [n > 0 for n in words] == [True, False]                      # the order's
 
 
@@ -235,16 +239,16 @@ def test_a_step_without_a_usable_sample_moves_nothing(flags, album, tmp_path):
         out = tmp_path / str(number)
         out.mkdir()
         more = *album(rows), *SKIP, "--batch", 1, "--warmup", 0
-        args = train.arguments(flags(out, *more, steps=8))
-        at = [train.Samples(args).number(i) for i in range(8)].index(3)
-        job = train.bridge_job(args, out, "cpu")
+        args = parse(flags(out, *more, steps=8))
+        at = [Samples(args).number(i) for i in range(8)].index(3)
+        job = train.vlm_job(args, out, "cpu")
         kept, real = {}, job.batches
 
         def batches(step):
             kept[step] = [p.detach().clone() for p in job.trained().values()]
             return real(step)
         job.batches = batches
-        assert train.fit(job, out, args) == 0
+        assert train.train_loop(job, Run(out, args)) == 0
         kept[8] = [p.detach().clone() for p in job.trained().values()]
         same = [all(map(torch.equal, kept[i], kept[i + 1])) for i in range(8)]
         assert same[at] == still and not any(same[:at] + same[at + 1:])
@@ -273,7 +277,7 @@ def stopped_at_two(flags, run, album, tmp_path, rows, *more):
     """A run of batches of 2 that was stopped after two steps; the order of its samples."""
     out = tmp_path / "run"
     argv = flags(out, *album(rows), *more, steps=4)
-    order = [train.Samples(train.arguments(argv)).number(i) for i in range(8)]
+    order = [Samples(parse(argv)).number(i) for i in range(8)]
     assert run(argv, signal=(1, signal.SIGTERM)).code == 143
     return out, order
 
@@ -325,7 +329,7 @@ def test_two_ranks_pass_over_what_one_does(flags, run, album, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for seed in range(99):                              # an order with a step of bad samples alone
         argv = flags(one, *more, "--seed", seed, steps=8)
-        samples = train.Samples(train.arguments(argv))
+        samples = Samples(parse(argv))
         steps = [{samples.number(i) for i in (2 * s, 2 * s + 1)} for s in range(4)]
         if {1, 2} in steps and any(len(s & {1, 2, 4, 5}) == 1 for s in steps):
             break
@@ -374,13 +378,14 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import train
+from trainer.loader import Samples
 
 def own():
     found = open("/proc/self/smaps_rollup").read()
     return 1024 * sum(map(int, re.findall(r"Private_\\w+: +(\\d+)", found)))
 
 class Looker(torch.utils.data.Dataset):
-    samples = train.Samples(train.arguments(json.loads(sys.argv[2])))
+    samples = Samples(train.parse_args(json.loads(sys.argv[2])))
 
     def __getitem__(self, many):
         before = own()
@@ -418,7 +423,7 @@ def test_nan_is_named_as_the_log_counts(flags, run, album, tmp_path, own):
     (path,) = out.glob("nan-step-*.json")
     told = json.loads(path.read_text())
     assert path.name == "nan-step-4.json" and told["step"] == 4
-    samples = train.Samples(train.arguments(argv))
+    samples = Samples(parse(argv))
     ids = [str(samples.number(i)) for i in (6, 7)]
     assert told["samples"] == (ids if own else [6, 7])
 

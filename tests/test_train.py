@@ -37,8 +37,8 @@ class Operations:
     """Counts what a run does to the disk, and SIGKILLs it before number k (0: only counts).
 
     Half-done writes count too: a file just opened is empty, and safetensors' file is cut in half
-    once it is written. since, until: the calls of train.py's functions that open and close the
-    stretch that is counted."""
+    once it is written. since, until: the calls of functions that open and close the stretch that
+    is counted."""
 
     def __init__(self, k, log):
         self.k, self.log, self.seen, self.on = k, log, [], False
@@ -54,9 +54,9 @@ class Operations:
             self.operation(f"write {file}")
             return handle
         io.open = __builtins__.open = opened
-        import data
-        import train
-        for module in (train, data):
+        from formats import checkpoints
+        from trainer import checkpoint, rows
+        for module in (checkpoint, rows, checkpoints):
             self.wrap_save(module)
 
     def operation(self, what, before=lambda: None):
@@ -96,26 +96,26 @@ class Operations:
         module.save_file = counted
 
 
-def before_call(train, name, number, action):
-    """Have `action` happen before call `number` (from 1) of train.<name>."""
-    real, calls = getattr(train, name), []
+def before_call(module, name, number, action):
+    """Have `action` happen before call `number` (from 1) of module.<name>."""
+    real, calls = getattr(module, name), []
 
     def watched(*a, **more):
         calls.append(1)
         if len(calls) == number:
             action()
         return real(*a, **more)
-    setattr(train, name, watched)
+    setattr(module, name, watched)
 
 
 def before_batch(train, step, action):
     """Have action(model) happen when the batch of `step` is asked for."""
-    real = train.make_batches
+    real = train.MicroBatches
 
-    def made(samples, model, args, out):
-        batches = real(samples, model, args, out)
+    def made(samples, model, args, *ranks):
+        batches = real(samples, model, args, *ranks)
         return lambda s: (action(model) if s == step else None, batches(s))[1]
-    train.make_batches = made
+    train.MicroBatches = made
 
 
 def refuse(*a, **more):
@@ -124,25 +124,27 @@ def refuse(*a, **more):
 
 def inject(train, fault):
     """What goes wrong in this child."""
+    from trainer import run_folder, schedules
     if "kill_save" in fault:                # from the second save to the end of the run
         operations = Operations(*fault["kill_save"])
-        before_call(train, "save", 2, lambda: setattr(operations, "on", True))
+        before_call(run_folder, "save_checkpoint", 2, lambda: setattr(operations, "on", True))
     if "kill_start" in fault:               # from the start to the first batch
         operations = Operations(*fault["kill_start"])
         operations.on = True
-        before_call(train, "cosine", 1, lambda: setattr(operations, "on", False))
+        before_call(schedules, "cosine", 1, lambda: setattr(operations, "on", False))
     if "signal" in fault:
         step, number = fault["signal"]
         before_batch(train, step, lambda model: os.kill(os.getpid(), number))
     if "nan" in fault:
-        before_batch(train, fault["nan"], lambda m: m.bridge.first.weight.data.fill_(math.nan))
+        before_batch(train, fault["nan"], lambda m: m.projector.first.weight.data.fill_(math.nan))
     if "nan_gradient" in fault:             # of a finite loss
-        before_batch(train, fault["nan_gradient"], lambda m: m.bridge.first.weight.register_hook(
+        before_batch(train, fault["nan_gradient"], lambda m: m.projector.first.weight.register_hook(
             lambda g: g * math.nan))
     if "file_limit" in fault:
         limit = (fault["file_limit"], resource.RLIM_INFINITY)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        before_call(train, "save", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        before_call(run_folder, "save_checkpoint", 2,
+                    lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     if "errno" in fault:                    # (name in os or "write", part of a path, errno)
         name, part, number = fault["errno"]
         real = io.open if name == "write" else getattr(os, name)
@@ -173,8 +175,9 @@ def child(train, data, order):
     if not order["fault"].get("no_socket"):     # 20 descriptions a run would take most of its time
         train.generate = lambda *a, **more: iter((5, 6, 7))
     inject(train, order["fault"])
-    args = train.arguments(order["argv"])
-    return data.guarded(lambda: train.train(args))
+    from formats.errors import exit_status
+    args = train.parse_args(order["argv"])
+    return exit_status(lambda: train.main(args))
 
 
 def serve():
@@ -183,13 +186,14 @@ def serve():
 
     import data
     import train
+    from trainer.run_folder import plot_loss
     torch.set_num_threads(1)
     # What is slow the first time is done once here, not in every child: imports, a first plot.
     torch.use_deterministic_algorithms(True, warn_only=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n'
                                                     '{"step": 2, "loss": 7.5}\n')
-        train.plot(Path(folder))
+        plot_loss(Path(folder))
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
@@ -224,7 +228,17 @@ import data
 import llama
 import projector
 import train
-import world
+from formats.checkpoints import save_weights
+from formats.errors import UsageError
+from toy.parts import llama_tokenizer
+from toy.texts import training_sample
+from toy.world import SIDE
+from train import parse_args as parse
+from trainer import loader
+from trainer.build import new_vlm
+from trainer.loader import Samples
+from trainer.run_folder import Run
+from trainer.schedules import cosine
 
 
 # ------------------------------------------------------------------------------ the tests' side
@@ -244,12 +258,12 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(1)
     (folder / "llama").mkdir()
-    train.llama_tokenizer(folder / "llama")
+    llama_tokenizer(folder / "llama")
     rows = -(-len(data.Tokenizer(folder / "llama")) // 64) * 64
     llama.Llama(llama.Config(rows, 32, 2, 2, 1, 64, 1e-5, 1e4, 1024)
                 ).save_pretrained(folder / "llama")
-    clip.CLIP(clip.Config(32, 2, 2, 64, image=world.SIDE, patch=16),
-              clip.Config(32, 1, 2, 64, vocab=20, context=8, end=19), 16
+    clip.CLIP(clip.Config(32, 2, 2, 64, image_size=SIDE, patch_size=16),
+              clip.Config(32, 1, 2, 64, vocab=20, context=8, eos_id=19), 16
               ).save_pretrained(folder / "clip")
     return folder
 
@@ -297,7 +311,7 @@ def unchanged_process(monkeypatch):
 
 def here(argv):
     """A run inside this process."""
-    return train.train(train.arguments(argv))
+    return train.main(parse(argv))
 
 
 def sha(out):
@@ -347,12 +361,12 @@ def interrupted(flags, run, tmp_path_factory, tmp_path):
 
 # ----------------------------------------------------------------------------------- what learns
 
-@pytest.mark.parametrize("stage, learns", [(1, ("bridge.",)), (2, ("bridge.", "llm."))])
+@pytest.mark.parametrize("stage, learns", [(1, ("projector.",)), (2, ("projector.", "llm."))])
 def test_frozen_stays_frozen_and_the_rest_moves(flags, tmp_path, stage, learns):
-    args = train.arguments(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
-    job = train.bridge_job(args, tmp_path, "cpu")
+    args = parse(flags(tmp_path, "--warmup", 0, stage=stage, steps=1))
+    job = train.vlm_job(args, tmp_path, "cpu")
     before = {n: p.detach().clone() for n, p in job.model.named_parameters()}
-    assert train.fit(job, tmp_path, args) == 0
+    assert train.train_loop(job, Run(tmp_path, args)) == 0
     for name, p in job.model.named_parameters():
         assert torch.equal(p, before[name]) == (not name.startswith(learns)), name
 
@@ -376,8 +390,8 @@ def test_only_supervised_rows_reach_the_output_head(flags, tmp_path, monkeypatch
         return real(x, head, labels, *rest)
     real = projector.linear_cross_entropy
     monkeypatch.setattr(projector, "linear_cross_entropy", counted)
-    args = train.arguments(flags(tmp_path, "--dtype", "fp32"))
-    job = train.bridge_job(args, tmp_path, "cpu")
+    args = parse(flags(tmp_path, "--dtype", "fp32"))
+    job = train.vlm_job(args, tmp_path, "cpu")
     (micro,) = job.batches(0)
     job.loss(micro)
     supervised = int((micro[1] != data.IGNORE).sum())
@@ -395,11 +409,11 @@ def follows_the_recipe(factor, steps, warmup):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    assert follows_the_recipe(lambda s: train.cosine(s, 100, .03), 100, .03)
-    assert follows_the_recipe(lambda s: train.cosine(s, 7, .5), 7, .5)      # 3.5 steps are 4
-    assert train.cosine(0, 10, 0) == 1
-    for wrong in (lambda s: train.cosine(s + 1, 100, .03),                  # off by one
-                  lambda s: train.cosine(s, 100, .04),                      # another warm-up
+    assert follows_the_recipe(lambda s: cosine(s, 100, .03), 100, .03)
+    assert follows_the_recipe(lambda s: cosine(s, 7, .5), 7, .5)      # 3.5 steps are 4
+    assert cosine(0, 10, 0) == 1
+    for wrong in (lambda s: cosine(s + 1, 100, .03),                  # off by one
+                  lambda s: cosine(s, 100, .04),                      # another warm-up
                   lambda s: min(s / 3, (100 - s) / 97)):                    # a line down
         assert not follows_the_recipe(wrong, 100, .03)
 
@@ -407,7 +421,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 def test_the_schedule_reaches_the_optimizer(flags, tmp_path):
     assert here(flags(tmp_path / "run", "--lr", .01, "--warmup", .3, stage=1)) == 0
     rates = [x["lr"] for x in lines(tmp_path / "run/metrics.jsonl")]
-    assert rates == [.01 * train.cosine(s, STEPS, .3) for s in range(STEPS)]
+    assert rates == [.01 * cosine(s, STEPS, .3) for s in range(STEPS)]
     assert rates[0] == 0 and rates[2] == .01            # ceil(.3 · 6) = 2
 
 
@@ -420,7 +434,7 @@ def losses(flags, out, *more):
 def test_accumulation_and_packing_change_nothing_and_groups_do(flags, tmp_path, monkeypatch):
     """The loss is a mean of groups' means, whatever micro-batches they are cut into: equal to the
     mean over all tokens where every group has as many of them, and only there (the control)."""
-    real = train.toy_sample
+    real = training_sample
 
     def of_length(length):
         def sample(*a):
@@ -428,9 +442,9 @@ def test_accumulation_and_packing_change_nothing_and_groups_do(flags, tmp_path, 
             return picture, [talk[0], {"from": "gpt", "value": "red " * length(a[2])}]
         return sample
     for length, same in ((lambda index: 9, True), (lambda index: 2 + 9 * (index % 4 > 1), False)):
-        monkeypatch.setattr(train, "toy_sample", of_length(length))
+        monkeypatch.setattr(loader, "training_sample", of_length(length))
         ways = {f"{same}{i}": losses(flags, tmp_path / f"{same}{i}", *way) for i, way in enumerate(
-            ((), ("--accum", 2), ("--accum", 4), ("--pack", 64), ("--groups", 2)))}
+            ((), ("--accum", 2), ("--accum", 4), ("--pack", 64), ("--loss-groups", 2)))}
         first, *rest = ways.values()
         equal = [first == [(pytest.approx(a, rel=1e-5), pytest.approx(b, abs=2e-4))
                            for a, b in other] for other in rest]
@@ -593,9 +607,9 @@ def forge(folder, change):
 
 
 @pytest.mark.parametrize("change", [
-    lambda t: t.pop("bridge.first.bias"),
+    lambda t: t.pop("projector.first.bias"),
     lambda t: t.update(extra=torch.ones(2)),
-    lambda t: t.update({"bridge.first.bias": torch.ones(1)}),       # would broadcast in silence
+    lambda t: t.update({"projector.first.bias": torch.ones(1)}),       # would broadcast in silence
 ], ids=["one missing", "one too many", "another shape"])
 def test_a_checkpoint_of_other_weights_is_refused(flags, run, interrupted, change):
     forge(interrupted / "step-000004", change)
@@ -671,16 +685,16 @@ def test_a_step_inside_backward_frees_each_gradient_and_is_the_step_at_the_end(f
     """The same bits, and at most one gradient of the last backward alive at a time."""
     ends, alive = {}, {}
     for clip in (0, 1e9):                   # 1e9: at the end, and nothing is cut off
-        args = train.arguments(flags(tmp_path, *ADAMW8[:2], "--clip", clip, "--warmup", 0, steps=1,
+        args = parse(flags(tmp_path, *ADAMW8[:2], "--clip", clip, "--warmup", 0, steps=1,
                                      stage=2))
-        job = train.bridge_job(args, tmp_path, "cpu")
+        job = train.vlm_job(args, tmp_path, "cpu")
         weights, most = list(job.trained().values()), []
         for p in weights:
             p.register_post_accumulate_grad_hook(lambda p: most.append(
                 sum(q.grad is not None for q in weights)))
         out = tmp_path / str(clip)
         out.mkdir()
-        assert train.fit(job, out, args) == 0
+        assert train.train_loop(job, Run(out, args)) == 0
         ends[clip], alive[clip] = [p.detach().clone() for p in weights], max(most)
     assert all(map(torch.equal, ends[0], ends[1e9]))
     assert alive[0] <= 1 and alive[1e9] == len(weights) > 10, alive
@@ -769,10 +783,11 @@ def test_stage_two_says_that_stage_one_comes_first_and_then_finds_it(flags, run,
 
 
 def test_stage_two_refuses_a_model_with_another_bridge(flags, run, tmp_path):
-    assert run(flags(tmp_path / "one", "--bridge", "linear", stage=1, steps=1)).code == 0
+    assert run(flags(tmp_path / "one", "--projector-type", "linear", stage=1, steps=1)).code == 0
     start = ("--from", tmp_path / "one/model")
     refused(run(flags(tmp_path / "two", *start, lone=False)), 3, "linear", "mlp")
-    assert run(flags(tmp_path / "two", *start, "--bridge", "linear", lone=False, steps=1)).code == 0
+    assert run(flags(tmp_path / "two", *start, "--projector-type", "linear", lone=False,
+                     steps=1)).code == 0
 
 
 @pytest.mark.parametrize("name", ["llama/config.json", "llama/model.safetensors",
@@ -809,7 +824,7 @@ COMMAND_LINES = {
     "lr nan": ["--stage", "1", "--lr", "nan"], "negative steps": ["--stage", "1", "--steps", "-1"],
     "batch and accum": ["--stage", "1", "--batch", "3", "--accum", "2"],
     "abbreviation": ["--stage", "1", "--rec", "llava"], "no part": ["--stage", "1", "--train", ""],
-    "aspect": ["--stage", "1", "--aspect", "round"],
+    "aspect": ["--stage", "1", "--image-aspect", "round"],
     "huge seed": ["--stage", "1", "--seed", "9" * 30],
     "warm-up": ["--stage", "1", "--warmup", "inf"], "text": ["--stage", "1", "--batch", "two"],
     "samples": ["--stage", "1", "--show-batch", "-1"]}
@@ -818,7 +833,7 @@ COMMAND_LINES = {
 @pytest.mark.parametrize("argv", COMMAND_LINES.values(), ids=COMMAND_LINES)
 def test_a_wrong_command_line_is_one_line_and_exit_2(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
-        train.arguments(argv)
+        parse(argv)
     err = capsys.readouterr().err
     assert leaving.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
@@ -903,8 +918,8 @@ def test_own_data_trains_with_pictures_and_text_alone(flags, run, album, tmp_pat
 
 
 def test_epochs_see_every_sample_once_in_an_order_of_their_own(flags, album):
-    args = train.arguments(flags(None, *album(lambda rows: rows.pop()), "--epochs", 2, steps=0))
-    samples = train.Samples(args)
+    args = parse(flags(None, *album(lambda rows: rows.pop()), "--epochs", 2, steps=0))
+    samples = Samples(args)
     assert samples.steps() == 3
     epochs = [[samples[i][0].size for i in range(e * 3, e * 3 + 3)] for e in range(20)]
     assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
@@ -912,7 +927,7 @@ def test_epochs_see_every_sample_once_in_an_order_of_their_own(flags, album):
     assert samples[4][0].size == samples[4][0].size         # whatever was asked before
 
 
-@pytest.mark.parametrize("trains", ["bridge", "bridge,llm"])
+@pytest.mark.parametrize("trains", ["projector", "projector,llm"])
 def test_a_batch_of_text_alone_is_no_trouble(flags, run, album, tmp_path, trains):
     argv = flags(tmp_path / "run", *album(lambda rows: rows.__delitem__(slice(3))),
                  "--train", trains, "--accum", 2, steps=2)
@@ -974,13 +989,13 @@ def test_a_projector_can_be_given(flags, run, tmp_path):
     """Its values are where the bridge starts: at a rate of 0 they are where it ends."""
     given = {f"multi_modal_projector.linear_{i}.{kind}": torch.randn(32, *[32] * (kind == "weight"))
              for i in (1, 2) for kind in ("weight", "bias")}
-    data.save_weights(tmp_path / "bridge", given)
-    assert run(flags(tmp_path / "run", "--projector", tmp_path / "bridge", "--lr", 0, stage=1,
+    save_weights(tmp_path / "projector", given)
+    assert run(flags(tmp_path / "run", "--projector", tmp_path / "projector", "--lr", 0, stage=1,
                      steps=1)).code == 0
     made = data.load_weights(tmp_path / "run/model")
     assert all(torch.equal(made[k], v) for k, v in given.items())
     refused(run(flags(tmp_path / "other", "--projector", tmp_path / "none", stage=1)), 3, "none")
-    refused(run(flags(tmp_path / "other", "--projector", tmp_path / "bridge", "--from",
+    refused(run(flags(tmp_path / "other", "--projector", tmp_path / "projector", "--from",
                       tmp_path / "run/model", lone=False)), 2, "projector")
 
 
@@ -991,24 +1006,23 @@ def test_every_recipe_takes_its_own_defaults(base):
     import train
     for recipe in train.RECIPES:
         for stage in (1, 2):
-            args = train.arguments(["--stage", str(stage), "--recipe", recipe, "--base", base])
-            assert args.row.losses or args.row.batch % args.row.groups == 0
+            args = parse(["--stage", str(stage), "--recipe", recipe, "--base", base])
+            assert args.row.losses or args.row.batch % args.row.loss_groups == 0
 
 
 def test_a_whole_number_of_warm_up_steps():
     import train
-    rise = [train.cosine(step, 340, 100) for step in (0, 50, 100, 339)]
+    rise = [cosine(step, 340, 100) for step in (0, 50, 100, 339)]
     assert rise[:3] == [0, .5, 1] and rise[3] < 1e-3
-    assert train.cosine(10, 340, .03) < 1 == train.cosine(11, 340, .03)     # ceil(10.2) steps
+    assert cosine(10, 340, .03) < 1 == cosine(11, 340, .03)     # ceil(10.2) steps
 
 
 def test_a_list_of_parts_passes_over_names_that_are_no_numbers(parts):
     import train
-    from projector import VLM
-    model = VLM.from_parts(parts / "clip", parts / "llama")
-    with pytest.raises(train.data.Usage, match="no such part"):
-        train.set_trained(model, ("vision.2+",))
-    assert {n.split(".")[2] for n in train.set_trained(model, ("vision.blocks.1+",))} == {"1"}
+    model = new_vlm(parts / "clip", parts / "llama")
+    with pytest.raises(UsageError, match="no such part"):
+        train.set_trainable(model, ("vision.2+",))
+    assert {n.split(".")[2] for n in train.set_trainable(model, ("vision.blocks.1+",))} == {"1"}
 
 
 def test_old_checkpoints_go_and_a_damaged_later_one_is_not_kept_for_them(flags, run, tmp_path):
@@ -1033,10 +1047,10 @@ def test_one_step_of_data_is_refused(flags, run, album, tmp_path):
 
 def test_data_of_ones_own_keeps_the_toys_rates():
     import train
-    toy, own = (train.arguments(["--stage", "2", *more]).row
+    toy, own = (parse(["--stage", "2", *more]).row
                 for more in ((), ("--data", "x.json")))
     assert (own.lr, own.batch, own.clip) == (toy.lr, toy.batch, toy.clip) and own.steps == 0
-    official = train.arguments(["--stage", "2", "--data", "x.json", "--base", "7b"]).row
+    official = parse(["--stage", "2", "--data", "x.json", "--base", "7b"]).row
     assert (official.lr, official.batch) == (2e-5, 128)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kernels.attention import (anywhere, attention, causal, compile_cases, full, packed, reference,
+from kernels.attention import (anywhere, attention, causal, compile_cases, full, document_spans, reference,
                                seen_matrix, visible)
 from qformer import itc, itg, itm
 from tiny import span_errors
@@ -36,14 +36,14 @@ def test_rules_as_drawn(rule, drawn):
 
 def test_packed_documents_as_drawn():
     q = torch.zeros(2, 5, 1, 8)
-    seen = seen_matrix(q, q, causal, 0, 0, None, packed([[2, 0, 3], [1, 4]]))
+    seen = seen_matrix(q, q, causal, 0, 0, None, document_spans([[2, 0, 3], [1, 4]]))
     assert grid(seen[0, 0]) == "#....\n##...\n..#..\n..##.\n..###"
     assert grid(seen[1, 0]) == "#....\n.#...\n.##..\n.###.\n.####"
     # a rule with n counts from each document's start: one query, then text
-    assert grid(seen_matrix(q, q, itc, 1, 0, None, packed([[2, 3]] * 2))[0, 0]) == (
+    assert grid(seen_matrix(q, q, itc, 1, 0, None, document_spans([[2, 3]] * 2))[0, 0]) == (
         "#....\n.#...\n..#..\n...##\n...##")
     with pytest.raises(ValueError, match="equally long"):
-        packed([[2, 3], [4]])
+        document_spans([[2, 3], [4]])
 
 
 @pytest.mark.parametrize("rule", [causal, full, itc, itm, itg])
@@ -146,32 +146,32 @@ def test_a_row_that_sees_one_key_returns_its_value():
 @pytest.mark.parametrize("rule, n", [(causal, 0), (full, 0), (itg, 2)])
 def test_packed_documents_do_not_see_each_other(rule, n):
     q, k, v, dout = inputs(2, 79, 79, 1, 1, 64)
-    documents = packed([[37, 1, 1, 40], [3, 64, 12]])
-    (out, *_), _ = compare(q, k, v, dout, rule, n, 0, None, documents)
+    doc_spans = document_spans([[37, 1, 1, 40], [3, 64, 12]])
+    (out, *_), _ = compare(q, k, v, dout, rule, n, 0, None, doc_spans)
     alone = attention(*(t[:1, 39:] for t in (q, k, v)), rule, n)
     assert torch.allclose(out[:1, 39:], alone, atol=1e-6)
     assert not torch.allclose(attention(q, k, v, rule, n), out, atol=1e-2)      # control
 
 
-@pytest.mark.parametrize("rule, documents", [(causal, None), (full, packed([[39, 1, 30]] * 2))])
-def test_padding_is_not_seen(rule, documents):
+@pytest.mark.parametrize("rule, doc_spans", [(causal, None), (full, document_spans([[39, 1, 30]] * 2))])
+def test_padding_is_not_seen(rule, doc_spans):
     q, k, v, dout = inputs(2, 70, 70, 1, 1, 64)
-    keep = torch.rand(2, 70) < .7
-    keep[:, [0, 39, 45]] = True
-    keep[1, 33:39] = False
-    (out, dq, dk, dv), _ = compare(q, k, v, dout, rule, 0, 0, keep, documents)
-    assert dk[~keep].eq(0).all() and dv[~keep].eq(0).all() and dk[keep].ne(0).any()
-    other = torch.where(keep[..., None, None], v, 100.)
-    assert torch.equal(attention(q, k, other, rule, 0, 0, keep, documents), out)
+    attention_mask = torch.rand(2, 70) < .7
+    attention_mask[:, [0, 39, 45]] = True
+    attention_mask[1, 33:39] = False
+    (out, dq, dk, dv), _ = compare(q, k, v, dout, rule, 0, 0, attention_mask, doc_spans)
+    assert dk[~attention_mask].eq(0).all() and dv[~attention_mask].eq(0).all() and dk[attention_mask].ne(0).any()
+    other = torch.where(attention_mask[..., None, None], v, 100.)
+    assert torch.equal(attention(q, k, other, rule, 0, 0, attention_mask, doc_spans), out)
 
 
 def test_a_row_whose_keys_are_all_padding_is_finite():
     """Padding on the left, looking at padding: 0 and no gradient; the other rows are right."""
     q, k, v, dout = inputs(1, 40, 40, 1, 1, 8)
-    keep = torch.arange(40)[None] >= 35
-    seen = seen_matrix(q, k, causal, 0, 0, keep, None)
+    attention_mask = torch.arange(40)[None] >= 35
+    seen = seen_matrix(q, k, causal, 0, 0, attention_mask, None)
     true = with_gradients(lambda *x: exact(*x, seen), *(t.double() for t in (q, k, v, dout)))
-    got = with_gradients(lambda *x: attention(*x, causal, keep=keep), q, k, v, dout)
+    got = with_gradients(lambda *x: attention(*x, causal, attention_mask=attention_mask), q, k, v, dout)
     assert all(float((a - b).abs().max()) < 1e-5 for a, b in zip(got, true))
     assert got[0][:, :35].eq(0).all() and got[1][:, :35].eq(0).all()
 
@@ -211,7 +211,7 @@ def test_nothing_in_nothing_out(B, T, S):
 
 def test_what_the_kernel_cannot_answer_is_refused(grounded):
     q, k, v, _ = inputs(1, 4, 4, 2, 1, 8)
-    keep, documents = torch.ones(1, 4, dtype=torch.bool), packed([[4]])
+    attention_mask, doc_spans = torch.ones(1, 4, dtype=torch.bool), document_spans([[4]])
 
     def never(q, k, n):
         return q < k
@@ -226,15 +226,15 @@ def test_what_the_kernel_cannot_answer_is_refused(grounded):
         r"strides .* of k; .* multiples of 8": lambda: attention(
             q, torch.zeros(1, 4, 12)[..., None, :8], v),
         "bfloat16 in Triton's interpreter": lambda: attention(*(t.bfloat16() for t in (q, k, v))),
-        "must be bool": lambda: attention(q, k, v, keep=keep.float()),
-        r"keep \(1, 3\)": lambda: attention(q, k, v, keep=keep[:, :3]),
-        "must be int32": lambda: attention(q, k, v, documents=documents.long()),
-        "packed rows need": lambda: attention(q, k, v, start=1, documents=documents),
+        "must be bool": lambda: attention(q, k, v, attention_mask=attention_mask.float()),
+        r"keep \(1, 3\)": lambda: attention(q, k, v, attention_mask=attention_mask[:, :3]),
+        "must be int32": lambda: attention(q, k, v, doc_spans=doc_spans.long()),
+        "packed rows need": lambda: attention(q, k, v, start=1, doc_spans=doc_spans),
         "never hides every one of 4 keys": lambda: attention(q, k, v, never),
         "causal hides every one of 0 keys": lambda: attention(q, k[:, :0], v[:, :0]),
         "a lambda cannot be compiled": lambda: attention(q, k, v, lambda q, k, n: k <= q),
         "on cpu, meta": lambda: attention(q, k, v.to("meta")),
-        "cpu, meta; move them to one": lambda: attention(q, k, v, keep=keep.to("meta")),
+        "cpu, meta; move them to one": lambda: attention(q, k, v, attention_mask=attention_mask.to("meta")),
         "q must be": lambda: attention(q[0], k, v),
         r"k \(4, 1, 8\)": lambda: attention(q, k[0], v[0]),
         "do not fit": lambda: attention(q, k.expand(2, 4, 1, 8), v.expand(2, 4, 1, 8)),

@@ -49,12 +49,12 @@ def test_ragged_lengths_and_left_padding():
     assert close(decode(q, k, v, lengths=lengths, splits=3), q, k, v, None, lengths)
     room = torch.ones(4, 200, dtype=torch.bool)         # as llama.Cache.keep: rows of the capacity
     room[0, :149], room[1, :64], room[2, :65] = False, False, False
-    keep = room[:, :150]
-    assert close(decode(q, k, v, keep, splits=3), q, k, v, keep)
+    attention_mask = room[:, :150]
+    assert close(decode(q, k, v, attention_mask, splits=3), q, k, v, attention_mask)
     lengths[1:3] = torch.tensor([70, 140])
-    found = decode(q, k, v, keep, lengths, splits=3)
-    assert close(found, q, k, v, keep, lengths)
-    assert not close(found, q, k, v, keep) and not close(found, q, k, v, None, lengths)
+    found = decode(q, k, v, attention_mask, lengths, splits=3)
+    assert close(found, q, k, v, attention_mask, lengths)
+    assert not close(found, q, k, v, attention_mask) and not close(found, q, k, v, None, lengths)
 
 
 def test_places_behind_the_length_are_not_read():

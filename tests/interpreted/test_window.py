@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import llama
-from kernels.attention import attention, causal, packed, seen_matrix, sliding_window
+from decoding.cuda_graph import StaticCache
+from kernels.attention import attention, causal, document_spans, seen_matrix, sliding_window
 from test_attention import compare, inputs
 from test_decode import cache, close
 from test_llama import written
@@ -53,15 +54,15 @@ def test_kernel_equals_double_precision(T, S, H, G, D, n, start):
 
 def test_packed_documents_and_padding():
     x = inputs(2, 130, 130, 2, 1, 64)
-    documents = packed([[37, 1, 92], [100, 3, 27]])
-    (out, *_), _ = compare(*x, sliding_window, 20, 0, None, documents)
+    doc_spans = document_spans([[37, 1, 92], [100, 3, 27]])
+    (out, *_), _ = compare(*x, sliding_window, 20, 0, None, doc_spans)
     alone = attention(*(t[:1, 38:] for t in x[:3]), sliding_window, 20)
     assert torch.allclose(out[:1, 38:], alone, atol=1e-6)
-    assert not torch.allclose(attention(*x[:3], causal, documents=documents), out, atol=1e-2)
-    keep = torch.ones(2, 130, dtype=torch.bool)
-    keep[1, 50:60] = False
-    compare(*x, sliding_window, 20, 0, keep, None)
-    compare(*x, sliding_window, 20, 0, keep, documents)
+    assert not torch.allclose(attention(*x[:3], causal, doc_spans=doc_spans), out, atol=1e-2)
+    attention_mask = torch.ones(2, 130, dtype=torch.bool)
+    attention_mask[1, 50:60] = False
+    compare(*x, sliding_window, 20, 0, attention_mask, None)
+    compare(*x, sliding_window, 20, 0, attention_mask, doc_spans)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -74,14 +75,14 @@ def test_decode_sees_the_last_n_keys(n, dtype):
     assert close(found, q, k, v) == (n >= 150)                          # control: all keys
     # the same where the device counts: other rows end elsewhere
     lengths = torch.tensor([150, 1, 90], dtype=torch.int32)
-    keep = torch.ones(3, 200, dtype=torch.bool)
-    keep[0, :100], keep[2, :60] = False, False
-    mask = keep[:, :150], lengths
+    attention_mask = torch.ones(3, 200, dtype=torch.bool)
+    attention_mask[0, :100], attention_mask[2, :60] = False, False
+    mask = attention_mask[:, :150], lengths
     got = decode.decode(q, k, v, *mask, splits=3, allow=sliding_window, n=n)
     for row, end in enumerate(lengths.tolist()):
         some = slice(max(end - n, 0), end)
         assert close(got[row:row + 1], q[row:row + 1], k[row:row + 1, some], v[row:row + 1, some],
-                     keep[row:row + 1, some])
+                     attention_mask[row:row + 1, some])
     k2, v2 = k.clone(), v.clone()
     for row, end in enumerate(lengths.tolist()):        # what lies outside is not read
         for t in (k2, v2):
@@ -105,25 +106,25 @@ def test_one_token_after_another_gives_the_logits_of_the_whole_row(held, monkeyp
     model = shaken(llama.Llama(llama.Config(vocab=50, width=32, depth=2, heads=4, kv_heads=2,
                                             mlp=40, window=4)))
     ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
-    keep = torch.ones(2, 12, dtype=torch.bool)
-    keep[1, :3] = False
-    positions = (keep.cumsum(1) - 1).clamp(min=0)
+    attention_mask = torch.ones(2, 12, dtype=torch.bool)
+    attention_mask[1, :3] = False
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         with monkeypatch.context() as plain:
             plain.setattr(launch, "SPEC", True)
-            true = model(ids, positions=positions, keep=keep)[:, 6:]
+            true = model(ids, position_ids=position_ids, attention_mask=attention_mask)[:, 6:]
         if held:
-            room = llama.Cache(model.config, 2, 20, model.embed.weight, keep[:, :6])
+            room = llama.KVCache(model.config, 2, 20, model.embed.weight, attention_mask[:, :6])
             room.k.fill_(torch.nan), room.v.fill_(torch.nan)
-            model(ids[:, :6], room, positions[:, :6])
-            room.hold()
-            steps = [model(ids[:, t:t + 1], room, positions[:, t:t + 1]) for t in range(6, 12)]
+            model(ids[:, :6], room, position_ids[:, :6])
+            room = StaticCache(room)
+            steps = [model(ids[:, t:t + 1], room, position_ids[:, t:t + 1]) for t in range(6, 12)]
             got = torch.cat(steps, 1)
         else:
-            got = written(model, ids, keep, 6)
+            got = written(model, ids, attention_mask, 6)
     assert gap(got, true) < LIMIT
     model.config = model.config.__class__(**{**vars(model.config), "window": None})
     for block in model.blocks:
         block.c = model.config
     with torch.no_grad():
-        assert gap(model(ids, positions=positions, keep=keep)[:, 6:], true) > 100 * LIMIT   # control
+        assert gap(model(ids, position_ids=position_ids, attention_mask=attention_mask)[:, 6:], true) > 100 * LIMIT   # control

@@ -1,16 +1,16 @@
-"""kernels/measure.py: how a GPU is timed, and how a table of timings is kept.
+"""bench.measure: how a GPU is timed, and how a table of timings is kept.
 
 The candidates of a row get the same tensors and take turns, A B C A B C ..., each warmed up before;
-the median of at least 5 turns counts. Before each turn a gigabyte is overwritten: the cache forgets
-the tensors, and while the GPU is busy with that, Python queues the candidate, so that no launch is
-waited for. Percentages are of two ceilings measured first in the same run: a copy of a gigabyte,
+the median of at least 5 turns counts. Before each turn a gigabyte is overwritten: the tensors
+leave the cache, and while the GPU is busy with that, Python queues the candidate, so that no launch
+is waited for. Percentages are of two ceilings measured first in the same run: a copy of a gigabyte,
 and a bf16 product of 8192³. A candidate that cannot run says why in its cell.
 
 A table is a generator of rows. It has a time of its own and stops between two rows when that is
 used up, saying so. Each row is written at once: a call that is cut off loses nothing.
 
 On a CPU everything runs once, on toy sizes: a rehearsal of the code, no measurement.
-Alone: `python -m kernels.measure` prints the two ceilings. Used by: kernels/bench.py.
+Alone: `python -m bench.measure` prints the two ceilings.
 """
 
 import gc
@@ -39,14 +39,17 @@ def random(*shape, grad=False):
 
 
 def compiled(f):
-    """torch.compile; forgetful, because after eight shapes of one function it runs eagerly."""
+    """torch.compile, reset first: after eight shapes of one function it would run eagerly."""
     torch.compiler.reset()
     return torch.compile(f, dynamic=False) if GPU else f
 
 
 def short(error):
-    return "OOM" if isinstance(error, torch.OutOfMemoryError) else (
-        f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:60]}")
+    """An error in one cell of a table."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "OOM"
+    first = (str(error).strip() or "-").splitlines()[0]
+    return f"{type(error).__name__}: {first[:60]}"
 
 
 def clock(run):
@@ -68,7 +71,9 @@ def race(candidates, turns=7, warm=3, flush=True):
     found, times = dict.fromkeys(candidates), {}
     for name, run in candidates.items():
         try:
-            times[name] = [clock(run) for _ in range(pick(warm, 1))] and []
+            for _ in range(pick(warm, 1)):
+                clock(run)
+            times[name] = []
         except FAILURES as error:
             found[name] = short(error)
     for _ in range(pick(turns, 1)):
@@ -78,21 +83,23 @@ def race(candidates, turns=7, warm=3, flush=True):
     return found | {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def pulled(f, inputs, pull):
-    """(output, gradients) of f(*inputs). pull: a list of one, what the output is pulled by; into an
-    empty one goes noise of the output's shape."""
+def with_gradients(f, inputs, upstream):
+    """(output, gradients) of f(*inputs). upstream: a list of one, the gradient of the output; into
+    an empty one goes noise of the output's shape."""
     out = f(*inputs)
-    if not pull:
-        pull.append(random(*out.shape))
+    if not upstream:
+        upstream.append(random(*out.shape))
     leaves = [t for t in inputs if t.requires_grad]
-    return out, *torch.autograd.grad(out, leaves, pull[0].to(out.dtype))
+    return out, *torch.autograd.grad(out, leaves, upstream[0].to(out.dtype))
 
 
 def both_ways(candidates):
     """("forward" or "both", race) of {name: (function, inputs)}: without and with gradients."""
     yield "forward", race({name: partial(f, *x) for name, (f, x) in candidates.items()})
-    yield "both", race({name: partial(pulled, f, [t.detach().requires_grad_() for t in x], [])
-                        for name, (f, x) in candidates.items()})
+    runs = {}
+    for name, (f, x) in candidates.items():
+        runs[name] = partial(with_gradients, f, [t.detach().requires_grad_() for t in x], [])
+    yield "both", race(runs)
 
 
 def speeds(amount, found, ceiling):

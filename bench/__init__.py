@@ -1,0 +1,1 @@
+"""bench/: every speed table, with its baselines."""

@@ -1,0 +1,167 @@
+"""decoding/flags.py: the command line of generate.py, and what is wrong with it.
+
+This file imports no torch, so that `python generate.py --help` answers at once.
+A check is a pair (is it wrong?, message). The message says what to do."""
+
+import argparse
+import math
+import os
+import re
+
+from formats.errors import UsageError
+
+DEFAULT_MODEL = "runs/toy/llava-1.5/stage2/model"
+SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty",
+            "stop")
+
+
+def first_error(checks):
+    """The message of the first check that is wrong, or None."""
+    for wrong, message in checks:
+        if wrong:
+            return message
+    return None
+
+
+def prompt_error(text):
+    """What is wrong with a question, or None."""
+    # bytes that are not UTF-8 arrive as lone surrogates
+    surrogates = [c for c in text if "\ud800" <= c < "\ue000"]
+    return first_error([
+        (not text.strip(), "the question is empty: write one"),
+        ("\0" in text, "the question holds a NUL byte: remove it"),
+        (surrogates, "the question is not valid UTF-8: type it again")])
+
+
+def settings_error(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
+                   repetition_penalty=1.0, stop=()):
+    """What is wrong with these settings of `generate`, or None. The defaults are right."""
+    stop = [stop] if type(stop) is str else stop
+    texts = "".join(stop)
+    greedy = temperature == 0
+    unused = greedy and (top_p != 1 or top_k != 0)          # these two only change a random draw
+    return first_error([
+        (max_new_tokens < 1, "max-new-tokens must be at least 1"),
+        (not 0 <= temperature < math.inf, "temperature must be 0 or more"),
+        (not 0 < top_p <= 1, "top-p must be above 0 and at most 1"),
+        (top_k < 0, "top-k must be 0 (all) or more"),
+        (num_beams < 1, "num-beams must be at least 1"),
+        (not 0 < repetition_penalty < math.inf, "repetition-penalty must be above 0"),
+        (not all(stop), "stop must be a text to end at, not an empty one"),
+        (texts != texts.encode(errors="replace").decode(),
+         "stop is not valid UTF-8: type it again"),
+        (num_beams > 1 and not greedy, "num-beams above 1 needs temperature 0"),
+        (num_beams > 1 and unused,
+         "top-p and top-k do nothing with num-beams above 1: leave them out"),
+        (unused, "top-p and top-k do nothing at temperature 0: give --temperature above 0 as "
+         "well, or leave them out")])
+
+
+def check_settings(*settings):
+    """Raises UsageError for wrong settings of `generate`, in the order of SETTINGS."""
+    if wrong := settings_error(*settings):
+        raise UsageError(wrong)
+
+
+def is_picture_name(text):
+    """Is the last argument a picture, and not the question?
+
+    A file that exists is a picture. So is one word, or a path in an existing folder, that ends as
+    pictures do: a picture that is missing is an error, not a question."""
+    if os.path.exists(text):
+        return True
+    folder, text = os.path.dirname(text), text.strip()
+    if not re.search(r"\.(png|jpe?g|webp|gif|bmp|tiff?|heic|avif)$", text, re.I):
+        return False
+    return not re.search(r"\s", text) or bool(folder) and os.path.isdir(folder)
+
+
+def build_parser():
+    """The flags, in the groups that --help shows."""
+    p = argparse.ArgumentParser(description="Talk to a model about an image.", allow_abbrev=False)
+    p.add_argument("images", nargs="+", metavar="image", help="pictures that are asked about "
+                   "together, or a folder of pictures (then with --out)")
+    p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
+
+    add = p.add_argument_group("the model").add_argument
+    add("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
+    add("--model-base", metavar="MODEL", help="what --model, a LoRA adapter, is added to "
+        "(default: the one it names)")
+    add("--template", help="how the model is asked, instead of what its config says")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the weights in memory; auto: as they are in the file, but fp16 becomes bf16 "
+        "where the GPU has it, and on a CPU 16 bits become bf16 if it is quick at it, else fp32")
+    add("--quantize", choices=("int8", "int4"), help="of the language model's weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+
+    add = p.add_argument_group("how the next token is chosen").add_argument
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-p", type=float, default=1.0, help="of the likeliest that sum to p")
+    add("--top-k", type=int, default=0, help="of the k likeliest; 0: of all")
+    add("--num-beams", type=int, default=1, help="beam search")
+    add("--repetition-penalty", type=float, default=1.0, help="1: none")
+    add("--seed", type=int, default=0)
+
+    add = p.add_argument_group("where the answer ends").add_argument
+    add("--max-new-tokens", type=int, default=256)
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be given more than once")
+
+    add = p.add_argument_group("a folder of pictures").add_argument
+    add("--out", help="LLaVA JSON to write the answers about a folder to")
+    add("--batch-size", type=int, help="pictures of a folder at a time (default: 8)")
+
+    add = p.add_argument_group("a look inside").add_argument
+    add("--attention", metavar="PNG", help="draw where each word of the answer looked")
+    add("--layer", type=int, help="whose attention (default: the one that looks most)")
+    add("--verbose", action="store_true", help="tokens a second")
+    add("--debug", action="store_true", help="tracebacks")
+    return p
+
+
+def arguments_error(a):
+    """What is wrong with the arguments together, or None."""
+    is_folder = os.path.isdir(a.image)
+    several = len(a.images) > 1
+    a_folder_among_several = several and any(map(os.path.isdir, a.images))
+    batch_size = 8 if a.batch_size is None else a.batch_size
+    no_prompt = a.prompt is None
+    return first_error([
+        (a.out and not os.path.isdir(os.path.dirname(a.out) or "."),
+         f"--out {a.out}: no such folder: make it first"),
+        (a.layer is not None and not a.attention,
+         "--layer says whose attention is drawn: give --attention FILE.png as well"),
+        (a.attention and (is_folder or no_prompt or several),
+         "--attention is for one question about one picture"),
+        (a.out and os.path.exists(a.image) and not is_folder,
+         "--out is for a folder of pictures; the answer about one goes to stdout"),
+        (a_folder_among_several,
+         "a folder of pictures is asked about alone: give one folder, or pictures"),
+        (batch_size < 1 or not 0 <= a.seed < 2 ** 62,
+         "batch-size must be at least 1, seed 0 or more (below 2^62)"),
+        (not is_folder and a.batch_size is not None,
+         "--batch-size is for a folder of pictures: leave it out"),
+        (settings_error(**a.settings), settings_error(**a.settings)),
+        (not no_prompt and prompt_error(a.prompt or ""), prompt_error(a.prompt or "")),
+        (is_folder and not (a.prompt and a.out),
+         f"{a.image} is a folder: give a question and --out FILE.json")])
+
+
+def parse(argv=None):
+    """The arguments; `settings` are those of `generate`, `image` is the first of `images`.
+
+    Ends the program with status 2 where something is wrong."""
+    p = build_parser()
+    a = p.parse_args(argv)
+    a.settings = {name: getattr(a, name) for name in SETTINGS}
+    # argparse puts all it gets into `images`: the last is the question if it is no picture
+    if len(a.images) > 1 and not is_picture_name(a.images[-1]):
+        a.prompt = a.images.pop()
+    if a.prompt is not None:
+        a.prompt = a.prompt.strip()
+    a.image = a.images[0]
+    if wrong := arguments_error(a):
+        p.error(wrong)
+    if a.batch_size is None:
+        a.batch_size = 8
+    return a

@@ -1,0 +1,139 @@
+"""decoding/loading.py: a folder or hub id becomes a model that is ready to write, on its device.
+
+Also here: how fast it wrote, against the speed at which this machine can read its weights. One
+token reads every weight of the language model once, so that is the limit of decoding alone."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+import data
+from decoding.cuda_graph import WARMUP_STEPS
+from decoding.flags import DEFAULT_MODEL
+from formats.checkpoints import dtype_name
+from formats.errors import note, UsageError
+from kernels.quantize import fast_bf16, lay, quantize
+from projector import VLM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare_for_inference(model, codes=None):
+    """The model with its weights as decoding reads them best, or quantized (kernels/quantize.py).
+
+    codes: "int8", "int4" or None. The model is not to be trained or saved after this."""
+    if codes:
+        if model.llm.embed.weight.device.type == "cpu":
+            note("note: --quantize saves memory; on a CPU the weights are written out again for "
+                 "every token, which is several times slower")
+        try:
+            quantize(model.llm, {"int8": 8, "int4": 4}[codes])
+        except ValueError as error:
+            raise data.BadModel(f"--quantize {codes}: {error}") from None
+    return lay(model)
+
+
+def cast_for_cpu(model, device):
+    """The model in the dtype that its device computes well, with a note where it changes.
+
+    A CPU: 16 bits become bf16 if it multiplies bf16 in hardware, else fp32. A GPU that has bf16:
+    fp16 becomes bf16, because some models overflow in fp16."""
+    here = model.llm.embed.weight.dtype
+    if device.type == "cuda" and here == torch.float16:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return model
+        note("note: the weights are float16, in which some models overflow: they become bf16, 3 "
+             "bits fewer of each number (--dtype keeps or chooses)")
+        return model.to(torch.bfloat16)
+    if device.type != "cpu":
+        return model
+    if fast_bf16():
+        best, name, price = torch.bfloat16, "bf16", "3 bits fewer of each number"
+    else:
+        best, name, price = torch.float32, "fp32", "twice the memory"
+    if here in (best, torch.float32):               # fp32 is exact: it is never made smaller
+        return model
+    note(f"note: the weights are {dtype_name(here)}, which this CPU is slow at: they become "
+         f"{name}, {price} (--dtype keeps or chooses)")
+    return model.to(best)
+
+
+def find_device(name):
+    """torch.device of --device. Raises UsageError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()                                # "meta" is a device without values
+    except (RuntimeError, AssertionError) as error:         # what torch raises for no such device
+        why = str(error).strip().split("\n")[0]
+        raise UsageError(f"--device {name}: {why}: try --device cpu") from None
+    return probe.device
+
+
+def load_model(args, codes=None):
+    """The model of --model, ready for inference. Raises BadModel, Offline, UsageError."""
+    device = find_device(args.device)
+    if args.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
+        raise data.BadModel(f"{DEFAULT_MODEL}: no model yet: run `make demo`, or train.py "
+                            "--stage 1 and --stage 2, or name a model with --model")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)               # kernels start on the current one
+    dtype = DTYPES.get(args.dtype)                  # None: auto
+    model = VLM.from_pretrained(args.model, dtype, getattr(args, "model_base", None))
+    if dtype is None:
+        model = cast_for_cpu(model, device)
+    if args.template and args.template not in data.TEMPLATES:
+        raise UsageError(f"--template {args.template!r} is unknown: choose one of "
+                         f"{', '.join(data.TEMPLATES)}")
+    model.template = args.template or model.template
+    if data.template_of(model.template).style == "plain":
+        note("note: this model knows pictures and captions but no questions: yours is ignored, it "
+             "writes a caption")
+    return prepare_for_inference(model.to(device), codes)
+
+
+def memory_bandwidth(device):
+    """GB/s at which this machine reads its memory: the best of a few sums of 256 MB."""
+    x, best = torch.ones(2 ** 26, device=device), math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best / 1e9
+
+
+def read_per_token(llm):
+    """The tensors that one token reads: weights of the blocks and of the head, or their codes."""
+    tensors = []
+    for part in (llm.blocks, llm.head):
+        for layer in part.modules():
+            for name in ("weight", "codes", "scales"):
+                tensor = getattr(layer, name, None)
+                if torch.is_tensor(tensor):
+                    tensors.append(tensor)
+    return tensors
+
+
+def speed_line(model, prompt_length, start, times, num_beams=1):
+    """One line: the prompt's tokens a second, the answer's, and these against the limit.
+
+    start, times: when the prompt began and when each token came. Beams come all at once: of those
+    the whole time."""
+    first = (times[0] if times else time.perf_counter()) - start
+    if num_beams > 1:
+        return (f"prompt: {prompt_length} places; answer: {len(times)} tokens, {first:.2f} s for "
+                f"both with {num_beams} beams")
+    line = f"prompt: {prompt_length} places in {first:.2f} s, {prompt_length / first:,.0f}/s"
+    if model.llm.embed.weight.is_cuda:
+        times = times[WARMUP_STEPS:]                # those compile and capture
+    if len(times) > 1 and times[-1] > times[0]:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        tensors = read_per_token(model.llm)
+        bandwidth = memory_bandwidth(tensors[0].device) * 1e9
+        ceiling = bandwidth / sum(tensor.nbytes for tensor in tensors)
+        line += (f"; answer: {rate:,.1f} tokens/s, {100 * rate / ceiling:.0f} % of the "
+                 f"{ceiling:,.0f} that reading the weights allows")
+    return line

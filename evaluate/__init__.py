@@ -1,0 +1,1 @@
+"""evaluate/: scores beside their controls; the papers' claims; three benchmarks."""

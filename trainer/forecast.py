@@ -1,0 +1,371 @@
+"""What a run will need, worked out before anything loads: bytes of memory and FLOPs.
+
+Everything comes from the sizes in config.json and a model on the meta device, which has shapes and
+no memory. GB = 10⁹ bytes, GiB = 2³⁰ bytes; FLOPs count a multiplication and an addition as two.
+trainer/plan.py prints it (--plan); `fit_to_card` chooses row length and recomputation by it."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from clip import Config as TowerConfig
+from clip import LayerNorm, ViT
+from formats import configs
+from formats.errors import UsageError
+from formats.families import read_vlm_config
+from formats.hub import resolve
+from formats.strict_json import read_config
+from llama import Config as LlamaConfig
+from llama import Llama
+from projector import Blip2, QFormerProjector, VLM
+from qformer import Config as QFormerConfig
+from qformer import QFormer
+from trainer import build
+from trainer.distributed import world_size
+from trainer.flags import BASES, EVA, SMALL
+from trainer.lengths import mean_lengths, sample_lengths
+from trainer.lora import add_lora
+
+# the hub's parts that recipes begin with: a plan needs no network
+KNOWN_SIZES = {
+    BASES["7b"][0]: TowerConfig(image_size=336), SMALL: TowerConfig(image_size=224),
+    BASES["7b"][1]: LlamaConfig(eps=1e-5, context=4096),
+    BASES["13b"][1]: LlamaConfig(32000, 5120, 40, 40, 40, 13824, 1e-5, context=4096),
+    EVA: TowerConfig(1408, 39, 16, 6144, 1e-6, eva=True, has_final_block=False)}
+ROW_LENGTHS = (8192, 6144, 4096, 3072, 2048)    # the longest official sample has 2,048 tokens
+A100_FLOPS = 312e12                             # bf16 multiplications and additions a second
+POLICIES = ("none", "attention", "full")        # of --checkpoint, the fastest first
+# An A100 of 80 GB shows a process 79.1 of 80 GiB, less half a GB for CUDA itself; 5 % is kept free
+# for allocator fragmentation.
+VISIBLE, CUDA_CONTEXT_BYTES, USABLE = 79.1 / 80, .5e9, .95
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+def meta_model(args, set_trainable):
+    """The model of this run without memory; set_trainable (train.py) marks what trains."""
+    row = args.row
+    vision_config, llm_config = part_configs(args)
+    with torch.device("meta"):
+        vision, llm = ViT(vision_config), Llama(llm_config)
+        if row.projector_type == "qformer":
+            vision = vision.without_final_block()
+            sizes = build.TOY_QFORMER if args.base == "toy" else {}
+            width = vision.config.width
+            qformer = QFormer(QFormerConfig(**sizes, vision_width=width, vocab=0))
+            norm = LayerNorm(width, vision.config.eps)
+            projector = QFormerProjector(norm, qformer, llm_config.width)
+            model = Blip2(vision, projector, llm, None, row.template)
+        else:
+            model = VLM(vision, row.projector_type, llm, None, row.template, row.image_aspect)
+        if args.lora:
+            add_lora(model.llm, args.lora)
+    set_trainable(model, row.train, args.lora)
+    return model
+
+
+def part_configs(args):
+    """(TowerConfig, LlamaConfig) of the run's parts, or of the model that it starts from."""
+    if args.start not in (None, "none"):
+        family = read_vlm_config(args.start, read_sizes(args, args.start))
+        return TowerConfig(**family.vision), LlamaConfig(**family.llm)
+    vision_name, llm_name = build.base_models(args)
+    vision, llm = KNOWN_SIZES.get(vision_name), KNOWN_SIZES.get(llm_name)
+    if vision is None:
+        vision = TowerConfig(**configs.vision_tower(read_sizes(args, vision_name)))
+    if llm is None:
+        llm = LlamaConfig(**configs.llama_from_hf(read_sizes(args, llm_name)))
+    return vision, llm
+
+
+def read_sizes(args, name):
+    """config.json of a folder, or, without --plan, of a hub id."""
+    if args.plan and not Path(name).is_dir():
+        raise UsageError(f"--plan: {name} is no folder, and its sizes are not known here; give "
+                         "a folder with its config.json")
+    return read_config(resolve(name))
+
+
+# ----------------------------------------------------------------------------------------- FLOPs
+
+def products(module):
+    """FLOPs of a token in the module's matrix products: (forward, backward).
+
+    A product of n weights is 2 n; its input's gradient as much again; a weight's, where it trains,
+    too."""
+    forward = backward = 0
+    for p in module.parameters():
+        if p.dim() > 1:
+            forward += 2 * p.numel()
+            backward += 2 * p.numel() * (1 + p.requires_grad)
+    return forward, backward
+
+
+def run_vit_blocks(vision):
+    """The vision tower's blocks that run: LLaVA leaves out CLIP's last."""
+    return vision.blocks[:-1] if vision.config.has_final_block else vision.blocks
+
+
+def trainable_vit_blocks(vision):
+    """Those that have a backward: from the first that trains on."""
+    blocks = run_vit_blocks(vision)
+    for i, block in enumerate(blocks):
+        if next(block.parameters()).requires_grad:
+            return blocks[i:]
+    return blocks[:0]
+
+
+def vision_flops(model):
+    """FLOPs of a picture in the vision tower, its backward included where blocks of it train."""
+    vision, P = model.vision, model.patches + 1                 # with the class token
+    blocks, trained = run_vit_blocks(vision), trainable_vit_blocks(vision)
+    attention = 4 * P * P * vision.config.width                 # of one block
+    forward = 2 * P * vision.patch.numel() + P * products(blocks)[0] + attention * len(blocks)
+    return forward + (P * products(trained)[1] + 2.5 * attention * len(trained))
+
+
+def flops_per_sample(model):
+    """A function (text tokens, tokens with loss, pictures, policy) -> FLOPs of a sample:
+    (forward, backward, recomputed, the vision tower's)."""
+    c, num_image_tokens = model.llm.config, model.num_image_tokens()
+    of_a_picture = vision_flops(model)
+    layers, head = products(model.llm.blocks), products(model.llm.head)
+    projector = products(model.projector)
+    down = sum(products(block.down)[0] for block in model.llm.blocks)
+
+    def count(text, learned, pictures, policy=None):
+        image_tokens = pictures * num_image_tokens
+        T = text + image_tokens
+        attention = 2 * T * T * c.heads * c.head_dim * c.depth  # causal: half of 4 T² a layer
+        forward = T * layers[0] + learned * head[0] + image_tokens * projector[0]
+        backward = T * layers[1] + learned * head[1] + image_tokens * projector[1]
+        # kernels/checkpoint.py: of a layer all products but `down`; `full` runs a layer whole, too
+        recomputed = {"attention": T * (layers[0] - down),
+                      "full": T * layers[0] + attention + T * (layers[0] - down)}.get(policy, 0)
+        return forward + attention, backward + 2.5 * attention, recomputed, pictures * of_a_picture
+    return count
+
+
+def flops_counter(model):
+    """A function micro-batch -> (tokens after splicing, useful FLOPs); recomputing is no use."""
+    count, num_image_tokens = flops_per_sample(model), model.num_image_tokens()
+
+    def count_flops(micro):
+        tokens = flops = 0
+        for text, learned, pictures in micro.counts:
+            tokens += text + pictures * num_image_tokens
+            forward, backward, _, vision = count(text, learned, pictures)
+            flops += forward + backward + vision
+        return tokens, flops
+    return count_flops
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+def activation_bytes(model, tokens, learned, pictures, policy, stream=2, product=2, kernels=True,
+                     offload=False):
+    """Bytes that wait from forward to backward, and bytes that one layer's backward needs besides.
+
+    stream: bytes per element of the residual stream; product: of matmul outputs (2 under autocast).
+    kernels: what kernels/ keep, or what PyTorch's functions in their place do. offload: all but two
+    regions on the host. kernels/checkpoint.py has the terms one by one."""
+    c, llm = model.llm.config, model.llm
+    C, F, L, V, own = c.width, c.mlp, c.depth, c.vocab, c.heads * c.head_dim
+    trains = any(p.requires_grad for p in llm.blocks.parameters())
+    norms, head = llm.norm.weight.requires_grad, llm.head.weight.requires_grad
+    casts, plain = product < stream, not kernels                # autocast keeps what it casts
+    matrices = [p for p in llm.blocks.parameters() if p.dim() > 1]
+    lora = sum(p.shape[0] for n, p in llm.blocks[0].named_parameters() if n.endswith(".a"))
+
+    # of a token and a layer
+    x = C * stream
+    attention = own * product + 4 * c.heads                     # its output, its log-sum-exp
+    inputs = 2 * C * product * trains                           # what qkv and gate_up read
+    work = (own + 2 * c.kv_heads * c.head_dim + 2 * F + lora) * product + x  # x: before the MLP
+    recomputed = inputs * (not casts) + F * product * trains
+    recomputed += plain * (F * product + 2 * x * norms)
+    layer = x + attention + work + inputs * casts
+    segment = max(1, round(math.sqrt(L)))
+    here = 2 if offload else L                                  # layers whose input is on the GPU
+    blocks = {"full": x * min(here, math.ceil(L / segment)),
+              "attention": (x + attention) * min(here, L),
+              "none": layer * L, None: (layer + recomputed) * L}[policy]
+
+    # of both ends: the last norm, rotary tables, the head's input, and in PyTorch's form its logits
+    ends = tokens * (x + plain * x * norms + 4 * c.head_dim)
+    ends += learned * (C * product * head + plain * 4 * V)
+    if casts and policy in (None, "none"):                      # copies of all weights in bf16
+        ends += product * (sum(p.numel() for p in matrices) + llm.head.weight.numel())
+    if kernels and head:
+        ends += product * V * C                         # the head's gradient is computed in forward
+    images = pictures * (product * projector_numbers(model)
+                         + vision_bytes(model.vision, model.patches + 1, stream, product, plain))
+
+    # gradients of one layer, and what is recomputed for it
+    extra = {"full": layer + recomputed + segment * (x + attention),
+             "attention": layer + recomputed, "none": F * product, None: 0}[policy]
+    backward = tokens * (product * (3 * F + 4 * C) + extra)
+    backward += product * max(p.numel() for p in matrices)
+    return tokens * blocks + images + ends, backward
+
+
+def projector_numbers(model):
+    """Numbers that the projector keeps of a picture: inputs and outputs of what trains."""
+    if not any(p.requires_grad for p in model.projector.parameters()):
+        return 0
+    kept = last = 0
+    for layer in model.projector.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight.requires_grad:
+            tokens = model.num_image_tokens()           # a Q-Former's projection reads its queries
+            if layer.in_features == model.vision.config.width:
+                tokens = model.patches
+            last = tokens * layer.out_features
+            kept += tokens * layer.in_features + last
+    return kept - last                                  # that is the x of the first layer
+
+
+def vision_bytes(vision, P, stream, product, plain):
+    """Bytes that the tower's trained blocks keep of a picture; no policy there, rough if plain."""
+    c = vision.config
+    block = 2 * c.width * stream + product * (5 * c.width + (2 + plain) * c.mlp) + 4 * c.heads
+    return len(trainable_vit_blocks(vision)) * P * block
+
+
+def number_bytes(args):
+    """Bytes of a weight and of a matmul's output."""
+    if build.weight_dtype(args) == torch.bfloat16:
+        return 2, 2
+    fast = args.base != "toy" or torch.cpu._is_amx_tile_supported()
+    if args.dtype == "bf16" or args.dtype == "auto" and fast:
+        return 4, 2
+    return 4, 4
+
+
+def static_bytes(model, args, gpus=1):
+    """{what: bytes} of one GPU of so many, whatever the micro-batch is."""
+    weight = number_bytes(args)[0]
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = {"weights": weight * total, "gradients": weight * trained, "masters": 0,
+             "moments": 8 * trained}
+    if args.optimizer == "adamw8":
+        sizes["moments"] = (2 + 8 / 256) * trained      # two bytes and a share of two fp32 scales
+        if weight == 2 and not args.stochastic:
+            sizes["masters"] = 2 * trained              # the lower half of an fp32 weight
+    sizes = {name: size / gpus for name, size in sizes.items()}
+    if gpus > 1:        # whole on every GPU: a layer, the next, a gradient, and what is no layer
+        layers = sum(p.numel() for p in model.llm.blocks.parameters())
+        layer = sum(p.numel() for p in model.llm.blocks[0].parameters())
+        sizes["gathered"] = weight * (3 * layer + total - layers)
+    return sizes
+
+
+def memory_forecast(model, args, kinds, pack, policy, gpus=1):
+    """{what: bytes} of one GPU of so many; a micro-batch is a row of `pack` tokens, or padded."""
+    weight, product = number_bytes(args)
+    text, learned, pictures = mean_lengths(kinds)
+    num_image_tokens, c = model.num_image_tokens(), model.vision.config
+    if pack:
+        tokens, samples = pack, pack / (text + pictures * num_image_tokens)
+    else:                               # padded to the longest
+        samples = args.row.batch // args.accum
+        tokens = samples * max(kind[1] + kind[3] * num_image_tokens for kind in kinds)
+    learned, pictures = samples * learned, math.ceil(samples * pictures)
+    activations, backward = activation_bytes(model, tokens, learned, pictures, policy, weight,
+                                             product, offload=args.offload)
+    vision = product * pictures * (model.patches + 1) * (6 * c.width + 2 * c.mlp)
+    logits = min(learned, 4096) * model.llm.config.vocab * product
+    return {**static_bytes(model, args, gpus), "activations": activations,
+            "workspace": max(backward, vision, logits)}
+
+
+# --------------------------------------------------------------------------------------- the card
+
+def usable_bytes(memory=None):
+    """Bytes that a run may count on, of a card of `memory` GB, the one at hand, or an A100."""
+    if memory is None and torch.cuda.is_available():
+        return USABLE * (torch.cuda.get_device_properties(0).total_memory - CUDA_CONTEXT_BYTES)
+    return USABLE * ((memory or 80) * 2 ** 30 * VISIBLE - CUDA_CONTEXT_BYTES)
+
+
+def choose_row_and_policy(model, args, kinds, space, gpus=1):
+    """(tokens a row, policy) that fit into `space` bytes; None if none do. Policies first: to
+    recompute costs a quarter of the time and more, a short row a few percent."""
+    policies = POLICIES if "checkpoint" in args.free else (args.checkpoint,)
+    rows = ROW_LENGTHS if "pack" in args.free else (args.pack,)
+    for policy in policies:
+        for pack in rows:
+            need = memory_forecast(model, args, kinds, pack, policy, gpus)
+            if sum(need.values()) <= space:
+                return pack, policy
+    return None
+
+
+def fit_to_card(args, set_trainable):
+    """Row length and policy as the card at hand allows, where the flags leave them open."""
+    if not args.free:
+        return
+    gpus = int(os.environ.get("WORLD_SIZE", 1))                 # torchrun's
+    found = choose_row_and_policy(meta_model(args, set_trainable), args, sample_lengths(args)[1],
+                                  usable_bytes(), gpus)
+    if found is None:
+        raise UsageError(f"does not fit into {usable_bytes() / 1e9:.1f} GB of "
+                         f"{torch.cuda.get_device_name()}; --plan says what would")
+    args.pack, args.checkpoint = found
+
+
+def measure_saved_bytes(loss, model, args):
+    """Wraps loss(micro-batch) so that the first one records the bytes that autograd saves.
+
+    Returns (wrapped loss, report()), which prints them beside the forecast."""
+    record = SavedBytes(model, args)
+
+    def wrapped(micro):
+        if record.is_done or world_size() > 1:      # a rank's layers are whole only while they run
+            return loss(micro)
+        with torch.autograd.graph.saved_tensors_hooks(record.pack, lambda x: x):
+            value = loss(micro)
+        record.close(micro)
+        return value
+    return wrapped, record.report
+
+
+class SavedBytes:
+    """The memory that autograd saves in one forward, by address, and what was forecast of it."""
+
+    def __init__(self, model, args):
+        self.model, self.args = model, args
+        self.found, self.forecast, self.is_done = {}, None, False
+
+    def pack(self, x):
+        memory = x.untyped_storage()
+        self.found[memory.data_ptr()] = memory.nbytes()
+        return x.detach()
+
+    def close(self, micro):
+        """The forward is over: leave out the weights, and work out the forecast."""
+        model, args, self.is_done = self.model, self.args, True
+        device, stream = micro.ids.device.type, model.llm.embed.weight.element_size()
+        if device == "cpu" and micro.lengths:       # PyTorch keeps a mask of T² a layer
+            return
+        product = 2 if torch.is_autocast_enabled(device) else stream
+        text, learned, pictures = zip(*micro.counts)
+        sizes = [t + n * model.num_image_tokens() for t, n in zip(text, pictures)]
+        tokens = sum(sizes) if micro.lengths else len(sizes) * max(sizes)
+        self.forecast = activation_bytes(
+            model, tokens, sum(learned), sum(pictures), args.checkpoint, stream, product,
+            device == "cuda", args.offload and device == "cuda")
+        for p in model.parameters():
+            self.found.pop(p.untyped_storage().data_ptr(), None)
+
+    def report(self):
+        if not self.forecast:
+            return
+        print(f"kept for backward: {sum(self.found.values()) / 1e6:,.1f} MB, forecast "
+              f"{self.forecast[0] / 1e6:,.1f} MB")
+        if self.model.llm.embed.weight.is_cuda:
+            forecast = sum(static_bytes(self.model, self.args).values()) + sum(self.forecast)
+            print(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:,.2f} GB, forecast "
+                  f"{forecast / 1e9:,.2f} GB")

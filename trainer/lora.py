@@ -1,0 +1,73 @@
+"""trainer/lora.py: train small matrices beside the frozen weights of a LLaMA.    [LoRA] 2106.09685
+
+    add_lora(llm, rank)     before training: every linear layer of the blocks becomes a LoRALinear
+    merge_lora(llm)         after it: plain linear layers again, which are saved like any other
+
+Official runs of LLaVA: rank 128, alpha 2 r. Left out: dropout (0.05 there) of what A reads. With it
+a step would not be a function of its inputs, and layers that are recomputed in backward would draw
+other numbers.
+"""
+
+import torch
+from torch import nn
+
+from formats.names import fused_rows
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained addition to each of its parts i (q, k and v are three):
+
+        y_i = W_i x + (alpha / r) B_i A_i x        A_i (r, C), B_i (C_i, r), B_i = 0 at first
+
+    The official runs have one LoRA for each part. Here the A_i are rows of one matrix, so that one
+    product computes all A_i x, and each B_i reads its own r results."""
+
+    def __init__(self, linear, sizes, rank):
+        """sizes: C_i, the rows of each part."""
+        super().__init__()
+        self.weight, self.sizes, self.scale = linear.weight, sizes, 2.0     # scale: alpha / r
+        C = linear.in_features
+        # the range in which PyTorch draws a linear layer's weights, as in the official runs
+        self.a = nn.Parameter(self.weight.new_empty(len(sizes) * rank, C).uniform_(-1, 1) / C ** .5)
+        self.b = nn.Parameter(self.weight.new_zeros(sum(sizes), rank))
+
+    def forward(self, x):
+        low = self.scale * nn.functional.linear(x, self.a)                  # (..., parts * r)
+        added = []
+        for part, b in zip(low.chunk(len(self.sizes), -1), self.b.split(self.sizes)):
+            added.append(nn.functional.linear(part, b))                     # (..., C_i)
+        return nn.functional.linear(x, self.weight) + torch.cat(added, -1)
+
+    @torch.no_grad()
+    def merged(self):
+        """One linear layer that computes the same: W_i + scale B_i A_i, summed in fp32."""
+        added = []
+        for b, a in zip(self.b.float().split(self.sizes), self.a.float().chunk(len(self.sizes))):
+            added.append(b @ a)
+        total = self.weight.float() + self.scale * torch.cat(added)
+        rows, columns = self.weight.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        linear.weight = nn.Parameter(total.to(self.weight.dtype))
+        return linear
+
+
+def add_lora(llm, rank, seed=0):
+    """Freeze the LLaMA and put a LoRALinear in the place of every linear layer of its blocks."""
+    llm.requires_grad_(False)
+    rows = fused_rows(llm.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block in llm.blocks:
+            for name in ("qkv", "out", "gate_up", "down"):
+                linear = getattr(block, name)
+                sizes = rows.get(f"blocks.{{}}.{name}.weight", [linear.out_features])
+                setattr(block, name, LoRALinear(linear, sizes, rank))
+
+
+def merge_lora(llm):
+    """Add what `add_lora` trained to the weights; returns llm."""
+    for block in llm.blocks:
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, LoRALinear):
+                setattr(block, name, layer.merged())
+    return llm
