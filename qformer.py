@@ -30,8 +30,7 @@ Left out: dropout (0.1 officially), and training the vision tower. Checked again
 Blip2ForImageTextRetrieval and InstructBLIP (tests/test_qformer.py).
 Letters: B batch, T text tokens, Q queries, P patches, S keys, C width, Cv width of the features, H
 heads, D head size, E width of the shared space, V vocabulary, N pairs on all ranks.
-Alone: `python qformer.py photo.jpg "a caption" "another"` scores captions; without arguments it
-prints the masks. Next: projector.py, which hands the queries to a language model.
+Alone: `qformer.py` prints the masks, `qformer.py photo.jpg "a caption" "another"` scores captions.
 """
 
 import argparse
@@ -166,13 +165,14 @@ class QFormer(nn.Module):
         self.norm = clip.LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.depth))
 
-    def forward(self, features, ids=None, allow=itm, text_mask=None, store=None, past=None):
+    def forward(self, features, ids=None, allow=itm, text_mask=None, store=None,
+                past_key_values=None):
         """Queries and text through all blocks -> (B, Q+T, C), queries first.
         features (B, P, Cv), after ln_vision; None: text alone. ids (B, T); None: queries alone.
         text_mask (B, T) bool, False at padding. store: a list that receives each block's keys and
-        values (B, Q, H, D). past: a list that a call with queries alone has filled; the text of
-        this call then comes out, under `itg`, as if the queries stood before it."""
-        configs.check_qformer_call(self.config, features, ids, past)
+        values (B, Q, H, D). past_key_values: a list that a call with queries alone has filled; the
+        text then comes out, under `itg`, as if the queries stood before it."""
+        configs.check_qformer_call(self.config, features, ids, past_key_values)
         attention_mask, rows, num_queries = None, [], 0
         if features is not None:
             num_queries = self.config.num_queries
@@ -181,11 +181,11 @@ class QFormer(nn.Module):
         if ids is not None:
             rows.append(self.token(ids) + self.position.weight[:ids.shape[1]])  # (B, T, C)
             if text_mask is not None:                           # queries are never padding
-                ahead = num_queries if past is None else past[0][0].shape[1]
+                ahead = num_queries if past_key_values is None else past_key_values[0][0].shape[1]
                 attention_mask = F.pad(text_mask, (ahead, 0), value=True)      # (B, Q+T)
         x = self.norm(torch.cat(rows, 1))                                      # (B, Q+T, C)
         for i, block in enumerate(self.blocks):
-            past_kv = None if past is None else past[i]
+            past_kv = None if past_key_values is None else past_key_values[i]
             x, kv = block(x, num_queries, features, allow, attention_mask, past_kv)
             if store is not None:
                 store.append(kv)
@@ -366,7 +366,7 @@ class Blip2Stage1(nn.Module):
         so their keys and values are reused, with gradient: this loss trains the queries too."""
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.tokenizer.dec
-        x = self.qformer(None, decoder_ids, itg, mask, past=queries_kv)        # (B, T, C)
+        x = self.qformer(None, decoder_ids, itg, mask, past_key_values=queries_kv)  # (B, T, C)
         return itg_loss(self.lm_head(x), self.qformer.token.weight, self.lm_head.bias, ids, mask)
 
     @classmethod

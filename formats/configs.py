@@ -342,10 +342,10 @@ def qformer(c):
     return qformer_from_hf(c.get("qformer_config", {}), c.get("num_query_tokens", 32), vision)
 
 
-def check_qformer_call(config, features, ids, past):
+def check_qformer_call(config, features, ids, past_key_values):
     """Raises ValueError where QFormer.forward's arguments do not go together."""
-    if features is None and ids is None or past is not None and features is not None:
-        raise ValueError("QFormer: give features, ids or both; with past, ids alone")
+    if features is None and ids is None or past_key_values is not None and features is not None:
+        raise ValueError("QFormer: give features, ids or both; with past_key_values, ids alone")
     room = config.context if config.vocab else 0
     if ids is not None and ids.shape[1] > room:
         raise ValueError(f"QFormer: {ids.shape[1]} text tokens for a Q-Former with room for {room}")

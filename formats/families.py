@@ -127,7 +127,8 @@ def read_blip2_config(folder, c):
     if kind not in ("llama", "mistral"):
         raise BadModel(
             f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
-            "eye and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from FOLDER), "
+            "vision tower and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from "
+            "FOLDER), "
             "or Salesforce/instructblip-vicuna-7b, which has one")
     vision = configs.vision_tower(c)
     processor = Processor(folder, c["model_type"])

@@ -183,8 +183,8 @@ def cross_in_every_block(model, monkeypatch):
 
 
 def words_cross_too(model, monkeypatch):
-    def forward(self, x, n, features, allow, attention_mask, past):
-        x, kv = self.attention(x, x, allow, n, attention_mask, past)
+    def forward(self, x, n, features, allow, attention_mask, past_kv):
+        x, kv = self.attention(x, x, allow, n, attention_mask, past_kv)
         x = self.cross(x, features)[0] if n and self.cross is not None else x
         return torch.cat((self.mlp(x[:, :n]), self.text_mlp(x[:, n:])), 1), kv
     monkeypatch.setattr(qformer.Block, "forward", forward)
@@ -273,12 +273,12 @@ def test_captions_by_one_mask_and_by_kept_queries_are_the_same(pair):
     q(features, allow=itc, store=store)
     assert [k.shape for k, _ in store] == [(3, Q, 3, 8)] * 3
     joint = q(features, ids, itg, mask)[:, Q:]
-    assert gap(q(None, ids, itg, mask, past=store), joint) <= LIMIT
+    assert gap(q(None, ids, itg, mask, past_key_values=store), joint) <= LIMIT
     assert gap(q(None, ids, itg, mask), joint) > CLEAR                              # no queries
-    assert gap(q(None, ids, itm, mask, past=store), joint) > CLEAR                  # not causal
+    assert gap(q(None, ids, itm, mask, past_key_values=store), joint) > CLEAR  # not causal
     wrong = [store[0], *[(k.flip(0), v.flip(0)) for k, v in store[1:]]]
-    assert gap(q(None, ids, itg, mask, past=wrong), joint) > CLEAR                  # not its own
-    for bad in (dict(features=None), dict(features=features, ids=ids, past=store),
+    assert gap(q(None, ids, itg, mask, past_key_values=wrong), joint) > CLEAR  # not its own
+    for bad in (dict(features=None), dict(features=features, ids=ids, past_key_values=store),
                 dict(features=None, ids=torch.ones(1, 41, dtype=torch.long))):
         with pytest.raises(ValueError, match="QFormer"):
             q(**bad)
@@ -635,8 +635,9 @@ def test_gradients_flow_where_they_should(monkeypatch):
                        "itg": {"ln_vision", "qformer", "lm_head"}}
     model.zero_grad()
     asked = QFormer.forward
-    monkeypatch.setattr(QFormer, "forward", lambda self, *a, past=None, **k: asked(
-        self, *a, past=past and [(x.detach(), y.detach()) for x, y in past], **k))
+    monkeypatch.setattr(QFormer, "forward", lambda self, *a, past_key_values=None, **k: asked(
+        self, *a, past_key_values=past_key_values and [
+            (x.detach(), y.detach()) for x, y in past_key_values], **k))
     model.losses(pixels, ids, mask, only=("itg",))["itg"].backward()
     assert model.qformer.query_tokens.grad is None                                  # control
 

@@ -720,7 +720,7 @@ def test_a_clip_eye_is_saved_whole_and_refused_by_transformers(tmp_path, folders
         new_vlm(tmp_path / "clip", folders["llama"], "qformer", "blip2", "pad",
                                  qformer=asks)
     wide = qformer.QFormer(qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=48, vocab=0))
-    with pytest.raises(data.BadModel, match="width 48, the eye's have 32"):
+    with pytest.raises(data.BadModel, match="width 48, the vision tower's have 32"):
         new_vlm(tmp_path / "clip", folders["llama"], "qformer", "blip2",
                                  "squash", qformer=wide)
 

@@ -96,7 +96,8 @@ def new_blip2_stage1(vision, tokenizer, config, seed=0, bert=None, shared=256):
 
 def init_from_bert(model, folder):
     """Take BERT's weights for what a Q-Former has of BERT: self-attention, the text MLP, the
-    embeddings and the head. Cross-attention, queries and the row of [DEC] stay random. [BLIP-2] 3.1"""
+    embeddings and the head. Cross-attention, queries and the row of [DEC] stay random.
+    [BLIP-2] 3.1"""
     weights, qformer = data.load_weights(resolve(folder)), model.qformer
     table, ignore = names.bert(weights)
     embeddings = table["token.weight"]
@@ -172,7 +173,8 @@ def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
     tower, norm, qformer = load_qformer_parts(source, vision, dtype)
     if qformer.config.vision_width != tower.config.width:
         raise data.BadModel(f"the Q-Former reads features of width {qformer.config.vision_width}, "
-                            f"the eye's have {tower.config.width}; take both from one model")
+                            f"the vision tower's have {tower.config.width}; take both from one "
+                            "model")
     qformer_tokenizer = None
     if qformer.config.vocab:
         qformer_tokenizer = BertTokenizer(resolve(source) / "qformer_tokenizer")
