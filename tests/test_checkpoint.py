@@ -342,5 +342,7 @@ def test_bad_input_is_refused():
     block = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(.1))
     with pytest.raises(ValueError, match="random"):
         checkpointed([block], x, policy="full")
-    checkpointed([block.eval()], x, policy="full").sum().backward()      # control: silent, it is no harm
+    checkpointed(
+        [block.eval()], x, policy="full"
+    ).sum().backward()  # control: silent, it is no harm
     assert x.grad is not None

@@ -130,7 +130,9 @@ def test_prompt_goldens(real):
         for key in set(real) & set(r):
             assert data.prompt_ids(r["prompt"], real[key]) == r[key]
             if r["conv"] not in ("default", "v0"):
-                assert data.prompt_tokens(talk(*r["messages"], None), r["conv"], real[key]) == r[key]
+                assert (
+                    data.prompt_tokens(talk(*r["messages"], None), r["conv"], real[key]) == r[key]
+                )
     for r in table["tokenizer_image_token"]:
         for key in real:
             assert data.prompt_ids(r["text"], real[key]) == r[key]
@@ -715,7 +717,10 @@ def test_the_chat_template_for_others_writes_what_prompt_writes():
         made = jinja2.Template(chat_template(data.TEMPLATES[name]), keep_trailing_newline=True)
         said = made.render(messages=talk, add_generation_prompt=True)
         assert said == data.prompt(ours, name)
-    assert jinja2.Template(chat_template(data.TEMPLATES["plain"])).render(messages=talk[:1]) == "<image>One?"
+    assert (
+        jinja2.Template(chat_template(data.TEMPLATES["plain"])).render(messages=talk[:1])
+        == "<image>One?"
+    )
 
 
 # ---------------------------------------------------------------- what files do not say

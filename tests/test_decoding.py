@@ -17,7 +17,7 @@ import data
 import generate as g
 import llama
 import projector
-from kernels import quantize as q
+from kernels import cached, quantize as q
 from test_generate import TONGUE, asked, folder, inside, args_for, model, pixels, soft, words
 from tiny import gap, LIMIT
 from decoding.attention_map import attention_to_patches, mean_inside_box
@@ -446,7 +446,7 @@ def test_looked_is_the_attention_of_the_model(model, pixels, monkeypatch):
     said = list(g.generate(model, ids, pixels[0], 5))
     found = attention_to_patches(model, ids, said, pixels[0], 1)
     assert found.shape == (5, model.patches) and (found >= 0).all() and (found.sum(1) < 1).all()
-    real, kept = llama.attention, []
+    real, kept = cached.attention, []
 
     def spy(q, k, v, *rest, **named):
         """Values that are one in a patch's place and zero elsewhere: the answer is attention."""
@@ -459,7 +459,7 @@ def test_looked_is_the_attention_of_the_model(model, pixels, monkeypatch):
         p = p.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
         kept.append((p @ marked.transpose(1, 2).repeat_interleave(q.shape[2] // G, 1)).mean(1)[0])
         return real(q, k, v, *rest, **named)
-    monkeypatch.setattr(llama, "attention", spy)
+    monkeypatch.setattr(cached, "attention", spy)
     with torch.no_grad():
         model(torch.tensor([ids + said[:-1]]), pixels[0])
     most = attention_to_patches(model, ids, said, pixels[0])

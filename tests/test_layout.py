@@ -1,7 +1,7 @@
 """The house stands as its design says: floors, file sizes, names at the top, no circle of imports.
 
-Each rule is a function from files {path: text} to a list of faults. It is run on the repository, and
-as a control on a few files with one fault each.
+Each rule is a function from files {path: text} to a list of faults. It is run on the repository,
+and as a control on a few files with one fault each.
 """
 import ast
 import re
@@ -51,7 +51,7 @@ def is_main_block(node):
 
 def imported(path, text):
     """The dotted names that a file imports anywhere: "toy.parts.clip_job" for `from toy.parts
-    import clip_job`. Left out: the block `if __name__ == "__main__"` of files that may hand over."""
+    import clip_job`. Left out: the block `if __name__ == "__main__"`, where a file may hand over."""
     tree = ast.parse(text)
     if path in MAY_HAND_OVER:
         tree.body = [node for node in tree.body if not is_main_block(node)]
@@ -184,13 +184,20 @@ def test_nothing_stands_at_the_top_that_the_design_does_not_name():
 
 # -------------------------------------------------------------------------- negative controls
 
-@pytest.mark.parametrize("text, fault", [
-    ("import train", True), ("from trainer.flags import parse", True),
-    ("def f():\n    from train import RECIPES", True), ("from toy import parts", True),
-    ("from toy.parts import clip_job", True), ("import data\nfrom formats.errors import note", False),
-    ("from toy import world\nimport torch", False)])
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("import train", True),
+        ("from trainer.flags import parse", True),
+        ("def f():\n    from train import RECIPES", True),
+        ("from toy import parts", True),
+        ("from toy.parts import clip_job", True),
+        ("import data\nfrom formats.errors import note", False),
+        ("from toy import world\nimport torch", False),
+    ],
+)
 def test_an_upward_import_is_found(text, fault):
-    """clip.py stands on floor 3: data, toy and formats are below, train, trainer and parts above."""
+    """clip.py stands on floor 3: data, toy, formats are below, train, trainer and parts above."""
     assert bool(upward_imports({"clip.py": text})) == fault
 
 
@@ -228,9 +235,15 @@ def test_a_long_function_is_found():
     assert long_functions({"data.py": inside}) == ["data.py: g has 51 lines"]
 
 
-@pytest.mark.parametrize("text, fault", [
-    ('"""TODO"""', True), ("x = 1", True), ('"""What it is."""\ndef f():\n    """TODO: say"""', True),
-    ('"""A list of what a TODO list holds."""\nx = 1', False)])
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ('"""TODO"""', True),
+        ("x = 1", True),
+        ('"""What it is."""\ndef f():\n    """TODO: say"""', True),
+        ('"""A list of what a TODO list holds."""\nx = 1', False),
+    ],
+)
 def test_a_docstring_that_says_nothing_is_found(text, fault):
     assert bool(missing_docstrings({"toy/world.py": text})) == fault
 

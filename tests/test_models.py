@@ -93,7 +93,9 @@ def test_past_512_keys_the_fused_path_gives_the_same(G):
         long = kernels.attention(q, k, v, rule, start=start, attention_mask=attention_mask)
         assert near(long, reference(q, k, v, rule, 0, start, attention_mask))
     # keys 510 and on are hidden, so the written-out path on the first 510 says the same
-    short = kernels.attention(q, k[:, :510], v[:, :510], start=300, attention_mask=attention_mask[:, :510])
+    short = kernels.attention(
+        q, k[:, :510], v[:, :510], start=300, attention_mask=attention_mask[:, :510]
+    )
     assert near(kernels.attention(q, k, v, start=300, attention_mask=attention_mask), short)
 
 

@@ -374,7 +374,9 @@ def test_a_projector_alone(tmp_path):
     write(their_model("llava"), tmp_path / "a", "A")
     write(their_model("llava", seed=9), tmp_path / "b", "A")
     a, b = (projector.VLM.from_pretrained(tmp_path / x) for x in "ab")
-    table = export(b.projector, {k.removeprefix("projector."): v for k, v in LLAVA_PROJECTOR.items()})
+    table = export(
+        b.projector, {k.removeprefix("projector."): v for k, v in LLAVA_PROJECTOR.items()}
+    )
     (tmp_path / "p").mkdir()
     for spell in (lambda k: k, lambda k: "model." + k,
                   lambda k: k.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
@@ -438,7 +440,13 @@ def test_old_hub_configs_leave_fields_out(tmp_path):
             "torch_dtype": "float16", "vocab_size": 32064}
     c = llama.Config(**configs.llama_from_hf(bare))
     assert (c.width, c.depth, c.heads, c.kv_heads, c.mlp) == (4096, 32, 32, 32, 11008)
-    assert (c.eps, c.vocab, c.rope_theta, c.context, c.tie_embeddings) == (1e-5, 32064, 1e4, 4096, False)
+    assert (c.eps, c.vocab, c.rope_theta, c.context, c.tie_embeddings) == (
+        1e-5,
+        32064,
+        1e4,
+        4096,
+        False,
+    )
     for kind, theirs in (("llama", transformers.LlamaConfig()),
                          ("mistral", transformers.MistralConfig())):
         c = llama.Config(**configs.llama_from_hf({"model_type": kind}))
@@ -761,7 +769,9 @@ def test_generate_answers_as_transformers_does(tmp_path, family, size):
          tmp_path / "model", "--max-new-tokens", "24"], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     ours = projector.VLM.from_pretrained(tmp_path / "model")
-    ids = data.prompt_tokens([{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.tokenizer)
+    ids = data.prompt_tokens(
+        [{"from": "human", "value": "<image>\nWhat is it?"}], "v1", ours.tokenizer
+    )
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = 2, 0
     inputs = their_inputs(ours, ids, [Image.open(tmp_path / "img.png")])
     out = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0]

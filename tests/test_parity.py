@@ -144,11 +144,27 @@ def test_our_llama_in_transformers(tmp_path, changes):
 @pytest.mark.parametrize("changes", LLAMAS.values(), ids=LLAMAS)
 def test_their_llama_in_ours(tmp_path, changes):
     kind, *values = changes.get("rope_scaling", ("default",))
-    theirs = shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=changes.get("kv_heads", 2), intermediate_size=48, rms_norm_eps=1e-3,
-        head_dim=changes.get("head_size", 8), tie_word_embeddings=changes.get("tie_embeddings", False),
-        rope_parameters={"rope_theta": 700.0, "rope_type": kind, **dict(zip(SCALING, values))})), 4)
+    theirs = shaken(
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=120,
+                hidden_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=changes.get("kv_heads", 2),
+                intermediate_size=48,
+                rms_norm_eps=1e-3,
+                head_dim=changes.get("head_size", 8),
+                tie_word_embeddings=changes.get("tie_embeddings", False),
+                rope_parameters={
+                    "rope_theta": 700.0,
+                    "rope_type": kind,
+                    **dict(zip(SCALING, values)),
+                },
+            )
+        ),
+        4,
+    )
     theirs.save_pretrained(tmp_path)
     assert llama_gap(llama.Llama.from_pretrained(tmp_path), theirs) <= LIMIT
     config = json.loads((tmp_path / "config.json").read_text())     # controls, one lie at a time
@@ -239,7 +255,7 @@ def test_left_padding_with_positions_changes_nothing():
     assert gap(model(padded, cache, position_ids)[:, 4:], alone) <= LIMIT
     more = model(torch.tensor([[9]]), cache, torch.tensor([[7]]))
     assert gap(more, model(torch.cat((short, torch.tensor([[9]])), 1))[:, -1:]) <= LIMIT
-    assert gap(model(padded, None, position_ids)[:, 4:], alone) > 100 * LIMIT      # control: no mask
+    assert gap(model(padded, None, position_ids)[:, 4:], alone) > 100 * LIMIT  # control: no mask
 
 
 # ------------------------------------------------------------------------------- LLaVA
@@ -249,7 +265,10 @@ def parts(tmp_path_factory):
     """Folders of a tiny CLIP and, by name, of tiny LLaMAs with a tokenizer."""
     root = tmp_path_factory.mktemp("parts")
     our_clip().save_pretrained(root / "clip")
-    for name, changes in {"llama": {"vocab": 110}, "tied": {"vocab": 110, "tie_embeddings": True}}.items():
+    for name, changes in {
+        "llama": {"vocab": 110},
+        "tied": {"vocab": 110, "tie_embeddings": True},
+    }.items():
         our_llama(**changes).save_pretrained(root / name)
         write_words(root / name)
     return root
@@ -270,7 +289,9 @@ def their_row(model):
     """Our ids as transformers wants them: the image's token once for each patch."""
     row = ROW[0].tolist()
     at = row.index(data.IMAGE)
-    return torch.tensor([row[:at] + [image_token_id(model.tokenizer)] * model.patches + row[at + 1:]])
+    return torch.tensor(
+        [row[:at] + [image_token_id(model.tokenizer)] * model.patches + row[at + 1 :]]
+    )
 
 
 @torch.no_grad()

@@ -39,7 +39,9 @@ Q = 5
 
 
 def small(**other):
-    c = dict(width=24, depth=3, heads=3, mlp=40, num_queries=Q, vision_width=32, vocab=60, context=40)
+    c = dict(
+        width=24, depth=3, heads=3, mlp=40, num_queries=Q, vision_width=32, vocab=60, context=40
+    )
     return qformer.Config(**c | other)
 
 
@@ -197,8 +199,11 @@ def one_mlp_for_all(model, monkeypatch):
 
 def padding_is_seen(model, monkeypatch):
     attend = qformer.attention
-    monkeypatch.setattr(qformer, "attention", lambda q, k, v, allow, n, start, attention_mask: attend(
-        q, k, v, allow, n, start, None))
+    monkeypatch.setattr(
+        qformer,
+        "attention",
+        lambda q, k, v, allow, n, start, attention_mask: attend(q, k, v, allow, n, start, None),
+    )
 
 
 def words_see_words_before_them(model, monkeypatch):
@@ -340,7 +345,9 @@ def test_the_qformer_of_a_second_stage_has_no_words(pair, tmp_path):
     bare = QFormer.from_pretrained(tmp_path / "first", text=False)
     whole = QFormer.from_pretrained(tmp_path / "first")
     want = whole(features)
-    assert torch.equal(bare(features), want) and torch.equal(drop_text_branch(whole)(features), want)
+    assert torch.equal(bare(features), want) and torch.equal(
+        drop_text_branch(whole)(features), want
+    )
     assert same_tensors(bare, whole) and bare.config == whole.config and bare.config.vocab == 0
 
 
@@ -398,7 +405,9 @@ def test_lavis_names(tmp_path):
             with pytest.raises(data.BadModel, match="frozen vision tower"):
                 Blip2Stage1.from_pretrained(tmp_path / "hf")
             hf.save_pretrained(tmp_path / "eye")
-        ours = Blip2Stage1.from_pretrained(tmp_path / "hf", vision=None if eye else tmp_path / "eye")
+        ours = Blip2Stage1.from_pretrained(
+            tmp_path / "hf", vision=None if eye else tmp_path / "eye"
+        )
         assert ours.ln_vision.eps == 1e-5 and hf.ln_vision.eps == 1e-6              # trap 4
         theirs.vision_model.post_layernorm.eps = 1e-5
         assert max(passes(ours, theirs).values()) <= LIMIT
@@ -475,10 +484,15 @@ def test_gathered_features_carry_no_gradient():
 
     def gradients(loss, *leaves):
         return torch.autograd.grad(loss, leaves, allow_unused=True)
-    both = qformer.similarities(image, text, qformer.all_gather(image), qformer.all_gather(text), temp)
+
+    both = qformer.similarities(
+        image, text, qformer.all_gather(image), qformer.all_gather(text), temp
+    )
     assert [g is None for g in gradients(F.cross_entropy(both[0], OWN.float()), image, text)
             ] == [False, True]
-    both = qformer.similarities(image, text, qformer.all_gather(image), qformer.all_gather(text), temp)
+    both = qformer.similarities(
+        image, text, qformer.all_gather(image), qformer.all_gather(text), temp
+    )
     assert [g is None for g in gradients(F.cross_entropy(both[1], OWN.float()), image, text)
             ] == [True, False]
     leaky = qformer.similarities(image, text, image, text, temp)                    # trap 5, sprung
@@ -569,8 +583,14 @@ def test_the_three_losses_of_a_batch(monkeypatch):
     """The pieces in the order of section 3, put together once more by hand."""
     model, pixels, ids, mask = fresh()
     shown = []
-    monkeypatch.setattr(Blip2Stage1, "itm_logits", lambda self, f, i, m, real=Blip2Stage1.itm_logits: (
-        shown.append((f, i, m)), real(self, f, i, m))[1])
+    monkeypatch.setattr(
+        Blip2Stage1,
+        "itm_logits",
+        lambda self, f, i, m, real=Blip2Stage1.itm_logits: (
+            shown.append((f, i, m)),
+            real(self, f, i, m),
+        )[1],
+    )
     made = model.losses(pixels, ids, mask, seed=4)
     features = model.ln_vision(model.vision(pixels))
     cosine = similarity(model, pixels, ids, mask)
@@ -788,7 +808,9 @@ def test_a_new_one_begins_as_bert(tmp_path, old):
         told = bert.bert(ids, attention_mask=mask.long())
         said = model.qformer(None, ids, itc, mask)
         assert gap(said, told.last_hidden_state) <= LIMIT
-        words = F.linear(model.lm_head(said), model.qformer.token.weight[:59], model.lm_head.bias[:59])
+        words = F.linear(
+            model.lm_head(said), model.qformer.token.weight[:59], model.lm_head.bias[:59]
+        )
         assert gap(words, bert(ids, attention_mask=mask.long()).prediction_logits) <= LIMIT
         assert torch.equal(model.qformer.token.weight[59], dec)                      # [DEC] is new
     table = dict(data.load_weights(tmp_path)) | {"bert.extra": torch.ones(1)}
@@ -905,19 +927,23 @@ def test_nonsense_in_a_config_is_one_line(pair, tmp_path):
     pair[0].save_pretrained(tmp_path)
     whole = (tmp_path / "config.json").read_text()
     for path, values, says in (
-            (("qformer_config",), {"hidden_size": 10 ** 9}, "width"),
-            (("qformer_config",), {"num_attention_heads": 5}, "divide"),
-            (("qformer_config",), {"hidden_act": "relu"}, "gelu"),
-            (("qformer_config",), {"layer_norm_eps": 0}, "eps"),
-            (("qformer_config",), {"cross_attention_frequency": 0}, "cross_attention_freq"),
-            (("qformer_config",), {"cross_attention_frequency": 3}, "no place"),
-            (("qformer_config",), {"num_hidden_layers": 4}, "missing"),
-            (("qformer_config",), {"use_qformer_text_input": False}, "vocabulary"),
-            (("qformer_config",), {"vocab_size": 8}, "rows"),
-            (("vision_config",), {"hidden_size": 48}, "width|disagree"),
-            ((), {"num_query_tokens": "32"}, "num_queries"), ((), {"num_query_tokens": 6}, "disagree"),
-            ((), {"image_text_hidden_size": -1}, "image_text"), ((), {"ln_vision_eps": "x"}, "eps"),
-            ((), {"qformer_config": 3}, "object"), ((), {"model_type": "llava"}, "no Q-Former")):
+        (("qformer_config",), {"hidden_size": 10**9}, "width"),
+        (("qformer_config",), {"num_attention_heads": 5}, "divide"),
+        (("qformer_config",), {"hidden_act": "relu"}, "gelu"),
+        (("qformer_config",), {"layer_norm_eps": 0}, "eps"),
+        (("qformer_config",), {"cross_attention_frequency": 0}, "cross_attention_freq"),
+        (("qformer_config",), {"cross_attention_frequency": 3}, "no place"),
+        (("qformer_config",), {"num_hidden_layers": 4}, "missing"),
+        (("qformer_config",), {"use_qformer_text_input": False}, "vocabulary"),
+        (("qformer_config",), {"vocab_size": 8}, "rows"),
+        (("vision_config",), {"hidden_size": 48}, "width|disagree"),
+        ((), {"num_query_tokens": "32"}, "num_queries"),
+        ((), {"num_query_tokens": 6}, "disagree"),
+        ((), {"image_text_hidden_size": -1}, "image_text"),
+        ((), {"ln_vision_eps": "x"}, "eps"),
+        ((), {"qformer_config": 3}, "object"),
+        ((), {"model_type": "llava"}, "no Q-Former"),
+    ):
         edit(tmp_path, *path, **values)
         with pytest.raises(data.BadModel, match=says) as told:
             Blip2Stage1.from_pretrained(tmp_path)

@@ -263,7 +263,11 @@ def test_fields_left_out_are_vit_g(kind, config):
 def test_logits_are_transformers(folders, kind):
     folder, theirs = folders[kind]
     ours = projector.VLM.from_pretrained(folder)
-    assert (ours.projector_type, ours.template, ours.aspect) == ("qformer", kind.split()[0], "squash")
+    assert (ours.projector_type, ours.template, ours.aspect) == (
+        "qformer",
+        kind.split()[0],
+        "squash",
+    )
     assert ours.num_image_tokens() == Q and ours.num_image_tokens((640, 480)) == Q
     for i in range(2):
         assert vlm_gap(ours, theirs, i) <= LIMIT
@@ -347,7 +351,7 @@ def test_what_the_queries_are_asked(folders):
                                {"from": "gpt", "value": "Two."}], "instructblip", ours.tokenizer)
     ids, labels = torch.tensor([ids]), torch.tensor([labels])
     assert ours.qformer_text(ids, labels) == [ASKED[1]]
-    assert ours.qformer_text(ids) == [ASKED[1] + " Two."]      # control: the answer is not to be read
+    assert ours.qformer_text(ids) == [ASKED[1] + " Two."]  # control: the answer is not to be read
     short = torch.tensor([row(ours, ASKED[0])])
     both = torch.cat((ids, F.pad(short, (0, ids.shape[1] - short.shape[1]), value=9)))
     attention_mask = torch.ones_like(both).bool()
@@ -396,8 +400,9 @@ def test_trap_9_pictures_stand_before_bos(folders):
         ids = row(ours, ASKED[0])
         assert ids[:2] == [data.IMAGE, ours.tokenizer.bos]
         assert vlm_gap(ours, theirs, ids=[ids[1], ids[0], *ids[2:]]) > 100 * LIMIT
-    assert row(ours, "") and generate.build_prompt(["hi"], "minigpt4_caption", ours.tokenizer)[:2] == [
-        ours.tokenizer.bos, data.IMAGE]                     # MiniGPT-4: behind it
+    assert row(ours, "") and generate.build_prompt(["hi"], "minigpt4_caption", ours.tokenizer)[
+        :2
+    ] == [ours.tokenizer.bos, data.IMAGE]                     # MiniGPT-4: behind it
 
 
 @pytest.mark.parametrize("text", [
@@ -417,7 +422,9 @@ def test_trap_11_opt_and_t5_are_refused_and_their_eyes_taken(tmp_path, folders, 
     with torch.no_grad():
         asks = ours.projector.qformer(ours.projector.norm(ours.vision(PIXELS)))
         assert gap(asks, told.qformer_outputs.last_hidden_state) <= LIMIT
-        assert gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) > .1      # not its projection
+        assert (
+            gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) > 0.1
+        )  # not its projection
         load_projector(ours, tmp_path)                      # unless one asks for it
         assert gap(torch.stack(ours.encode_images(PIXELS)), told.pooler_output) <= LIMIT
     edit(tmp_path, text_config={})                      # what transformers documents: OPT
@@ -436,7 +443,10 @@ def talk(question, answer=None, mark="<image>\n"):
 def test_trap_10_the_pieces_of_a_prompt_are_tokenised_one_by_one():
     words = data.Tokenizer(WORDS)
     alone = lambda text: words.encode(text, bos=False)
-    assert MINIGPT4_INSTRUCTIONS[0] == "Describe this image in detail." and len(MINIGPT4_INSTRUCTIONS) == 4
+    assert (
+        MINIGPT4_INSTRUCTIONS[0] == "Describe this image in detail."
+        and len(MINIGPT4_INSTRUCTIONS) == 4
+    )
     for question in MINIGPT4_INSTRUCTIONS:
         before, behind = "###Human: <Img>", f"</Img> {question} ###Assistant: "
         ids, labels = data.encode(talk(question, "A cat."), "minigpt4", words)
@@ -485,7 +495,11 @@ def test_blip2_learns_bos_and_instructblip_its_answer_only():
     assert ids == [data.IMAGE, 1, *alone("What is it?"), *answer]
     assert labels == [data.IGNORE] * (len(ids) - len(answer)) + answer
     asked = data.prompt_tokens(talk("What is it?"), "instructblip", words)
-    assert asked == ids[:-len(answer)] == generate.build_prompt(["What is it?"], "instructblip", words)
+    assert (
+        asked
+        == ids[: -len(answer)]
+        == generate.build_prompt(["What is it?"], "instructblip", words)
+    )
     assert generate.build_prompt(["a", "b", "What is it?"], "instructblip", words) == asked
     assert generate.build_prompt(["<image> </s>"], "instructblip", words).count(data.IMAGE) == 1
     assert data.encode(talk("Hi", "Ho", mark=""), "instructblip", words, False)[0][0] == 1
@@ -565,7 +579,7 @@ def test_beams_end_at_a_text_as_at_a_token(folders):
     ours = projector.VLM.from_pretrained(folders["blip2"][0])
     ids = generate.build_prompt(["Hi"], "minigpt4", ours.tokenizer)
     free = list(generate.generate(ours, ids, PIXELS[:1], 40, eos=-1))
-    token = next(i for i in free[3:] if ours.tokenizer.decode([i]).isalpha())       # a letter it says
+    token = next(i for i in free[3:] if ours.tokenizer.decode([i]).isalpha())  # a letter it says
     found = lambda ends, stop=(): list(generate.generate(ours, ids, PIXELS[:1], 40, num_beams=3,
                                                          eos=ends, stop=stop))
     assert found({2}, ours.tokenizer.decode([token])) == found({2, token})
@@ -591,8 +605,11 @@ def test_the_command_line_answers_as_transformers_does(tmp_path, folders, kind, 
     config = theirs.language_model.generation_config
     ends = [2] + [ours.tokenizer.encode("\n", bos=False)[-1]] * (kind == "blip2")
     config.eos_token_id, config.pad_token_id = ends, 0
-    said = theirs.generate(**their_inputs(row(ours, ASKED[0]), [ASKED[0]] * bool(ours.qformer_tokenizer),
-                                          pixels), max_new_tokens=16, do_sample=False)[0, -16:]
+    said = theirs.generate(
+        **their_inputs(row(ours, ASKED[0]), [ASKED[0]] * bool(ours.qformer_tokenizer), pixels),
+        max_new_tokens=16,
+        do_sample=False,
+    )[0, -16:]
     said = [i for i in said.tolist() if i not in ends]
     assert len(said) > 3 and out.strip() == ours.tokenizer.decode(said).strip()
     assert ("knows pictures and captions" in err) == (kind == "blip2")
@@ -615,7 +632,9 @@ def test_bf16_is_close(folders):
 @pytest.fixture(scope="module")
 def retriever(tmp_path_factory, folders):
     """A BLIP-2 of stage 1 with EVA's eye, and its folder."""
-    config = qformer.Config(24, 4, 3, 40, num_queries=Q, vision_width=32, vocab=len(READER), context=64)
+    config = qformer.Config(
+        24, 4, 3, 40, num_queries=Q, vision_width=32, vocab=len(READER), context=64
+    )
     made = new_blip2_stage1(folders["blip2"][0], READER, config, shared=16)
     folder = tmp_path_factory.mktemp("retriever")
     made.save_pretrained(folder)
@@ -640,7 +659,7 @@ def test_stage_2_goes_on_from_stage_1(tmp_path, folders, retriever):
     other = new_vlm(None, folders["llama"], "qformer", "blip2", "squash", 1,
                                      qformer=folder)
     assert torch.equal(other.projector.norm.weight, ours.projector.norm.weight)
-    assert not torch.equal(other.projector.proj.weight, ours.projector.proj.weight)       # the seed's
+    assert not torch.equal(other.projector.proj.weight, ours.projector.proj.weight)  # the seed's
     ours.save_pretrained(tmp_path)
     theirs = loaded(transformers.Blip2ForConditionalGeneration, tmp_path)
     assert ours.image_token == IMAGE

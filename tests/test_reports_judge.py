@@ -28,7 +28,7 @@ from instruct.flags import parse
 from instruct.parsing import parse_reply
 from instruct.prompts import format_qa
 from instruct.sources import folder_requests
-from trainer import doctor
+from trainer import doctor, doctor_flags
 from trainer.run_folder import run_config
 
 ROOT = Path(__file__).parents[1]
@@ -216,8 +216,8 @@ def rows(linked):
 
 def test_the_doctor_follows_links(linked, capsys):
     words = ["check", str(rows(linked)), "--images", str(linked / "img")]
-    assert doctor.main(words) == 3 and "--follow-links" in capsys.readouterr().out
-    assert doctor.main([*words, "--follow-links"]) == 0
+    assert doctor.run(doctor_flags.parse(words)) == 3 and "--follow-links" in capsys.readouterr().out
+    assert doctor.run(doctor_flags.parse([*words, "--follow-links"])) == 0
 
 
 def test_training_follows_links(linked):

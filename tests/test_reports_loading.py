@@ -180,8 +180,15 @@ def test_inv_freq_inside_a_llava(tmp_path):
 @pytest.mark.parametrize("which", ["weight", "bias"])
 def test_a_caption_head_called_tied_must_be(tmp_path, which):
     """LAVIS and BERT write the decoder beside the embedding it is tied to."""
-    c = qformer.Config(width=32, depth=2, heads=2, mlp=48, num_queries=3, vision_width=32, vocab=len(
-        queries.READER))
+    c = qformer.Config(
+        width=32,
+        depth=2,
+        heads=2,
+        mlp=48,
+        num_queries=3,
+        vision_width=32,
+        vocab=len(queries.READER),
+    )
     bert = shaken(transformers.BertForPreTraining(transformers.BertConfig(
         vocab_size=c.vocab - 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=48, max_position_embeddings=c.context)))
@@ -190,7 +197,9 @@ def test_a_caption_head_called_tied_must_be(tmp_path, which):
     both = {f"cls.predictions.decoder.{k}": state[f"cls.predictions.decoder.{k}"].clone()
             for k in ("weight", "bias")}
     change(tmp_path, both)
-    model = qformer.Blip2Stage1(clip.Config(32, 2, 2, 48, 1e-6, 24, 8, eva=True, has_final_block=False), c)
+    model = qformer.Blip2Stage1(
+        clip.Config(32, 2, 2, 48, 1e-6, 24, 8, eva=True, has_final_block=False), c
+    )
     init_from_bert(model, tmp_path)
     name = f"cls.predictions.decoder.{which}"
     change(tmp_path, {name: both[name] + 1})

@@ -1,5 +1,5 @@
 """What users reported of configs, sliding windows, CLIP's text tower, InstructBLIP's questions and
-the requirement files. Right values come from transformers, or from the official rule named there."""
+the requirement files. Right values come from transformers, or the official rule named there."""
 
 import json
 from dataclasses import replace
@@ -96,7 +96,9 @@ def test_the_context(values, context):
     """FastChat's get_context_length: int(factor * max_position_embeddings)."""
     made = config(**values)
     assert made.context == context
-    assert llama.Config(**configs.llama_from_hf(configs.llama_to_hf(made))) == made                   # saved, it loads so again
+    assert (
+        llama.Config(**configs.llama_from_hf(configs.llama_to_hf(made))) == made
+    )  # saved, it loads so again
 
 
 def test_a_context_that_the_factor_does_not_divide_survives():
@@ -120,20 +122,33 @@ def test_theta_is_where_transformers_finds_it(values):
     assert config(**values).rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-@pytest.mark.parametrize("values, said", [
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
-     "one object"),
-    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": .5}}, "partial_rotary"),
-    ({"rope_scaling": [4]}, "one object"),
-    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0"),
-    ({"model_type": "mistral", "sliding_window": -4}, "sliding_window"),
-    ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window"),
-    ({"model_type": "mistral", "sliding_window": True}, "sliding_window"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": "4"}, "context"),
-    ({"eos_token_id": ["</s>"]}, "eos_token_id"), ({"bos_token_id": -1}, "bos_token_id")])
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            "one object",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
+        ({"rope_scaling": [4]}, "one object"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0"),
+        ({"model_type": "mistral", "sliding_window": -4}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": True}, "sliding_window"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": "4"},
+            "context",
+        ),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id"),
+        ({"bos_token_id": -1}, "bos_token_id"),
+    ],
+)
 def test_what_is_not_known_is_refused_by_name(values, said):
     with pytest.raises(data.BadModel, match=said) as told:
         config(**values)
@@ -227,7 +242,10 @@ def test_step_by_step_with_a_cache_and_left_padding(mistral, prompt, held):
     for got in (ours(ids, position_ids=position_ids, attention_mask=attention_mask)[:, prompt:],
                 stepped(ours, ids, attention_mask, prompt, held)):
         assert gap(got, told[:, prompt:]) <= LIMIT
-    assert gap(stepped(widened(ours), ids, attention_mask, prompt, held), told[:, prompt:]) > 100 * LIMIT
+    assert (
+        gap(stepped(widened(ours), ids, attention_mask, prompt, held), told[:, prompt:])
+        > 100 * LIMIT
+    )
 
 
 @torch.no_grad()
@@ -294,8 +312,12 @@ def test_a_window_is_saved_and_loads_again(mistral, tmp_path):
 
 @pytest.mark.parametrize("bridge", ["mlp", "qformer"])
 @torch.no_grad()
-def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(mistral, folders, tmp_path,  # noqa: F811
-                                                              bridge):
+def test_a_windowed_mistral_in_a_vlm_is_saved_and_loads_again(
+    mistral,
+    folders,
+    tmp_path,  # noqa: F811
+    bridge,
+):
     """Also behind a Q-Former, where only a LLaMA was let in; and a picture falls out of sight."""
     source = tmp_path / "mistral"
     mistral[1].save_pretrained(source)
@@ -334,7 +356,9 @@ def test_what_an_answer_looked_at_lies_in_its_window(mistral, tmp_path):
     eye.save_pretrained(tmp_path / "clip")
     vlm = new_vlm(tmp_path / "clip", folder)
     ids, pixels = [1, data.IMAGE, *range(5, 15)], PIXELS[:1]
-    assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0     # 10 tokens back
+    assert (
+        float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).abs().sum()) == 0
+    )  # 10 tokens back
     assert float(attention_to_patches(vlm, ids[:4], [7, 8], pixels, 0).sum()) > 0
     vlm.llm = widened(vlm.llm)
     assert float(attention_to_patches(vlm, ids, [7, 8], pixels, 0).sum()) > 0            # control

@@ -380,8 +380,9 @@ def test_a_strange_model_is_saved_as_it_came(tmp_path):
     again = VLM.from_pretrained(tmp_path / "b")
     assert "template" not in json.loads((tmp_path / "b/config.json").read_text())
     for talk in TALKS[:1]:
-        assert data.prompt_tokens(ours(talk), again.template, again.tokenizer) == data.prompt_tokens(
-            ours(talk), model.template, model.tokenizer)
+        assert data.prompt_tokens(
+            ours(talk), again.template, again.tokenizer
+        ) == data.prompt_tokens(ours(talk), model.template, model.tokenizer)
     assert stop_ids(again) == stop_ids(model) >= {2, 7, model.tokenizer.added("<|end|>")}
 
 
@@ -440,7 +441,7 @@ def test_a_harmful_template_is_one_line(tmp_path, kind, monkeypatch):
     model.template = "v1"                                   # what --template v1 does
     assert g.build_prompt(["What?"], model.template, model.tokenizer)
     fine = VLM.from_pretrained(stranger(tmp_path / "fine", HUB["vicuna"]))
-    assert g.build_prompt(["What?"], fine.template, fine.tokenizer)      # the next one is served again
+    assert g.build_prompt(["What?"], fine.template, fine.tokenizer)  # the next one is served again
 
 
 # ------------------------------------------------------------------- where answers end

@@ -958,7 +958,7 @@ def test_bad_samples_can_be_skipped_and_are_listed(flags, run, album, tmp_path):
         argv = flags(out, *album(spoil), "--batch", 4, "--workers", workers, steps=2)
         refused(run([*argv, "--on-bad-sample", "skip", "--most-bad", "1"]), 3, "--most-bad 1")
         assert run([*argv, "--on-bad-sample", "skip", "--overwrite"]).code == 0
-        told = lines(out / "bad_samples.jsonl")         # each once; the text's before the first step
+        told = lines(out / "bad_samples.jsonl")  # each once; the text's before the first step
         assert [x["step"] for x in told] == [0, 1]
         assert {x["why"].split(":")[0] for x in told} == {"sample 1", "sample 2"}
     assert sha(tmp_path / "run0") == sha(tmp_path / "run2")

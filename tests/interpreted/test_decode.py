@@ -117,7 +117,7 @@ def test_what_it_refuses(grounded):
             ("on cpu, meta", lambda: decode(q, k.to("meta"), v.to("meta"))),
             ("on cpu, meta", lambda: decode(q, k, v, ~none.to("meta"))),
             ("(B, 1, H, D)", lambda: decode(q[0], k, v)),
-            ("keep torch.float32", lambda: decode(q, k, v, none.float())),
+            ("attention_mask torch.float32", lambda: decode(q, k, v, none.float())),
             ("rows [0, 1] see no key", lambda: decode(q, k, v, none)),
             ("rows [1] see no key", lambda: decode(q, k, v, lengths=torch.tensor(
                 [3, 0], dtype=torch.int32))),
