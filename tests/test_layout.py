@@ -51,7 +51,7 @@ def is_main_block(node):
 
 def imported(path, text):
     """The dotted names that a file imports anywhere: "toy.parts.clip_job" for `from toy.parts
-    import clip_job`. Left out: the block `if __name__ == "__main__"`, where a file may hand over."""
+    import clip_job`. Left out: the block `if __name__ == "__main__"`, where files hand over."""
     tree = ast.parse(text)
     if path in MAY_HAND_OVER:
         tree.body = [node for node in tree.body if not is_main_block(node)]
