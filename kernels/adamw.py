@@ -40,7 +40,7 @@ Adam is never touched.
 Random numbers are a hash of place, step and seed: nothing to keep, the same on every device.
 
 Alone: `python -m kernels.adamw` prints errors against fp64 and, on a GPU, GB/s beside a copy.
-Next: kernels/bench.py, all of this against what people use.
+Next: bench/, all of this against what people use.
 """
 
 from __future__ import annotations

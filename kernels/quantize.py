@@ -165,7 +165,7 @@ class Laid(nn.Module):
     reads up to half as fast again as by rows, and in oneDNN's blocks, whose product with 8 rows
     takes half of MKL's time, and with a prompt's two thirds. Twice the memory, too. In bf16 the
     blocks alone: one row takes half the time of bf16 by rows, a quarter to two thirds of fp32's.
-    Measured on one core of an EPYC; what it is worth in all: python -m kernels.bench --cpu."""
+    Measured on one core of an EPYC; what it is worth in all: python -m bench --cpu."""
 
     def __init__(self, linear):
         super().__init__()
