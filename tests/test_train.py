@@ -574,6 +574,17 @@ def test_resuming_a_finished_run_exits_0_and_changes_nothing(flags, run, tmp_pat
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "lock"}
 
 
+def test_a_run_of_another_version_is_refused(flags, run, interrupted):
+    path = interrupted / "config.json"
+    config = json.loads(path.read_text())
+    row = config["stage_row"]
+    row["aspect"] = row.pop("image_aspect")
+    path.write_text(json.dumps(config))
+    steps = sorted(interrupted.glob("step-*"))
+    refused(run(flags(interrupted, "--resume", "auto")), 3, "another version", "--overwrite")
+    assert steps and sorted(interrupted.glob("step-*")) == steps
+
+
 @pytest.mark.parametrize("flag, value", [("--lr", ".5"), ("--seed", "1"), ("--batch", "4"),
                                          ("--accum", "2"), ("--dtype", "bf16")])
 def test_a_changed_flag_is_refused_by_name(flags, run, interrupted, flag, value, undisturbed):

@@ -121,7 +121,10 @@ def check_resumable(out, args):
         raise data.BadData(f"{out} holds a run already; --resume auto goes on with it, --overwrite "
                            "deletes it, --output-dir goes elsewhere")
     old, new = as_flags(old), as_flags(new)
-    changed = ", ".join(flag for flag in new if old.get(flag) != new[flag])
+    if set(old) != set(new):
+        raise data.BadData(f"{out} was begun by another version, with other names in its "
+                           "checkpoints; finish it with that one, or --overwrite to start anew")
+    changed = ", ".join(flag for flag in new if old[flag] != new[flag])
     if changed:
         raise data.BadData(f"{out}: --resume with other flags ({changed}); give the "
                            "flags of its config.json, or --overwrite to start anew")
