@@ -383,7 +383,7 @@ def show_batch(pairs, tokenizer: Tokenizer, image_tokens: int = 1, *image_names:
     for ids, labels in pairs:
         print(colour_labels(ids, labels, tokenizer, *image_names))
         size = len(ids) + (image_tokens - 1) * ids.count(IMAGE)
-        print(f"\n{size} tokens, {len(ids) - labels.count(IGNORE)} of them learned (marked).")
+        print(f"\n{size} tokens, {len(ids) - labels.count(IGNORE)} of them with loss (marked).")
 
 
 def main():

@@ -702,7 +702,7 @@ def test_guarded(capsys):
 
 def test_the_demo_runs(capsys):
     assert data.main() == 0
-    assert "learned" in capsys.readouterr().out
+    assert "with loss" in capsys.readouterr().out
 
 
 def test_the_chat_template_for_others_writes_what_prompt_writes():

@@ -494,7 +494,7 @@ def test_usage(folder, capsys):
     assert run("check", file, "--images", folder / "none") == 2
     assert run("check", file, "--images", folder, "--llm", folder / "none") == 3
     capsys.readouterr()
-    assert data.main() == 0 and "learned" in capsys.readouterr().out
+    assert data.main() == 0 and "with loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["check", "show"])

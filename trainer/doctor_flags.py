@@ -4,7 +4,7 @@ import argparse
 from formats.templates import ROWS
 
 WHAT = {"check": "the dataset doctor: exit status 0 clean, 3 faults",
-        "show": "one row: its tokens, the learned ones marked"}
+        "show": "one row: its tokens, those with loss marked"}
 
 
 def parse(argv=None):
