@@ -209,7 +209,7 @@ def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0,
     for count, answer in zip(max_new, answers):
         ends.append(AnswerEnd(stops, count, max_new_tokens, answer))
     for ids in decode(llm, x, attention_mask, cache, sampler, longest):
-        if min(ids) < 0:                            # the sampler's word for NaN
+        if min(ids) < 0:                            # a row has logits that are not numbers
             raise nan_error(llm)
         new = [end.add(token) for end, token in zip(ends, ids)]
         done = all(end.done for end in ends)

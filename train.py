@@ -156,7 +156,7 @@ from trainer.step import GradientStep
 def set_trainable(model, parts, lora=0):
     """The freezing policy: only the named parts train; of a LLaMA with LoRA only LoRA's weights.
 
-    parts: names of modules or parameters; "vision.blocks.12+" is block 12 and all behind it.
+    parts: names of modules or parameters; "vision.blocks.12+" is block 12 and all after it.
     Returns {name: parameter} of what trains. An unknown name is a UsageError."""
     model.requires_grad_(False)
     for part in parts:

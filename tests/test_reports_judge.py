@@ -438,15 +438,7 @@ def test_what_a_message_says(folder, message, what, want):
 
 # ---------------------------------------------------------------- LLaVA-Bench
 
-@pytest.fixture
-def papers(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for i, colour in enumerate(("red", "green", "blue")):
-        (tmp_path / f"img/{i}").mkdir(parents=True)
-        Image.new("RGB", (30, 20), colour).save(tmp_path / f"img/{i}/image.png")
-        Image.new("RGB", (30, 20), colour).save(tmp_path / f"img/{i}.jpg")
-    return tmp_path
+papers = benchmarks.folder          # three pictures, in both layouts
 
 
 def test_one_ungraded_review_empties_no_table(papers, seer, stand_in, capsys):

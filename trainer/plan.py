@@ -80,7 +80,7 @@ def print_time(args, model, samples, kinds, source, pack, policy):
     rate = args.mfu * A100_FLOPS * args.gpus * busy
     hours = steps * row.batch * work / rate / 3600
     several = f" on each of {args.gpus}, {busy:.0%} of the time" if args.gpus > 1 else ""
-    print(f"\n  {tokens:,.0f} tokens a sample, {learned:,.0f} learned ({source})\n  "
+    print(f"\n  {tokens:,.0f} tokens a sample, {learned:,.0f} with loss ({source})\n  "
           f"{work / 1e12:.4g} TFLOP a sample: forward {each[0] / 1e12:.4g}, backward "
           f"{each[1] / 1e12:.4g}, again {each[2] / 1e12:.4g}, vision {each[3] / 1e12:.4g}\n  "
           f"{row.batch * work / 1e12:,.4g} TFLOP a step, {steps:,} steps\n  {hours:,.3g} hours at "
