@@ -33,6 +33,7 @@ from torch import nn
 import data
 from formats import checkpoints, configs, folders, names
 from kernels import checkpointed, rms_norm, rope, rope_table, self_attention, swiglu
+from kernels.attention import document_spans
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ class Llama(nn.Module):
     """The decoder: embedding, blocks, norm, output head."""
     # what blocks keep for backward: None, "none", "attention", "full"; and whether on the host
     checkpoint, offload = None, False                       # kernels/checkpoint.py
+    # llms/ has models of other kinds with this interface
+    kind, table = "llama", names.LLAMA
 
     def __init__(self, config):
         super().__init__()
@@ -186,6 +189,21 @@ class Llama(nn.Module):
     def next_logits(self, x, cache, position_ids=None, attention_mask=None):
         """Logits (B, V), fp32, of the token after the last one."""
         return self.head(self.hidden(x, cache, position_ids, attention_mask)[:, -1]).float()
+
+    def new_cache(self, x, max_new, attention_mask=None):
+        """An empty cache for prompts x (B, T, C), their mask (B, T), and max_new tokens more."""
+        return KVCache(self.config, len(x), x.shape[1] + max_new, x, attention_mask)
+
+    def predictions(self, x, labels, mask=None, lengths=None):
+        """Hidden states (N, C) at the tokens before those with loss, and these tokens' ids (N).
+
+        x (B, T, C); labels (B, T); mask (B, T): padding, at the end, is seen by none, so it is not
+        needed here. lengths: the tokens of each text in a packed row, which do not see each
+        other."""
+        doc_spans = None if lengths is None else document_spans([lengths], x.device)
+        hidden, targets = self.hidden(x, doc_spans=doc_spans)[:, :-1], labels[:, 1:]
+        has_loss = targets != data.IGNORE
+        return hidden[has_loss], targets[has_loss]
 
     def resize_embeddings(self, rows):
         """Room for more tokens: new rows of embedding and head are the mean of the old ones."""

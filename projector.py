@@ -40,6 +40,7 @@ from torch import nn
 import clip
 import data
 import llama
+import llms
 import qformer
 from formats import families, names
 from formats.adapters import open_model
@@ -47,7 +48,6 @@ from formats.anyres import anyres_grid, ANYRES_GRIDS
 from formats.batch_checks import check_image_count, check_labels, check_tile_count
 from formats.export import image_token_id, save_blip2, save_llava
 from kernels import gelu, linear_cross_entropy
-from kernels.attention import document_spans
 
 
 class LinearProjector(nn.Module):
@@ -80,12 +80,13 @@ class QFormerProjector(nn.Module):
     def __init__(self, norm, queries, width):
         super().__init__()
         self.norm, self.qformer = norm, queries
+        queries.fp32_beside_fp16 = True                     # formats/language_models.py
         self.proj = nn.Linear(queries.config.width, width)
 
     def forward(self, x, ids=None, mask=None):
         x = self.norm(x.to(self.norm.weight.dtype))         # the tower may be in half precision
         x = self.qformer(x, ids, text_mask=mask)            # (n, Q+T, C')
-        return self.proj(x[:, :self.qformer.config.num_queries])
+        return self.proj(x[:, :self.qformer.config.num_queries].to(self.proj.weight.dtype))
 
 
 PROJECTORS = {"linear": LinearProjector, "mlp": MLPProjector}
@@ -229,9 +230,10 @@ class VLM(nn.Module):
             text_embeds = text_embeds + 0 * self.encode_images(blank, questions=["?"])[0].sum()
         return splice(ids, text_embeds, image_embeds, labels, attention_mask, left, lengths)
 
-    def forward(self, ids, pixels=None, sizes=None, questions=None):
-        """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V)."""
-        return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0])
+    def forward(self, ids, pixels=None, sizes=None, questions=None, **more):
+        """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V). more: a T5's decoder_ids
+        (B, T), whose logits it returns."""
+        return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0], **more)
 
     def loss(self, ids, labels, pixels=None, attention_mask=None, weights=None, lengths=None,
              questions=None):
@@ -240,19 +242,16 @@ class VLM(nn.Module):
         weights (B, T), one for each id: the sum of weight * loss; None: the mean. lengths: see
         `splice`; each text's first label must be IGNORE, as no token of its own stands before it.
         Only positions with loss reach the output head. Raises BadData if there are none."""
-        id_has_loss = labels[:, 1:] != data.IGNORE                          # (B, T-1)
+        has_loss = labels[:, 1:] != data.IGNORE                             # (B, T-1)
+        check_labels(has_loss)
         x, labels, mask = self.embed(ids, pixels, labels, attention_mask, questions=questions,
                                      lengths=lengths)
-        targets = labels[:, 1:]                                             # (B, T'-1)
-        has_loss = targets != data.IGNORE
-        check_labels(has_loss)
-        # packed texts do not see each other; padding, at the end, is seen by none
-        doc_spans = None if lengths is None else document_spans(mask, x.device)
-        hidden = self.llm.hidden(x, doc_spans=doc_spans)[:, :-1]            # (B, T'-1, C)
+        if lengths is not None:                 # one packed row: the texts' tokens after splicing
+            mask, lengths = None, mask[0]
+        hidden, targets = self.llm.predictions(x, labels, mask, lengths)    # (N, C), (N,)
         if weights is not None:                 # splicing keeps the labels' order: one for each
-            weights = weights[:, 1:][id_has_loss]
-        return linear_cross_entropy(hidden[has_loss], self.llm.head.weight, targets[has_loss],
-                                    weights)
+            weights = weights[:, 1:][has_loss]
+        return linear_cross_entropy(hidden, self.llm.head.weight, targets, weights)
 
     def names(self):
         """{our name: name in the files} of all weights, as `save_pretrained` writes them."""
@@ -321,7 +320,8 @@ class LlavaNext(VLM):
 
 
 class Blip2(VLM):
-    """BLIP-2, InstructBLIP and MiniGPT-4: a Q-Former between the vision tower and a LLaMA."""
+    """BLIP-2, InstructBLIP and MiniGPT-4: a Q-Former between the vision tower and a language model,
+    which may be an OPT or a T5, too (llms/)."""
     projector_type = "qformer"
     save_files = staticmethod(save_blip2)
 
@@ -365,12 +365,13 @@ class Blip2(VLM):
         return texts
 
     def names(self):
-        return names.blip2(self.vision.config, bool(self.projector.qformer.config.vocab))
+        return names.blip2(self.vision.config, bool(self.projector.qformer.config.vocab),
+                           self.llm.table)
 
     @classmethod
     def from_family(cls, family, tokenizer, template):
         vision = clip.ViT(clip.Config(**family.vision))
-        llm = llama.Llama(llama.Config(**family.llm))
+        llm = llms.build(family.llm_kind, family.llm)
         norm = clip.LayerNorm(vision.config.width, family.ln_vision_eps)
         queries = qformer.QFormer(qformer.Config(**family.qformer))
         projector = QFormerProjector(norm, queries, llm.config.width)

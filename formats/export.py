@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from formats import configs, names
+from formats import configs, language_models
 from formats.chat_templates import ChatTemplate
 from formats.checkpoints import dtype_name, export, save_weights
 from formats.conversations import IMAGE_TOKEN
@@ -90,7 +90,7 @@ def model_tensors(model):
     if last >= model.llm.config.vocab:
         # transformers looks their embeddings up before it replaces them by the picture's
         model.llm.resize_embeddings(last + 1)
-    return export(model, model.names(), names.fused_rows(model.llm.config, "llm."))
+    return export(model, model.names(), language_models.fused_rows(model.llm, "llm."))
 
 
 def save_rest(model, folder, config, picture, processor, stop_ids):
@@ -145,13 +145,13 @@ def blip2_config(model):
         "dtype": dtype_name(model.llm.head.weight.dtype),
         "num_query_tokens": qformer.num_queries,
         "image_token_index": image_token_id(model.tokenizer),
-        "use_decoder_only_language_model": True,
+        "use_decoder_only_language_model": model.llm.kind != "t5",
         "tie_word_embeddings": model.llm.config.tie_embeddings, "vision_config": vision_config,
         "qformer_config": configs.qformer_to_hf(qformer, instruct)}
     if model.projector.norm.eps != vision.eps:
         config["ln_vision_eps"] = model.projector.norm.eps
-    return {**config, "text_config": configs.llama_to_hf(model.llm.config),
-            "template": model.template, "image_aspect_ratio": model.aspect}
+    text = language_models.WRITERS[model.llm.kind](model.llm.config)
+    return {**config, "text_config": text, "template": model.template, "image_aspect_ratio": model.aspect}
 
 
 def pinpoints(model):

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from formats import configs, names, unused
+from formats import configs, language_models, names, unused
 from formats.anyres import ANYRES_GRIDS, TRANSPOSED
 from formats.bert import BertTokenizer
 from formats.chat_templates import ChatTemplate, end_ids, folder_template
@@ -40,12 +40,14 @@ class Family:
     folder: Path
     config: dict                    # config.json
     vision: dict                    # for clip.Config(**vision)
-    llm: dict                       # for llama.Config(**llm)
+    llm: dict                       # for the Config of its llm_kind
     projector: str                  # linear | mlp | qformer
     aspect: str                     # square | pad | squash | anyres
     grids: tuple | None = None      # of anyres: (tiles across, tiles down) to choose from
     template: str | None = None     # where no file names one; None: the vocabulary decides
     qformer: dict | None = None     # for qformer.Config(**qformer)
+    llm_kind: str = "llama"         # llama | opt | t5: formats/language_models.py, llms/
+    llm_unused: dict = field(default_factory=dict)  # {pattern of the file's names: reason}
     ln_vision_eps: float | None = None
     official: bool = False          # the official layout
     tower: str | None = None        # where the vision tower is, if it is not in the weights
@@ -59,9 +61,13 @@ def read_family(folder, weights):
     read = read_official_config if official else read_vlm_config
     family = read(folder, config)
     family.hf_names = names.canonical_names(weights)
-    embed, head = family.hf_names.get(EMBED), family.hf_names.get(HEAD)
-    if family.llm["tie_embeddings"] and not unused.head_is_embedding(weights, embed, head):
-        family.llm["tie_embeddings"] = False            # it has a head of its own
+    if family.llm_kind == "llama":
+        embed, head = family.hf_names.get(EMBED), family.hf_names.get(HEAD)
+        if family.llm["tie_embeddings"] and not unused.head_is_embedding(weights, embed, head):
+            family.llm["tie_embeddings"] = False        # it has a head of its own
+    else:
+        _, family.llm_unused, family.llm = language_models.choose_head(
+            family.llm_kind, family.llm, weights, "language_model.")
     if official and not any(name.startswith("vision_tower.") for name in family.hf_names):
         family.tower = config["mm_vision_tower"]
     return family
@@ -122,22 +128,25 @@ def read_blip2_config(folder, c):
     if "text_config" not in c:
         raise BadModel(f"{folder}: a Q-Former without a language model, BLIP-2's first stage: "
                        "go on with train.py --recipe blip2 --stage 2 --from FOLDER")
-    text = c["text_config"]
+    text, instruct = c["text_config"], c["model_type"] == "instructblip"
     kind = text.get("model_type", "opt") if type(text) is dict else text
-    if kind not in ("llama", "mistral"):
+    # transformers' default is an OPT; of InstructBLIPs only Vicuna's is known here
+    known = ("llama", "mistral") if instruct else ("llama", "mistral", "opt", "t5")
+    if kind not in known:
         raise BadModel(
-            f"{folder}: its language model is {kind!r}, and only LLaMA is built here; take its "
-            "vision tower and Q-Former to a LLaMA (train.py --recipe blip2 --stage 2 --from "
-            "FOLDER), "
-            "or Salesforce/instructblip-vicuna-7b, which has one")
+            f"{folder}: its language model is {kind!r}, and {', '.join(known)} are known here; take "
+            "its vision tower and Q-Former to one of them (train.py --recipe blip2 --stage 2 "
+            "--from FOLDER), or Salesforce/instructblip-vicuna-7b, which has one")
+    text = {"model_type": kind, **text}
+    llm_kind = language_models.kind_of(text)
     vision = configs.vision_tower(c)
     processor = Processor(folder, c["model_type"])
     processor.expect(vision["image_size"], "squash", "a Q-Former's are squashed")
     processor.image_tokens(None, c.get("num_query_tokens", 32))
-    return Family("blip2", folder, c, vision, configs.llama_from_hf(text), "qformer", "squash",
-                  template="instructblip" if c["model_type"] == "instructblip" else "blip2",
-                  qformer=configs.qformer(c),
-                  ln_vision_eps=ln_vision_eps(folder, c, vision["eps"]))
+    template = "instructblip" if instruct else language_models.BLIP2_TEMPLATES[llm_kind]
+    return Family("blip2", folder, c, vision, language_models.sizes_of(text), "qformer", "squash",
+                  template=template, qformer=configs.qformer(c),
+                  ln_vision_eps=ln_vision_eps(folder, c, vision["eps"]), llm_kind=llm_kind)
 
 
 def read_llava_config(folder, c):
@@ -270,8 +279,10 @@ def load_vlm(model, family, weights, dtype, load_tower):
     load_tower(folder, dtype): clip.ViT.from_pretrained, for official files without a tower, which
     was frozen in training."""
     model.grids, hf_names = family.grids, dict(family.hf_names)
-    ignore = {**unused.VISION, **unused.llama(model.llm.config)}
-    if model.llm.config.tie_embeddings and HEAD in hf_names:
+    ignore = {**unused.VISION, **family.llm_unused}
+    if family.llm_kind == "llama":
+        ignore |= unused.llama(model.llm.config)
+    if family.llm_kind == "llama" and model.llm.config.tie_embeddings and HEAD in hf_names:
         ignore[re.escape(hf_names[HEAD])] = unused.TIED
         hf_names.setdefault(EMBED, hf_names[HEAD])      # a tied file may hold it as the head alone
     if family.projector == "linear" and "multi_modal_projector.linear_2.weight" in hf_names:
@@ -281,6 +292,7 @@ def load_vlm(model, family, weights, dtype, load_tower):
     table = {}
     for name, canonical in expand_names(model, model.names()).items():
         table[name] = tuple(hf_names.get(part, part) for part in canonical)
+    language_models.keep_in_fp32(model, dtype or weights.dtype)
     load_into(model, table, weights, ignore, dtype)
     if family.tower is not None:
         model.vision = load_tower(family.tower, dtype or weights.dtype)

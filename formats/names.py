@@ -301,12 +301,13 @@ def stage1(vision):
     return {**prefixed(vit(vision), "vision.", "vision_model."), **STAGE1}
 
 
-def blip2(vision, instruct):
-    """The table of a VLM with a Q-Former; vision: clip.Config; instruct: an InstructBLIP."""
+def blip2(vision, instruct, llm):
+    """The table of a VLM with a Q-Former; vision: clip.Config; instruct: an InstructBLIP; llm: the
+    table of its language model."""
     table = QFORMER_INSTRUCT if instruct else QFORMER
     return {**prefixed(vit(vision), "vision.", "vision_model."), **QFORMER_PROJECTOR,
             **prefixed(table, "projector.qformer.", ""),
-            **prefixed(LLAMA, "llm.", "language_model.")}
+            **prefixed(llm, "llm.", "language_model.")}
 
 
 # ------------------------------------------------------------------------------ LLaVA's spellings

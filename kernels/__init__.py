@@ -8,6 +8,7 @@ a file says so (launch.py).
   attention      softmax(q kᵀ / √D) v for any mask predicate, forward and backward
   decode         one query against a cache of keys and values
   cached         which of the two a decoder's layer calls
+  biased         attention with a number added to every score: T5's
   quantize       one row times a matrix: weights laid out for reading, or in int8 or int4
   norm           RMSNorm and LayerNorm
   rope           rotary positions, half-split
@@ -23,6 +24,7 @@ Timed by python -m bench.
 import warnings
 
 from kernels.attention import causal, full, sliding_window
+from kernels.biased import biased_attention, distance_bias, hide_padding
 from kernels.cached import attention, mask_rule, self_attention
 from kernels.checkpoint import checkpointed, keep_output, recompute
 from kernels.cross_entropy import linear_cross_entropy
@@ -39,6 +41,7 @@ warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarn
 layer_norm, rms_norm, gelu, quick_gelu, swiglu = map(
     recompute, (layer_norm, rms_norm, gelu, quick_gelu, swiglu))
 
-__all__ = ["attention", "causal", "checkpointed", "decode", "full", "fused", "gelu", "keep_output",
-           "layer_norm", "linear_cross_entropy", "mask_rule", "quick_gelu", "recompute", "rms_norm",
-           "rope", "rope_table", "self_attention", "sliding_window", "swiglu"]
+__all__ = ["attention", "biased_attention", "causal", "checkpointed", "decode", "distance_bias",
+           "full", "fused", "gelu", "hide_padding", "keep_output", "layer_norm",
+           "linear_cross_entropy", "mask_rule", "quick_gelu", "recompute", "rms_norm", "rope",
+           "rope_table", "self_attention", "sliding_window", "swiglu"]

@@ -155,9 +155,12 @@ class Coded(nn.Module):
         codes, scales = encode(linear.weight.detach(), bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.register_buffer("bias", bias)                  # OPT has them, a LLaMA has none
 
     def forward(self, x):
-        return gemv(x, self.codes, self.scales)
+        y = gemv(x, self.codes, self.scales)
+        return y if self.bias is None else y + self.bias
 
 
 class Laid(nn.Module):
