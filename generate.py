@@ -171,13 +171,13 @@ class Sampler:
 # ------------------------------------------------------------------------------------- generate
 
 def beam_rows(model, prompts, pictures, max_new_tokens, sizes, num_beams, stops, penalty, answers):
-    """The best answer to each prompt by beam search, one prompt after the other."""
+    """The best answer to each prompt by beam search. penalty: (of repetition, of length)."""
     rows, sizes = [], sizes or [None] * len(prompts)
     for ids, pixels, size, answer in zip(prompts, pictures, sizes, answers, strict=True):
         llm, x, _, (count,) = prefill_inputs(model, [ids], [pixels], max_new_tokens, [size])
         cache = KVCache(llm.config, 1, x.shape[1] + count, x)       # it grows to num_beams rows
-        best = beam_search(llm, x, cache, ids, count, stops, num_beams, penalty,
-                           limit_reason(count, max_new_tokens))
+        best = beam_search(llm, x, cache, ids, count, stops, num_beams, penalty[0],
+                           limit_reason(count, max_new_tokens), penalty[1])
         answer.finish_reason, answer.rest = best.reason, best.rest
         rows.append(best.tokens)
     return rows
@@ -186,24 +186,24 @@ def beam_rows(model, prompts, pictures, max_new_tokens, sizes, num_beams, stops,
 @torch.inference_mode()
 def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0, top_p=1.0,
                   top_k=0, num_beams=1, seed=0, eos=None, use_cache=True, sizes=None,
-                  repetition_penalty=1.0, stop=(), answers=None):
+                  repetition_penalty=1.0, stop=(), length_penalty=1.0, answers=None):
     """Yield, for each step, the list of ids that each row adds: one; none when the row has ended,
-    or waits until it is clear whether a stop text has begun; and then several.
-
-    answers: an `Answer` for each row, which gets its finish_reason and rest."""
-    check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty, stop)
+    or waits until it is clear whether a stop text has begun; and then several. answers: an `Answer`
+    for each row, which gets its finish_reason and rest."""
+    check_settings(max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty, stop,
+                   length_penalty)
     stops = Stops(model, eos, stop)                 # stop ids and stop texts
     answers = answers or [Answer() for _ in prompts]
     if num_beams > 1:
         yield beam_rows(model, prompts, pictures, max_new_tokens, sizes, num_beams, stops,
-                        repetition_penalty, answers)
+                        (repetition_penalty, length_penalty), answers)
         return
     llm, x, attention_mask, max_new = prefill_inputs(model, prompts, pictures, max_new_tokens,
                                                      sizes)
     longest, cache, decode = max(max_new), None, decode_steps
     if use_cache:                                   # without: the same, and slow
         cache = KVCache(llm.config, len(x), x.shape[1] + longest, x, attention_mask)
-        decode = decode_graph if can_capture(x) else decode_steps
+        decode = decode_graph if can_capture(x) and llm.can_capture else decode_steps
     sampler = Sampler(llm, prompts, longest, seed, temperature, top_p, top_k, repetition_penalty)
     ends = []                                       # rows of a batch end one by one
     for count, answer in zip(max_new, answers):
@@ -221,19 +221,19 @@ def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0,
 
 def generate(model, ids, pixels=None, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0,
              num_beams=1, seed=0, eos=None, use_cache=True, sizes=None, repetition_penalty=1.0,
-             stop=()):
+             stop=(), length_penalty=1.0):
     """`Generation`: iterator of the token ids that follow the prompt, without the end token.
 
     model: a VLM, or a llama.Llama for text; ids: list of int, data.IMAGE for a picture; pixels
-    (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)].
-    eos: an id or a set that ends the answer, instead of the model's own. stop: texts before which
-    the answer ends. Beams come all at once, and always use the cache.
+    (n, 3, S, S), one for each, or all their tiles with sizes [(width, height)]. eos: an id or a set
+    that ends the answer, instead of the model's own. stop: texts before which it ends.
+    length_penalty: see decoding/beam.py. Beams come all at once, and always use the cache.
     Raises, with the first token, UsageError, BadModel for NaN, and as `prefill_inputs` does."""
     answer = Answer()
     sizes = None if sizes is None else [sizes]      # a batch of one row
     rows = generate_rows(model, [ids], [pixels], max_new_tokens, temperature, top_p, top_k,
                          num_beams, seed, eos, use_cache, sizes, repetition_penalty, stop,
-                         [answer])
+                         length_penalty, [answer])
     return Generation(rows, answer)
 
 

@@ -67,6 +67,7 @@ class KVCache:
     `attention_mask` (B, capacity) is False where a row's prompt was padded on the left; None:
     nowhere. decoding/cuda_graph.py has a subclass that counts on the GPU."""
     end = None                      # there: (B,), how many rows of the cache each sample sees
+    features = None                 # of llms/t5.py: keys and values of its encoder's output
 
     def __init__(self, config, batch, capacity, like, attention_mask=None):
         """like: a tensor of the dtype and on the device; attention_mask (B, T) of the prompt."""
@@ -145,7 +146,7 @@ class Llama(nn.Module):
     # what blocks keep for backward: None, "none", "attention", "full"; and whether on the host
     checkpoint, offload = None, False                       # kernels/checkpoint.py
     # llms/ has models of other kinds with this interface
-    kind, table = "llama", names.LLAMA
+    kind, table, can_capture = "llama", names.LLAMA, True   # decoding/cuda_graph.py
 
     def __init__(self, config):
         super().__init__()
@@ -189,10 +190,6 @@ class Llama(nn.Module):
     def next_logits(self, x, cache, position_ids=None, attention_mask=None):
         """Logits (B, V), fp32, of the token after the last one."""
         return self.head(self.hidden(x, cache, position_ids, attention_mask)[:, -1]).float()
-
-    def new_cache(self, x, max_new, attention_mask=None):
-        """An empty cache for prompts x (B, T, C), their mask (B, T), and max_new tokens more."""
-        return KVCache(self.config, len(x), x.shape[1] + max_new, x, attention_mask)
 
     def predictions(self, x, labels, mask=None, lengths=None):
         """Hidden states (N, C) at the tokens before those with loss, and these tokens' ids (N).

@@ -11,8 +11,9 @@ import re
 from formats.errors import UsageError
 
 DEFAULT_MODEL = "runs/toy/llava-1.5/stage2/model"
-SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty",
-            "stop")
+# of `generate`, in the order of settings_error; decoding/defaults.py knows others for BLIP-2
+SETTINGS = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_beams": 1,
+            "repetition_penalty": 1.0, "stop": [], "length_penalty": 1.0}
 
 
 def first_error(checks):
@@ -34,7 +35,7 @@ def prompt_error(text):
 
 
 def settings_error(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_beams=1,
-                   repetition_penalty=1.0, stop=()):
+                   repetition_penalty=1.0, stop=(), length_penalty=1.0):
     """What is wrong with these settings of `generate`, or None. The defaults are right."""
     stop = [stop] if type(stop) is str else stop
     texts = "".join(stop)
@@ -50,6 +51,9 @@ def settings_error(max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, num_
         (not all(stop), "stop must be a text to end at, not an empty one"),
         (texts != texts.encode(errors="replace").decode(),
          "stop is not valid UTF-8: type it again"),
+        (not -math.inf < length_penalty < math.inf, "length-penalty must be a number"),
+        (num_beams == 1 and length_penalty != 1,
+         "length-penalty compares beams: give --num-beams above 1 as well, or leave it out"),
         (num_beams > 1 and not greedy, "num-beams above 1 needs temperature 0"),
         (num_beams > 1 and unused,
          "top-p and top-k do nothing with num-beams above 1: leave them out"),
@@ -82,6 +86,7 @@ def build_parser():
     p.add_argument("images", nargs="+", metavar="image", help="pictures that are asked about "
                    "together, or a folder of pictures (then with --out)")
     p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
+    p.add_argument("--caption", action="store_true", help="no question: a caption (BLIP-2)")
 
     add = p.add_argument_group("the model").add_argument
     add("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
@@ -95,16 +100,18 @@ def build_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 
     add = p.add_argument_group("how the next token is chosen").add_argument
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    add("--top-p", type=float, default=1.0, help="of the likeliest that sum to p")
-    add("--top-k", type=int, default=0, help="of the k likeliest; 0: of all")
-    add("--num-beams", type=int, default=1, help="beam search")
-    add("--repetition-penalty", type=float, default=1.0, help="1: none")
+    add("--temperature", type=float, help="0 (default): always the likeliest token")
+    add("--top-p", type=float, help="of the likeliest that sum to p")
+    add("--top-k", type=int, help="of the k likeliest; 0: of all")
+    add("--num-beams", type=int, help="beam search (default: 1; 5 for BLIP-2 as published)")
+    add("--length-penalty", type=float, help="beams are compared by the sum of their logarithms, "
+        "divided by length to this power (default: 1)")
+    add("--repetition-penalty", type=float, help="1 (default): none")
     add("--seed", type=int, default=0)
 
     add = p.add_argument_group("where the answer ends").add_argument
-    add("--max-new-tokens", type=int, default=256)
-    add("--stop", action="append", default=[], metavar="TEXT",
+    add("--max-new-tokens", type=int, help="default: 256; 30 for BLIP-2 as published")
+    add("--stop", action="append", metavar="TEXT",
         help="end before this text; may be given more than once")
 
     add = p.add_argument_group("a folder of pictures").add_argument
@@ -126,12 +133,13 @@ def arguments_error(a):
     a_folder_among_several = several and any(map(os.path.isdir, a.images))
     batch_size = 8 if a.batch_size is None else a.batch_size
     no_prompt = a.prompt is None
+    is_chat = no_prompt and not a.caption
     return first_error([
         (a.out and not os.path.isdir(os.path.dirname(a.out) or "."),
          f"--out {a.out}: no such folder: make it first"),
         (a.layer is not None and not a.attention,
          "--layer says whose attention is drawn: give --attention FILE.png as well"),
-        (a.attention and (is_folder or no_prompt or several),
+        (a.attention and (is_folder or is_chat or several),
          "--attention is for one question about one picture"),
         (a.out and os.path.exists(a.image) and not is_folder,
          "--out is for a folder of pictures; the answer about one goes to stdout"),
@@ -142,17 +150,22 @@ def arguments_error(a):
         (not is_folder and a.batch_size is not None,
          "--batch-size is for a folder of pictures: leave it out"),
         (settings_error(**a.settings), settings_error(**a.settings)),
+        (a.caption and not no_prompt, "--caption asks no question: leave the question out"),
         (not no_prompt and prompt_error(a.prompt or ""), prompt_error(a.prompt or "")),
-        (is_folder and not (a.prompt and a.out),
+        (is_folder and not ((a.prompt or a.caption) and a.out),
          f"{a.image} is a folder: give a question and --out FILE.json")])
 
 
 def parse(argv=None):
-    """The arguments; `settings` are those of `generate`, `image` is the first of `images`.
+    """The arguments; `settings` are those of `generate`, `given` the names of those that the command
+    line names, `image` is the first of `images`. The prompt of --caption is "".
 
     Ends the program with status 2 where something is wrong."""
     p = build_parser()
     a = p.parse_args(argv)
+    a.given = {name for name in SETTINGS if getattr(a, name) is not None}
+    for name in SETTINGS.keys() - a.given:
+        setattr(a, name, SETTINGS[name])
     a.settings = {name: getattr(a, name) for name in SETTINGS}
     # argparse puts all it gets into `images`: the last is the question if it is no picture
     if len(a.images) > 1 and not is_picture_name(a.images[-1]):
@@ -162,6 +175,8 @@ def parse(argv=None):
     a.image = a.images[0]
     if wrong := arguments_error(a):
         p.error(wrong)
+    if a.caption:
+        a.prompt = ""
     if a.batch_size is None:
         a.batch_size = 8
     return a

@@ -11,9 +11,11 @@ import torch
 
 import data
 from decoding.cuda_graph import WARMUP_STEPS
+from decoding.defaults import apply_defaults
 from decoding.flags import DEFAULT_MODEL
 from formats.checkpoints import dtype_name
 from formats.errors import note, UsageError
+from formats.turns import BLIP2
 from kernels.quantize import fast_bf16, lay, quantize
 from projector import VLM
 
@@ -89,7 +91,13 @@ def load_model(args, codes=None):
         raise UsageError(f"--template {args.template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     model.template = args.template or model.template
-    if data.template_of(model.template).style == "plain":
+    apply_defaults(model, args)
+    style = data.template_of(model.template).style
+    if getattr(args, "caption", False):
+        if style not in ("plain", *BLIP2):
+            raise UsageError("--caption: this model answers questions: ask one, such as "
+                             '"Describe this image"')
+    elif style == "plain":
         note("note: this model knows pictures and captions but no questions: yours is ignored, it "
              "writes a caption")
     return prepare_for_inference(model.to(device), codes)

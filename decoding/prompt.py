@@ -10,6 +10,7 @@ What people type is never parsed: a typed <image> or </s> is letters, not a pict
 import data
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import UsageError, UserError
+from formats.turns import BLIP2
 
 
 class Prompt(list):
@@ -25,7 +26,7 @@ class Prompt(list):
 def check_image_count(template, counts):
     """counts: pictures in each turn. Raises UsageError for more than the template allows."""
     style = data.template_of(template).style
-    if style in ("plain", "instruct") and sum(counts) > 1:
+    if style in ("plain", "instruct", *BLIP2) and sum(counts) > 1:
         raise UsageError(f"a model with the template {template} takes one picture: give one")
     if style == "minigpt4" and max(counts) > 1:
         raise UsageError(f"a model with the template {template} takes one picture a turn: ask "

@@ -81,7 +81,10 @@ def save_blip2(model, folder, template, stop_ids):
                 "image_processor_type": "BlipImageProcessor"}
     processor = {"processor_class": f"{kind}Processor",
                  "num_query_tokens": model.num_image_tokens()}
-    save_rest(model, folder, blip2_config(model), picture, processor, stop_ids)
+    config = blip2_config(model)
+    if model.llm.kind != "llama":       # quirk: transformers' BLIP-2 stops by these alone
+        config["text_config"]["eos_token_id"] = eos_token_id(stop_ids, model.tokenizer)
+    save_rest(model, folder, config, picture, processor, stop_ids)
 
 
 def model_tensors(model):
@@ -151,7 +154,8 @@ def blip2_config(model):
     if model.projector.norm.eps != vision.eps:
         config["ln_vision_eps"] = model.projector.norm.eps
     text = language_models.WRITERS[model.llm.kind](model.llm.config)
-    return {**config, "text_config": text, "template": model.template, "image_aspect_ratio": model.aspect}
+    return {**config, "text_config": text, "template": model.template,
+            "image_aspect_ratio": model.aspect}
 
 
 def pinpoints(model):

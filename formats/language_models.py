@@ -5,7 +5,7 @@
     load, save              a folder of a language model alone
     choose_head             tied or not: what the file holds decides
 
-BLIP-2's folders hold the same settings in `text_config` and the same names behind "language_model.".
+BLIP-2's folders hold the same settings in `text_config`, the same names behind "language_model.".
 Source: transformers 5.23, models/opt and models/t5 (configuration_*.py, modeling_*.py).
 """
 
@@ -132,7 +132,7 @@ def opt_from_hf(c):
         "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True})
     if c.get("word_embed_proj_dim") not in (None, width):
         raise BadModel(f"config.json: word_embed_proj_dim {c['word_embed_proj_dim']!r} is not the "
-                       f"width {width!r}, as in OPT-350m, which is not built here; take another OPT")
+                       f"width {width!r}, as in OPT-350m, which is not built here; take another")
     out = {"vocab": c.get("vocab_size", 50272), "width": width,
            "depth": c.get("num_hidden_layers", 12), "heads": c.get("num_attention_heads", 12),
            "mlp": c.get("ffn_dim", 3072), "context": c.get("max_position_embeddings", 2048),
@@ -161,21 +161,21 @@ def t5_from_hf(c):
                        "here; take a FlanT5")
     tied = c.get("tie_word_embeddings", True)
     depth = c.get("num_layers", 6)
-    out = {"vocab": c.get("vocab_size", 32128), "width": c.get("d_model", 512), "depth": depth,
-           "decoder_depth": c.get("num_decoder_layers") or depth, "heads": c.get("num_heads", 8),
-           "head_dim": c.get("d_kv", 64), "mlp": c.get("d_ff", 2048),
+    out = {"vocab": c.get("vocab_size", 32128), "width": c.get("d_model", 512),
+           "encoder_depth": depth, "depth": c.get("num_decoder_layers") or depth,
+           "heads": c.get("num_heads", 8), "head_dim": c.get("d_kv", 64), "mlp": c.get("d_ff", 2048),
            "eps": c.get("layer_norm_epsilon", 1e-6),
            "buckets": c.get("relative_attention_num_buckets", 32),
            "max_distance": c.get("relative_attention_max_distance", 128),
            "exact_gelu": gelu == "gelu",
-           # quirk: files before transformers 5 say by tie_word_embeddings whether outputs are scaled
+           # quirk: files before transformers 5 say it by tie_word_embeddings
            "scale_outputs": c.get("scale_decoder_outputs", tied is not False),
            "tie_embeddings": tied, **token_ids(c, bos=None, eos=1, pad=0)}
     out["start"] = token_ids(c, decoder_start=None)["decoder_start"]
     if out["start"] is None:
         out["start"] = out["pad"]
     configs.check_sizes("", out, vocab=(1, 2 ** 20), width=(1, 2 ** 16), depth=(1, 2 ** 9),
-                        decoder_depth=(1, 2 ** 9), heads=(1, 2 ** 10), head_dim=(1, 2 ** 12),
+                        encoder_depth=(1, 2 ** 9), heads=(1, 2 ** 10), head_dim=(1, 2 ** 12),
                         mlp=(1, 2 ** 18), buckets=(4, 2 ** 12), max_distance=(1, 2 ** 20),
                         start=(0, out["vocab"] - 1))
     good = out["buckets"] % 2 == 0 and out["max_distance"] > out["buckets"] // 2
@@ -210,7 +210,7 @@ def t5_to_hf(c):
     """config.json of an llms.t5.Config."""
     return {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"],
             "vocab_size": c.vocab, "d_model": c.width, "d_kv": c.head_dim, "d_ff": c.mlp,
-            "num_layers": c.depth, "num_decoder_layers": c.decoder_depth, "num_heads": c.heads,
+            "num_layers": c.encoder_depth, "num_decoder_layers": c.depth, "num_heads": c.heads,
             "relative_attention_num_buckets": c.buckets,
             "relative_attention_max_distance": c.max_distance, "layer_norm_epsilon": c.eps,
             "feed_forward_proj": "gated-gelu", "is_gated_act": True,

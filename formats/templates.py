@@ -79,6 +79,8 @@ ROWS = {
     "llama_3": row(system=HELPFUL, **LLAMA_3),
     "qwen_1_5": row(system="You are a helpful assistant.", **QWEN),
     "blip2": row("plain", end="\n", image_first=True),
+    "blip2_opt": row("continued", end="\n", image_first=True),
+    "blip2_t5": row("prefixed", image_first=True),
     "instructblip": row("instruct", image_first=True),
     "minigpt4_caption": row("plain", end="\n"),
     "minigpt4": row("minigpt4", MINIGPT4, ("Human", "Assistant"), sep="###", end="###"),
@@ -106,11 +108,13 @@ def texts_of(name: str) -> str:
 
 def end_ids(name: str, tokenizer) -> set[int]:
     """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
-    stop = row_of(name)["stop"]
-    last = tokenizer.added(stop)
-    if stop == "\n":                            # a caption's end is a byte token behind a prefix
-        last = tokenizer.encode("\n", bos=False)[-1]
-    return {tokenizer.eos, last, tokenizer.added(getattr(name, "end", ""))} - {None}
+    row, eos = row_of(name), tokenizer.eos
+    last = tokenizer.added(row["stop"])
+    if row["stop"] == "\n":                     # a caption's end is a byte token behind a prefix
+        last = (tokenizer.encode("\n", bos=False) or [None])[-1]
+    if row["style"] == "continued":             # quirk: OPT's EOS is its BOS, and ends no caption
+        eos = None
+    return {eos, last, tokenizer.added(getattr(name, "end", ""))} - {None}
 
 
 def stop_text(name: str, tokenizer) -> str | None:
@@ -196,19 +200,47 @@ def minigpt4(turns, t, training):
 
 def instruct(turns, t, training):
     """InstructBLIP: one instruction, one answer. In a chat only the last question is asked."""
-    questions = [text for is_answer, text in turns if not is_answer]
-    if IMAGE_TOKEN in questions[0]:
+    if IMAGE_TOKEN in next(text for is_answer, text in turns if not is_answer):
         yield IMAGE_TOKEN, False, False
     yield "", False, False, "bos"
-    marks = 1 if len(questions) == 1 else 0     # the picture of an earlier question is not there
-    yield questions[-1].replace(IMAGE_TOKEN, "", marks).strip(), False, True
+    yield last_question(turns), False, True
     if training:
         yield turns[1][1], True, True, "text"
         yield t.end, True, False
 
 
+def continued(turns, t, training):
+    """BLIP-2 before an OPT: a caption, or a text that the answer goes on from, which may be empty.
+    quirk: the human turn's words are thrown away in training; BOS has loss, as in `plain`."""
+    yield IMAGE_TOKEN, False, False
+    yield "", training, False, "bos"
+    if training:
+        yield turns[1][1], True, True
+        yield t.end, True, False
+    else:
+        yield last_question(turns), False, True
+
+
+def prefixed(turns, t, training):
+    """BLIP-2 before a FlanT5: the encoder reads the question, or the first part of a caption, with
+    an end of its own; the decoder writes the answer, or the rest."""
+    yield IMAGE_TOKEN, False, False
+    yield last_question(turns), False, True
+    yield t.end, False, False
+    if training:
+        yield turns[1][1], True, True, "text"
+        yield t.end, True, False
+
+
+def last_question(turns):
+    """The words of the last question. In a chat it alone is asked."""
+    questions = [text for is_answer, text in turns if not is_answer]
+    marks = 1 if len(questions) == 1 else 0     # the picture of an earlier question is not there
+    return questions[-1].replace(IMAGE_TOKEN, "", marks).strip()
+
+
 STYLES = {"chat": chat, "llama2": llama2, "single": single, "minigpt4": minigpt4,
-          "instruct": instruct}
+          "instruct": instruct, "continued": continued, "prefixed": prefixed}
 
 
 def shift_labels_over_pad(ids, labels, pad, ignore):

@@ -9,7 +9,8 @@ from dataclasses import replace
 from formats.conversations import IMAGE_TOKEN, ROLES
 from formats.errors import BadData
 
-ONE_PICTURE = "plain", "minigpt4", "instruct"           # styles that hold one picture
+BLIP2 = "continued", "prefixed"                         # with OPT and with FlanT5
+ONE_PICTURE = "plain", "minigpt4", "instruct", *BLIP2   # styles that hold one picture
 WITH_SYSTEM = "two", "single", "chat", "llama2"         # styles whose system text can be replaced
 
 
@@ -89,7 +90,7 @@ def training_turns(conversation, name, templates, pictures: int) -> tuple:
     if pictures > 1 and t.style in ONE_PICTURE:
         raise BadData(f"template {name} holds one picture, not {pictures}: split the sample, "
                       "or train with --template v1")
-    if t.style == "plain":
+    if t.style in ("plain", *BLIP2):
         roles = [is_answer for is_answer, _ in turns]
         if not pictures or roles != [False, True] or IMAGE_TOKEN not in turns[0][1]:
             raise BadData(f"template {name} needs <image> in one human turn, and one gpt turn: a "

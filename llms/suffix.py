@@ -21,8 +21,8 @@ class Split(NamedTuple):
     prompt: torch.Tensor            # (B, S, C) embeddings
     mask: torch.Tensor              # (B, S) bool, False at padding
     answer: torch.Tensor            # (B, T) ids, the start token first, padded on the right
-    place: tuple                    # two (N,): row and column in `answer` before each token with loss
-    targets: torch.Tensor           # (N,) these tokens, row by row
+    place: tuple                    # two (N,): rows and columns of `answer`, before each target
+    targets: torch.Tensor           # (N,) the tokens with loss, row by row
 
 
 def unpack(x, labels, lengths):

@@ -11,7 +11,7 @@
                      x += down(gelu(gate) * up) of RMSNorm(x)
 
 BLIP-2 gives the encoder an image's vectors and the first part of a text (the prefix), and the
-decoder writes the rest (the suffix), beginning behind a start token, which is <pad>.
+decoder writes the rest (the suffix) behind a start token, which is <pad>.
 
 No vector and no rotation says where a token stands: a learned number for the distance of query and
 key is added to their score, see kernels/biased.py. One table a stack serves all its layers (the
@@ -21,19 +21,20 @@ This is T5 1.1, which FlanT5 is: a gated GELU, a head of its own. T5 1.0 (ReLU) 
 [T5] 1910.10683; [Flan] 2210.11416; the gate [GLU] 2002.05202.
 
 Checked against transformers' T5ForConditionalGeneration (tests/test_llms.py). Left out: dropout.
-Letters: B batch, T tokens the decoder reads, S keys, C width, H heads, D head size, F MLP width, V
-vocabulary.
+Letters: B batch, T tokens of the answer, S of the prompt, C width, H heads, D head size, F MLP
+width, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from formats import language_models
+from formats.errors import UsageError
 from kernels import attention, biased_attention, checkpointed, distance_bias, full, hide_padding
-from llama import KVCache, Llama
+from llama import Llama
 from llama import RMSNorm as LlamaNorm
 from llms.suffix import split_rows, unpack
 
@@ -43,8 +44,8 @@ class Config:
     """Sizes of a T5. Defaults are FlanT5-XL's."""
     vocab: int = 32128              # V
     width: int = 2048               # C
-    depth: int = 24                 # blocks of the encoder
-    decoder_depth: int = 24
+    encoder_depth: int = 24         # number of blocks
+    depth: int = 24                 # of the decoder
     heads: int = 32                 # H
     head_dim: int = 64              # D; H D may differ from C
     mlp: int = 5120                 # F
@@ -126,16 +127,18 @@ class DecoderBlock(EncoderBlock):
         self.cross_out = nn.Linear(inner, c.width, bias=False)
 
     def read(self, features):
-        """Keys and values of the encoder's features (B, S, C): two of (B, S, H, D)."""
+        """Keys and values (B, S, H, D) of the encoder's features (B, S, C)."""
         B, S, _ = features.shape
         return self.cross_kv(features).view(B, S, 2, self.heads, -1).unbind(2)
 
     def forward(self, x, bias, features, mask, cache=None):
         """x (B, T, C); features (B, S, C), mask (B, S) bool or None: the encoder's. With a cache
-        the features are in it."""
+        features are what each layer has read of them."""
         B, T, _ = x.shape
         x = x + self.self_attention(x, bias, cache, self.layer)
-        k, v = self.read(features) if cache is None else cache.features[self.layer]
+        k, v = self.read(features) if cache is None else features[self.layer]
+        if len(k) < B:                                      # beams of one prompt
+            k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)
         q = self.cross_q(self.norm_cross(x)).view(B, T, self.heads, -1)
         # the kernel divides scores by sqrt(D), and T5 does not
         y = attention(q * q.shape[-1] ** .5, k, v, full, attention_mask=mask)
@@ -143,38 +146,21 @@ class DecoderBlock(EncoderBlock):
         return x + self.mlp(self.norm2(x))
 
 
-class Cache(KVCache):
-    """Of the decoder: keys and values of the answer, and of the encoder's features, which the first
-    call computes once for all layers. `prompt_mask` (B, S) is False at the prompt's padding."""
-
-    def __init__(self, config, batch, capacity, like, prompt_mask=None):
-        super().__init__(replace(config, depth=config.decoder_depth), batch, capacity, like)
-        self.features, self.prompt_mask = None, prompt_mask
-
-    def reorder(self, rows):
-        super().reorder(rows)
-        # beams of one prompt see the same features: only their number matters
-        if len(rows) != len(self.features[0][0]):
-            self.features = [(k[rows], v[rows]) for k, v in self.features]
-            if self.prompt_mask is not None:
-                self.prompt_mask = self.prompt_mask[rows]
-
-
 class T5(nn.Module):
-    """Encoder and decoder. Its prompt is what llama.Llama's prompt is, embeddings of text and
-    pictures; its answer begins anew behind the start token."""
+    """Encoder and decoder. The prompt is embeddings, as llama.Llama's; the answer begins anew."""
     kind = "t5"
     table = language_models.T5
-    checkpoint, offload = None, False                       # as llama.Llama's
+    # as llama.Llama's; a step's biases depend on the host's numbers, so no CUDA graph holds it
+    checkpoint, offload, can_capture = None, False, False
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab, c.width)
-        self.encoder = nn.ModuleList(EncoderBlock(c) for _ in range(c.depth))
+        self.encoder = nn.ModuleList(EncoderBlock(c) for _ in range(c.encoder_depth))
         self.encoder_bias = nn.Embedding(c.buckets, c.heads)
         self.encoder_norm = RMSNorm(c.width, c.eps)
-        self.decoder = nn.ModuleList(DecoderBlock(c, i) for i in range(c.decoder_depth))
+        self.decoder = nn.ModuleList(DecoderBlock(c, i) for i in range(c.depth))
         self.decoder_bias = nn.Embedding(c.buckets, c.heads)
         self.norm = RMSNorm(c.width, c.eps)
         self.head = nn.Linear(c.width, c.vocab, bias=False)
@@ -196,7 +182,8 @@ class T5(nn.Module):
 
     def decode(self, ids, features, mask=None, cache=None):
         """Last hidden states (B, T, C) of the decoder, normed, of ids (B, T): the start token and
-        the answer so far; with a cache those behind the ones that it holds."""
+        the answer so far; with a cache those behind the ones that it holds. features, mask: see
+        DecoderBlock."""
         start = cache.length if cache is not None else 0
         T, c = ids.shape[1], self.config
         bias = distance_bias(self.decoder_bias.weight, T, start + T, c.max_distance, False)
@@ -206,36 +193,38 @@ class T5(nn.Module):
                              offload=self.offload)
         else:
             for block in self.decoder:
-                x = block(x, bias, None, cache.prompt_mask, cache)
+                x = block(x, bias, features, mask, cache)
             cache.advance(T)
         x = self.norm(x)
         return x * c.width ** -.5 if c.scale_outputs else x
 
     def forward(self, x, decoder_ids=None, attention_mask=None):
         """Prompt: ids (B, S) or embeddings (B, S, C), mask (B, S); decoder_ids (B, T), the start
-        token first; None: that alone. -> logits (B, T, V)."""
+        token first (None: alone) -> logits (B, T, V)."""
         if not x.is_floating_point():
             x = self.embed(x)
-        if decoder_ids is None:
-            decoder_ids = self.start_ids(x)
+        decoder_ids = self.start_ids(x) if decoder_ids is None else decoder_ids
         features = self.encode(x, attention_mask)
         return self.head(self.decode(decoder_ids, features, attention_mask))
 
     def start_ids(self, x):
+        """(B, 1) of the start token."""
         return torch.full((len(x), 1), self.config.start, device=x.device)
-
-    def new_cache(self, x, max_new, attention_mask=None):
-        """As llama.Llama.new_cache. The prompt is not in it, only what the layers read of it."""
-        return Cache(self.config, len(x), max_new, x, attention_mask)
 
     def next_logits(self, x, cache, position_ids=None, attention_mask=None):
         """Logits (B, V), fp32, of the token after the last one. x: embeddings (B, S, C) of the
-        prompts, the first time, then ids (B, 1) of the answers. Needs a cache; its mask counts."""
+        prompts, the first time, then ids (B, 1) of the answers. cache: a llama.KVCache, of which
+        the prompts take no row; its mask says where they are padding. Raises UsageError if None."""
+        if cache is None:
+            raise UsageError("a T5 writes with a cache only: leave use_cache=False out")
         if x.is_floating_point():
-            features = self.encode(x, cache.prompt_mask)
-            cache.features = [block.read(features) for block in self.decoder]
+            mask = cache.attention_mask
+            mask = None if mask is None else mask[:, :x.shape[1]]
+            features = self.encode(x, mask)
+            cache.features = [block.read(features) for block in self.decoder], mask
             x = self.start_ids(x)
-        return self.head(self.decode(x, None, cache=cache)[:, -1]).float()
+        features, mask = cache.features
+        return self.head(self.decode(x, features, mask, cache)[:, -1]).float()
 
     def predictions(self, x, labels, mask=None, lengths=None):
         """Hidden states (N, C) at the tokens before those with loss, and these tokens' ids (N).
@@ -253,9 +242,7 @@ class T5(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None):
-        """From a folder or hub id in the Hugging Face layout, in `dtype` (None: the file's own).
-
-        Raises BadModel, Offline."""
+        """From a folder or hub id, in `dtype` (None: the file's). Raises BadModel, Offline."""
         return language_models.load(cls, Config, folder, dtype)
 
     def save_pretrained(self, folder):

@@ -11,6 +11,7 @@ import transformers
 import data
 from formats.checkpoints import load_weights, save_weights
 from kernels import biased
+from llama import KVCache
 from llms.opt import Opt
 from llms.t5 import T5
 from tiny import edit, gap, LIMIT, loaded, same_tensors, shaken
@@ -91,7 +92,7 @@ def test_opt_cache_step_by_step(models):
     _, theirs, ours = models["opt"]
     x, mask = ids(3, 12), mask_of([12, 10, 7])          # prompts of 6, 4 and 1
     want = theirs(x, attention_mask=mask.long()).logits
-    cache = ours.new_cache(ours.embed(x[:, :6]), 6, mask[:, :6])
+    cache = KVCache(ours.config, 3, 12, ours.embed.weight, mask[:, :6])
     got = [ours(ours.embed(x[:, :6]), cache)]
     for t in range(6, 12):
         got.append(ours(x[:, t:t + 1], cache))
@@ -152,7 +153,7 @@ def test_t5_cache_step_by_step(models):
     y = torch.cat((start, y), 1)
     want = theirs(input_ids=x, attention_mask=mask.long(), decoder_input_ids=y).logits
     prompt = ours.embed(x)
-    cache = ours.new_cache(prompt, 31, mask)
+    cache = KVCache(ours.config, 3, 9 + 31, prompt, mask)
     got = [ours.next_logits(prompt, cache)]
     for t in range(1, 31):
         got.append(ours.next_logits(y[:, t:t + 1], cache))

@@ -106,7 +106,10 @@ class Samples:
         return {"image": picture, "conversations": conversation}
 
     def instruction(self, index):
-        """MiniGPT-4's instruction. quirk: one for a batch, not for a sample."""
+        """What trainer.samples.lesson draws from: MiniGPT-4's instruction (quirk: one for a batch,
+        not for a sample), or what decides where a FlanT5's caption is cut."""
+        if self.args.row.template == "blip2_t5":
+            return f"{self.args.seed}-{index}"
         if self.args.row.template != "minigpt4":
             return ""
         rng = random.Random(f"{self.args.seed}-{index // self.args.row.batch}")

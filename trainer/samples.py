@@ -10,6 +10,7 @@ the other refuses, in the same words.
 `official_would_mask` is for --official-quirks: the official trainer (haotian-liu/LLaVA c121f04,
 llava/train/train.py) counts the tokens twice, and where the counts differ it prints "tokenization
 mismatch" and gives the whole sample no loss."""
+import random
 import re
 
 from data import (
@@ -31,7 +32,8 @@ from formats.conversations import (
 )
 from formats.errors import BadData, NothingToLearn
 
-CAPTION = "blip2", "minigpt4_caption"       # templates whose captions of a file are cleaned
+# templates whose captions of a file are cleaned
+CAPTION = "blip2", "blip2_opt", "blip2_t5", "minigpt4_caption"
 
 
 def joined(segments) -> str:
@@ -67,7 +69,8 @@ def lesson(sample, template: str, asked: str = "") -> list:
 
     The recipes of BLIP-2 and MiniGPT-4 learn one question and one answer: web captions cleaned
     (of a file's samples, which have an id; the toy world's are learned as they are), and in
-    `minigpt4` an instruction instead of the question. asked: that one; the longest if not given."""
+    `minigpt4` an instruction instead of the question. asked: that one; the longest if not given. In
+    `blip2_t5` asked is what the split of a caption is drawn from."""
     turns, system = sample["conversations"], sample.get("system")
     if template in (*CAPTION, "minigpt4") and len(turns) != 2:
         raise BadData(f"template {template} is learned from one question and one answer, not from "
@@ -75,6 +78,10 @@ def lesson(sample, template: str, asked: str = "") -> list:
     if template in CAPTION and "id" in sample:
         question, answer = turns
         turns = [question, {**answer, "value": blip_caption(answer["value"])}]
+    if template == "blip2_t5":
+        prefix, rest = split_caption(turns[1]["value"], asked)
+        mark = IMAGE_TOKEN if IMAGE_TOKEN in turns[0]["value"] else ""
+        turns = [{"from": "human", "value": f"{mark}\n{prefix}"}, {"from": "gpt", "value": rest}]
     if template == "minigpt4":
         asked = asked or max(MINIGPT4_INSTRUCTIONS, key=len)
         asked = asked.replace(IMAGE_TOKEN, "").strip()
@@ -82,6 +89,18 @@ def lesson(sample, template: str, asked: str = "") -> list:
     if system:
         turns = [{"from": "system", "value": system}, *turns]
     return turns
+
+
+def split_caption(text, draw):
+    """(prefix, rest) of a caption for a FlanT5: the encoder reads the one and the decoder writes
+    the other. The prefix has 1 word to half of the words, drawn from the text `draw`; a caption of
+    one word has none. The paper says "randomly"; the range is that of the maintainers (LAVIS issue
+    139), whose released code has no split."""
+    words = text.split()
+    if len(words) < 2:
+        return "", text
+    cut = random.Random(f"split:{draw}").randint(1, len(words) // 2)
+    return " ".join(words[:cut]), " ".join(words[cut:])
 
 
 def sample_pieces(sample, template: str, asked: str = "") -> tuple[Template, list, int]:
