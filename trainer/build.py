@@ -3,7 +3,8 @@
     recipe                   parts                                        new
     llava, llava-1.5, ...    CLIP, LLaMA                                  the projector
     blip2 stage 1            EVA (or a CLIP), BERT                        the rest of the Q-Former
-    blip2 stage 2            the Q-Former and tower of stage 1, LLaMA     the projection
+    blip2 stage 2            the Q-Former and tower of stage 1; LLaMA,    the projection
+                             OPT or FlanT5
     minigpt4                 BLIP-2's Q-Former and tower, LLaMA           the projection
 
 What is new is drawn from the run's seed. A run may also start from a whole model: `start_model`.
@@ -18,8 +19,9 @@ import torch
 from torch import nn
 
 import data
+import llms
 from clip import LayerNorm, ViT
-from formats import configs, names
+from formats import configs, language_models, names
 from formats.bert import BertTokenizer
 from formats.checkpoints import load_into
 from formats.errors import UsageError
@@ -27,13 +29,12 @@ from formats.families import ln_vision_eps
 from formats.folders import init_weights
 from formats.hub import resolve
 from formats.strict_json import read_config
-from llama import Llama
 from projector import Blip2, QFormerProjector, VLM
 from qformer import Blip2Stage1, LMHead, QFormer
 from qformer import Config as QFormerConfig
 from toy import texts as toy_texts
 from toy.world import make_scene
-from trainer.flags import BASES, BERT, EVA, FLAN, SMALL
+from trainer.flags import BASES, BERT, EVA, FLAN, KNOWN_KINDS, SMALL
 from trainer.lora import add_lora
 
 HERE = Path(__file__).parents[1]
@@ -142,13 +143,15 @@ def build_vlm(args, start, out):
 
 def new_vlm(vision, llm, projector="mlp", template="v1", aspect="pad", seed=0, dtype=None,
             qformer=None):
-    """A VLM of a CLIP and a LLaMA, folders or hub ids; the projector is drawn from the seed.
+    """A VLM of a CLIP and a LLaMA, folders or hub ids; the projector is drawn from the seed. Behind
+    a Q-Former the language model may be an OPT or a FlanT5.
 
     projector "qformer": see `load_qformer_parts` for qformer and vision. Then only the projection
     is drawn, and that of a model in front of a LLaMA of this width is kept, if it was trained with
     the same template. (MiniGPT-4 has BLIP-2's Q-Former and a projection of its own.)"""
-    llm_folder, llm = resolve(llm), Llama.from_pretrained(llm, dtype)
-    tokenizer = data.Tokenizer(llm_folder)
+    llm_folder = resolve(llm)
+    check_llm(llm_folder, template)
+    llm, tokenizer = llms.from_pretrained(llm_folder, dtype), data.Tokenizer(llm_folder)
     rows = -(-(len(tokenizer) + 2) // 64) * 64          # for <image> and <pad>, as on the hub
     if rows > llm.config.vocab:
         llm.resize_embeddings(rows)
@@ -163,6 +166,25 @@ def new_vlm(vision, llm, projector="mlp", template="v1", aspect="pad", seed=0, d
             match_embedding_scale(last, model.projector, tower.config.width, llm)
     model.projector.to(llm.embed.weight.dtype)
     return model
+
+
+def check_llm(folder, template):
+    """Refuse an OPT or a FlanT5 with a template that is not theirs: before it is loaded."""
+    kind = language_models.kind_of(read_config(folder))
+    if kind != "llama" and template != language_models.BLIP2_TEMPLATES[kind]:
+        raise UsageError(f"{folder}: its language model is {kind!r}, which only stage 2 of --recipe "
+                         f"blip2 trains, with the template "
+                         f"{language_models.BLIP2_TEMPLATES[kind]}; give a LLaMA")
+
+
+def blip2_template(args):
+    """The template of BLIP-2's stage 2 for this run's language model. Raises BadModel, Offline."""
+    kind = "llama"                              # of every base
+    if args.llm in KNOWN_KINDS:
+        kind = KNOWN_KINDS[args.llm]
+    elif args.llm and (Path(args.llm).is_dir() or not args.plan):   # a plan downloads nothing
+        kind = language_models.kind_of(read_config(resolve(args.llm)))
+    return language_models.BLIP2_TEMPLATES[kind]
 
 
 def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
@@ -181,8 +203,9 @@ def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = QFormerProjector(norm, qformer, llm.config.width)
-        # a Q-Former ends in a norm: its outputs have a standard deviation of about 1
-        match_embedding_scale(projector.proj, projector.proj, qformer.config.width, llm)
+        if llm.kind == "llama":                 # with OPT and FlanT5 as published
+            # a Q-Former ends in a norm: its outputs have a standard deviation of about 1
+            match_embedding_scale(projector.proj, projector.proj, qformer.config.width, llm)
     model = Blip2(tower, projector, llm, tokenizer, template, qformer_tokenizer)
     if has_matching_projection(source, template, projector.proj.weight):
         load_projector(model, source)
@@ -244,17 +267,21 @@ def drop_text_branch(qformer):
 
 
 def has_matching_projection(source, template, weight):
-    """Is source a folder with a projection of this shape to a LLaMA trained with this template?"""
+    """Is source a folder with a projection of this shape to a language model that was trained with
+    this template?"""
     if isinstance(source, nn.Module):
         return False
     folder = resolve(source)
     c, weights = read_config(folder), data.load_weights(folder)
     text, name = c.get("text_config"), "language_projection.weight"
-    if type(text) is not dict or text.get("model_type") not in ("llama", "mistral"):
+    if type(text) is not dict or text.get("model_type") not in ("llama", "mistral", "opt", "t5"):
         return False
     if name not in weights or weights.shape(name) != tuple(weight.shape):
         return False
-    return c.get("template", c["model_type"].replace("-", "")) == template
+    trained = c["model_type"].replace("-", "")
+    if trained == "blip2":
+        trained = language_models.BLIP2_TEMPLATES[language_models.kind_of(text)]
+    return c.get("template", trained) == template
 
 
 def load_projector(model, path):

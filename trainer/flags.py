@@ -19,6 +19,10 @@ SMALL = "openai/clip-vit-large-patch14"     # LLaVA's first tower: 224 pixels, 2
 EVA, BERT, FLAN = ("Salesforce/blip2-itm-vit-g", "google-bert/bert-base-uncased",
                    "Salesforce/blip2-flan-t5-xxl")
 
+# the language models of BLIP-2 as published: a plan needs no network
+KNOWN_KINDS = {"facebook/opt-2.7b": "opt", "facebook/opt-6.7b": "opt",
+               "google/flan-t5-xl": "t5", "google/flan-t5-xxl": "t5"}
+
 CAPTION_STYLES = ("captions", "dialogue", "conversation", "short", "web", "details", "descriptions",
                   "imagined")
 LOSSES = {"itc", "itm", "itg"}                      # of a Q-Former
@@ -61,7 +65,8 @@ FLAGS = {
         flag("--debug", "tracebacks", action="store_true")),
     "the parts": (
         flag("--vision", "CLIP folder or hub id, instead of the base's"),
-        flag("--llm", "LLaMA folder or hub id, instead of the base's"),
+        flag("--llm", "LLaMA folder or hub id, instead of the base's; for blip2 an OPT or a FlanT5, "
+             "too"),
         flag("--qformer", "Q-Former's folder or hub id, instead of the base's"),
         flag("--projector", "start a new projector from this file or folder"),
         flag("--from", "model to start stage 2 from; 'none' skips stage 1", dest="start")),

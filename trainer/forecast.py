@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
+import llms
 from clip import Config as TowerConfig
 from clip import LayerNorm, ViT
-from formats import configs
+from formats import configs, language_models
 from formats.errors import UsageError
 from formats.families import read_vlm_config
 from formats.hub import resolve
 from formats.strict_json import read_config
 from llama import Config as LlamaConfig
-from llama import Llama
+from llms import OptConfig, T5Config
 from projector import Blip2, QFormerProjector, VLM
 from qformer import Config as QFormerConfig
 from qformer import QFormer
@@ -27,12 +28,16 @@ from trainer.distributed import world_size
 from trainer.flags import BASES, EVA, SMALL
 from trainer.lengths import mean_lengths, sample_lengths
 from trainer.lora import add_lora
+from trainer.stacks import cross_flops, cross_weights, last_products, stacks
 
 # the hub's parts that recipes begin with: a plan needs no network
 KNOWN_SIZES = {
     BASES["7b"][0]: TowerConfig(image_size=336), SMALL: TowerConfig(image_size=224),
     BASES["7b"][1]: LlamaConfig(eps=1e-5, context=4096),
     BASES["13b"][1]: LlamaConfig(32000, 5120, 40, 40, 40, 13824, 1e-5, context=4096),
+    "facebook/opt-2.7b": OptConfig(), "google/flan-t5-xl": T5Config(),
+    "facebook/opt-6.7b": OptConfig(width=4096, mlp=16384),
+    "google/flan-t5-xxl": T5Config(width=4096, heads=64, mlp=10240),
     EVA: TowerConfig(1408, 39, 16, 6144, 1e-6, eva=True, has_final_block=False)}
 ROW_LENGTHS = (8192, 6144, 4096, 3072, 2048)    # the longest official sample has 2,048 tokens
 A100_FLOPS = 312e12                             # bf16 multiplications and additions a second
@@ -49,7 +54,7 @@ def meta_model(args, set_trainable):
     row = args.row
     vision_config, llm_config = part_configs(args)
     with torch.device("meta"):
-        vision, llm = ViT(vision_config), Llama(llm_config)
+        vision, llm = ViT(vision_config), llms.new(llm_config)
         if row.projector_type == "qformer":
             vision = vision.without_final_block()
             sizes = build.TOY_QFORMER if args.base == "toy" else {}
@@ -67,16 +72,18 @@ def meta_model(args, set_trainable):
 
 
 def part_configs(args):
-    """(TowerConfig, LlamaConfig) of the run's parts, or of the model that it starts from."""
-    if args.start not in (None, "none"):
+    """(TowerConfig, the language model's Config) of the run's parts, or of the model that it starts
+    from. BLIP-2's stage 2 takes no language model from there."""
+    if args.start not in (None, "none") and args.recipe != "blip2":
         family = read_vlm_config(args.start, read_sizes(args, args.start))
-        return TowerConfig(**family.vision), LlamaConfig(**family.llm)
+        return TowerConfig(**family.vision), llms.config_of(family.llm_kind, family.llm)
     vision_name, llm_name = build.base_models(args)
     vision, llm = KNOWN_SIZES.get(vision_name), KNOWN_SIZES.get(llm_name)
     if vision is None:
         vision = TowerConfig(**configs.vision_tower(read_sizes(args, vision_name)))
     if llm is None:
-        llm = LlamaConfig(**configs.llama_from_hf(read_sizes(args, llm_name)))
+        c = read_sizes(args, llm_name)
+        llm = llms.config_of(language_models.kind_of(c), language_models.sizes_of(c))
     return vision, llm
 
 
@@ -130,21 +137,27 @@ def flops_per_sample(model):
     """A function (text tokens, tokens with loss, pictures, policy) -> FLOPs of a sample:
     (forward, backward, recomputed, the vision tower's)."""
     c, num_image_tokens = model.llm.config, model.num_image_tokens()
-    of_a_picture = vision_flops(model)
-    layers, head = products(model.llm.blocks), products(model.llm.head)
+    of_a_picture, head = vision_flops(model), products(model.llm.head)
     projector = products(model.projector)
-    down = sum(products(block.down)[0] for block in model.llm.blocks)
+    parts = [(stack, products(stack.blocks), products(last_products(stack))[0],
+              products(cross_weights(stack))) for stack in stacks(model.llm)]
 
     def count(text, learned, pictures, policy=None):
-        image_tokens = pictures * num_image_tokens
-        T = text + image_tokens
-        attention = 2 * T * T * c.heads * c.head_dim * c.depth  # causal: half of 4 T² a layer
-        forward = T * layers[0] + learned * head[0] + image_tokens * projector[0]
-        backward = T * layers[1] + learned * head[1] + image_tokens * projector[1]
-        # kernels/checkpoint.py: of a layer all products but `down`; `full` runs a layer whole, too
-        recomputed = {"attention": T * (layers[0] - down),
-                      "full": T * layers[0] + attention + T * (layers[0] - down)}.get(policy, 0)
-        return forward + attention, backward + 2.5 * attention, recomputed, pictures * of_a_picture
+        image_tokens, recomputed = pictures * num_image_tokens, 0
+        forward = learned * head[0] + image_tokens * projector[0]
+        backward = learned * head[1] + image_tokens * projector[1]
+        for stack, layers, down, cross in parts:
+            T, prompt = stack.tokens(text + image_tokens, learned), text + image_tokens - learned
+            # causal: half of 4 T² a layer
+            attention = (4 - 2 * stack.causal) * T * T * c.heads * c.head_dim * stack.depth
+            attention += cross_flops(stack, prompt, T)
+            first = T * (layers[0] - cross[0]) + prompt * cross[0]
+            forward += first + attention
+            backward += T * (layers[1] - cross[1]) + prompt * cross[1] + 2.5 * attention
+            # kernels/checkpoint.py: of a layer all products but `down`; `full` runs it whole, too
+            recomputed += {"attention": first - T * down,
+                           "full": first + attention + first - T * down}.get(policy, 0)
+        return forward, backward, recomputed, pictures * of_a_picture
     return count
 
 
@@ -171,27 +184,32 @@ def activation_bytes(model, tokens, learned, pictures, policy, stream=2, product
     stream: bytes per element of the residual stream; product: of matmul outputs (2 under autocast).
     kernels: what kernels/ keep, or what PyTorch's functions in their place do. offload: all but two
     regions on the host. kernels/checkpoint.py has the terms one by one."""
-    c, llm = model.llm.config, model.llm
-    C, F, L, V, own = c.width, c.mlp, c.depth, c.vocab, c.heads * c.head_dim
+    llm, c = model.llm, model.llm.config
+    C, F, V = c.width, c.mlp, c.vocab
     trains = any(p.requires_grad for p in llm.blocks.parameters())
     norms, head = llm.norm.weight.requires_grad, llm.head.weight.requires_grad
     casts, plain = product < stream, not kernels                # autocast keeps what it casts
     matrices = [p for p in llm.blocks.parameters() if p.dim() > 1]
-    lora = sum(p.shape[0] for n, p in llm.blocks[0].named_parameters() if n.endswith(".a"))
-
-    # of a token and a layer
-    x = C * stream
-    attention = own * product + 4 * c.heads                     # its output, its log-sum-exp
+    x = C * stream                                              # of a token and a layer
     inputs = 2 * C * product * trains                           # what qkv and gate_up read
-    work = (own + 2 * c.kv_heads * c.head_dim + 2 * F + lora) * product + x  # x: before the MLP
-    recomputed = inputs * (not casts) + F * product * trains
-    recomputed += plain * (F * product + 2 * x * norms)
-    layer = x + attention + work + inputs * casts
-    segment = max(1, round(math.sqrt(L)))
-    here = 2 if offload else L                                  # layers whose input is on the GPU
-    blocks = {"full": x * min(here, math.ceil(L / segment)),
-              "attention": (x + attention) * min(here, L),
-              "none": layer * L, None: (layer + recomputed) * L}[policy]
+
+    kept = extra = 0
+    for stack in stacks(llm):
+        T, L = stack.tokens(tokens, learned), stack.depth
+        attention = stack.own * product + 4 * c.heads           # its output, its log-sum-exp
+        work = stack.kept * product + x                         # x: before the MLP
+        recomputed = inputs * (not casts) + F * product * trains
+        recomputed += plain * (stack.mlp * product + 2 * x * norms)
+        layer = x + attention + work + inputs * casts
+        segment = max(1, round(math.sqrt(L)))
+        here = 2 if offload else L                              # layers whose input is on the GPU
+        kept += T * {"full": x * min(here, math.ceil(L / segment)),
+                     "attention": (x + attention) * min(here, L),
+                     "none": layer * L, None: (layer + recomputed) * L}[policy]
+        # gradients of one layer, and what is recomputed for it
+        extra = max(extra, T * {"full": layer + recomputed + segment * (x + attention),
+                                "attention": layer + recomputed, "none": F * product,
+                                None: 0}[policy])
 
     # of both ends: the last norm, rotary tables, the head's input, and in PyTorch's form its logits
     ends = tokens * (x + plain * x * norms + 4 * c.head_dim)
@@ -203,12 +221,9 @@ def activation_bytes(model, tokens, learned, pictures, policy, stream=2, product
     images = pictures * (product * projector_numbers(model)
                          + vision_bytes(model.vision, model.patches + 1, stream, product, plain))
 
-    # gradients of one layer, and what is recomputed for it
-    extra = {"full": layer + recomputed + segment * (x + attention),
-             "attention": layer + recomputed, "none": F * product, None: 0}[policy]
-    backward = tokens * (product * (3 * F + 4 * C) + extra)
+    backward = tokens * product * (3 * F + 4 * C) + extra
     backward += product * max(p.numel() for p in matrices)
-    return tokens * blocks + images + ends, backward
+    return kept + images + ends, backward
 
 
 def projector_numbers(model):

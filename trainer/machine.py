@@ -3,10 +3,13 @@
 trainer/flags.py judges the command line alone, without importing torch. What needs torch, the
 templates or the graphics card to be judged is judged here, before anything is loaded."""
 
+from dataclasses import replace
+
 import torch
 
 import data
 from formats.errors import UsageError
+from trainer.build import blip2_template
 from trainer.forecast import fit_to_card
 
 
@@ -17,6 +20,8 @@ def prepare(args, set_trainable):
     torch.manual_seed(args.seed)
     if args.threads or args.stage == 0:
         torch.set_num_threads(args.threads or 1)
+    if args.recipe == "blip2" and args.stage == 2 and args.template is None:
+        args.row = replace(args.row, template=blip2_template(args))     # its language model's
     template = args.row.template
     if template and template not in data.TEMPLATES:
         raise UsageError(f"--template {template!r} is unknown: choose one of "
