@@ -33,7 +33,6 @@ from torch import nn
 import data
 from formats import checkpoints, configs, folders, names
 from kernels import checkpointed, rms_norm, rope, rope_table, self_attention, swiglu
-from kernels.attention import document_spans
 
 
 @dataclass(frozen=True)
@@ -191,13 +190,11 @@ class Llama(nn.Module):
         """Logits (B, V), fp32, of the token after the last one."""
         return self.head(self.hidden(x, cache, position_ids, attention_mask)[:, -1]).float()
 
-    def predictions(self, x, labels, mask=None, lengths=None):
+    def predictions(self, x, labels, mask=None, doc_spans=None):
         """Hidden states (N, C) at the tokens before those with loss, and these tokens' ids (N).
 
         x (B, T, C); labels (B, T); mask (B, T): padding, at the end, is seen by none, so it is not
-        needed here. lengths: the tokens of each text in a packed row, which do not see each
-        other."""
-        doc_spans = None if lengths is None else document_spans([lengths], x.device)
+        needed here; doc_spans: see `hidden`."""
         hidden, targets = self.hidden(x, doc_spans=doc_spans)[:, :-1], labels[:, 1:]
         has_loss = targets != data.IGNORE
         return hidden[has_loss], targets[has_loss]

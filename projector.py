@@ -48,6 +48,7 @@ from formats.anyres import anyres_grid, ANYRES_GRIDS
 from formats.batch_checks import check_image_count, check_labels, check_tile_count
 from formats.export import image_token_id, save_blip2, save_llava
 from kernels import gelu, linear_cross_entropy
+from kernels.attention import document_spans
 
 
 class LinearProjector(nn.Module):
@@ -231,8 +232,7 @@ class VLM(nn.Module):
         return splice(ids, text_embeds, image_embeds, labels, attention_mask, left, lengths)
 
     def forward(self, ids, pixels=None, sizes=None, questions=None, **more):
-        """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V). more: a T5's decoder_ids
-        (B, T), whose logits it returns."""
+        """ids (B, T), pixels (n, 3, S, S) or None -> logits (B, T', V). more: T5's decoder_ids."""
         return self.llm(self.embed(ids, pixels, sizes=sizes, questions=questions)[0], **more)
 
     def loss(self, ids, labels, pixels=None, attention_mask=None, weights=None, lengths=None,
@@ -246,9 +246,10 @@ class VLM(nn.Module):
         check_labels(has_loss)
         x, labels, mask = self.embed(ids, pixels, labels, attention_mask, questions=questions,
                                      lengths=lengths)
-        if lengths is not None:                 # one packed row: the texts' tokens after splicing
-            mask, lengths = None, mask[0]
-        hidden, targets = self.llm.predictions(x, labels, mask, lengths)    # (N, C), (N,)
+        doc_spans = None
+        if lengths is not None:                 # one packed row: its texts do not see each other
+            mask, doc_spans = None, document_spans(mask, x.device)
+        hidden, targets = self.llm.predictions(x, labels, mask, doc_spans)  # (N, C), (N,)
         if weights is not None:                 # splicing keeps the labels' order: one for each
             weights = weights[:, 1:][has_loss]
         return linear_cross_entropy(hidden, self.llm.head.weight, targets, weights)
@@ -320,8 +321,7 @@ class LlavaNext(VLM):
 
 
 class Blip2(VLM):
-    """BLIP-2, InstructBLIP and MiniGPT-4: a Q-Former between the vision tower and a language model,
-    which may be an OPT or a T5, too (llms/)."""
+    """BLIP-2, InstructBLIP, MiniGPT-4: a Q-Former between vision tower and LLaMA (or OPT, T5)."""
     projector_type = "qformer"
     save_files = staticmethod(save_blip2)
 

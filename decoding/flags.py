@@ -157,8 +157,8 @@ def arguments_error(a):
 
 
 def parse(argv=None):
-    """The arguments; `settings` are those of `generate`, `given` the names of those that the command
-    line names, `image` is the first of `images`. The prompt of --caption is "".
+    """The arguments; `settings` are those of `generate`, `given` the names of those that the
+    command line gives, `image` is the first of `images`. The prompt of --caption is "".
 
     Ends the program with status 2 where something is wrong."""
     p = build_parser()

@@ -5,6 +5,7 @@
     python -m evaluate retrieval --model FOLDER     pictures for texts and texts for pictures
     python -m evaluate claims --only llava,blip2    what the papers claim, in the toy world
     python -m evaluate scienceqa | pope | llava-bench --model FOLDER --images DIR --out OUT ...
+    python -m evaluate vqa | caption --model FOLDER --images DIR --out OUT ...
 
 In the toy world the truth is known exactly, so no judge is needed. Three columns stand beside every
 accuracy:
@@ -28,7 +29,7 @@ objects, a colour-shape pair each:
 whether or not it agrees with the paper. Retrieval uses the published score: the best few by ITC's
 cosine, sorted again by match logit + cosine.
 
-The last three read the official files. OUT gets the answers in the official form, OUT.scores.json
+The last five read the official files. OUT gets the answers in the official form, OUT.scores.json
 the scores; a run that was killed is resumed from OUT.answers.jsonl.
 
 Next: docs/results.md, the tables.
@@ -43,12 +44,12 @@ from evaluate.flags import BENCHMARKS, parse
 
 def main(args):
     """Run one command and write its figures, if --out says where."""
-    from evaluate import benchmarks, claims, judge, retrieval, toy
+    from evaluate import benchmarks, captions, claims, judge, retrieval, toy, vqa
     from formats.files import atomic_write
     commands = {"parts": toy.eval_parts, "toy": toy.eval_toy,
                 "retrieval": retrieval.eval_retrieval, "claims": claims.main,
                 "scienceqa": benchmarks.scienceqa, "pope": benchmarks.pope,
-                "llava-bench": judge.llava_bench}
+                "llava-bench": judge.llava_bench, "vqa": vqa.vqa, "caption": captions.caption}
     figures = commands[args.what](args)
     if args.out and figures:                # none if only the judge's cost was asked for
         path = f"{args.out}.scores.json" if args.what in BENCHMARKS else args.out

@@ -115,7 +115,7 @@ def prompt_and_picture(args, model, job):
 def model_answers(args, jobs, journal):
     """Yield [(job, answer, "")], a batch at a time; a question that cannot be asked is put off."""
     model = load_model(args)
-    if data.template_of(model.template).style == "plain":
+    if args.what != "caption" and data.template_of(model.template).style == "plain":
         raise UsageError(f"{args.model}: has learnt to caption, not to answer: take a model of "
                          "stage 2, or ask this one with --template v1")
     for _, chunk in unanswered_chunks(jobs, journal, args.batch_size):
@@ -133,7 +133,7 @@ def model_answers(args, jobs, journal):
         if not asked:
             continue
         rows = generate_batch(model, prompts, pixels, sizes=sizes,
-                              max_new_tokens=args.max_new_tokens)
+                              max_new_tokens=args.max_new_tokens, **getattr(args, "settings", {}))
         texts = ["".join(stream_text(row, model.tokenizer)).strip() for row in rows]
         yield [(job, text, "") for job, text in zip(asked, texts)]
 
@@ -142,8 +142,10 @@ def requests_for(args, questions):
     """A Request for each question. Raises data.BadData if a picture is not there.
 
     The key holds the picture's size, so that another picture under the same name is asked anew."""
-    who = (args.what, model_fingerprint(resolve(args.model)), args.template, args.dtype,
-           args.max_new_tokens)
+    who = [args.what, model_fingerprint(resolve(args.model)), args.template, args.dtype,
+           args.max_new_tokens]
+    if getattr(args, "settings", {}):
+        who.append(sorted(args.settings.items()))
     jobs, size, missing = [], {None: 0}, []
     for q in questions:
         try:

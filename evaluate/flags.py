@@ -8,7 +8,9 @@ import os
 CLAIMS = "llava", "blip2", "minigpt4", "sharegpt4v"
 BENCHMARKS = {"scienceqa": "multiple choice, with and without pictures",
               "pope": "is such a thing in the picture? yes or no",
-              "llava-bench": "open questions; a judge grades the answers"}
+              "llava-bench": "open questions; a judge grades the answers",
+              "vqa": "VQAv2, OK-VQA, GQA: short answers",
+              "caption": "COCO Karpathy, NoCaps: captions, by CIDEr-D"}
 
 
 def temperature(text):
@@ -25,7 +27,8 @@ def add_benchmarks(sub):
         q.add_argument("--images", required=True, help="folder of the pictures")
         q.add_argument("--follow-links", action="store_true", help="links in it may lead out of it")
         q.add_argument("--out", required=True, help="JSON lines: the answers")
-        q.add_argument("--max-new-tokens", type=int, default=128 if name == "pope" else 1024)
+        most = {"pope": 128, "vqa": 10, "caption": 30}.get(name, 1024)
+        q.add_argument("--max-new-tokens", type=int, default=most)
         q.add_argument("--batch-size", type=int, default=8)
         q.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
         q.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
@@ -53,6 +56,36 @@ def add_benchmarks(sub):
     q.add_argument("--max-tokens", type=int, default=1024, help="of one review")
 
 
+    add_blip2_benchmarks(parsers["vqa"], parsers["caption"])
+
+
+def add_blip2_benchmarks(vqa, caption):
+    """What BLIP-2 is judged by, and its settings."""
+    vqa.add_argument("--questions", required=True, help="v2_OpenEnded_mscoco_val2014_questions"
+                     ".json or OK-VQA's; GQA's testdev_balanced_questions.json")
+    vqa.add_argument("--annotations", help="v2_mscoco_val2014_annotations.json or OK-VQA's; "
+                     "without it answers are written and not scored")
+    caption.add_argument("--references", required=True, help="dataset_coco.json of Karpathy, "
+                         "nocaps_val_4500_captions.json, or a file in COCO's form")
+    caption.add_argument("--split", default="test", help="of Karpathy's file (default: test)")
+    for q, form in ((vqa, "the question stands for {}"), (caption, "what is asked")):
+        q.add_argument("--prompt", help=f"{form} (default: the papers')")
+        q.add_argument("--num-beams", type=int, help="default: 5 for BLIP-2 with OPT or FlanT5")
+        q.add_argument("--length-penalty", type=float, help="of beams (default for these BLIP-2: "
+                       "-1 in vqa, 1 in caption)")
+
+
+def add_retrieval_files(q):
+    """Pictures and captions of real files, instead of the toy world's."""
+    q.add_argument("--references", help="dataset_coco.json or dataset_flickr30k.json of Karpathy")
+    q.add_argument("--split", default="test", help="of that file (default: test)")
+    q.add_argument("--images", help="folder of its pictures")
+    q.add_argument("--follow-links", action="store_true", help="links in it may lead out of it")
+    q.add_argument("--top", type=int, default=128, help="so many by ITC are sorted again by ITM "
+                   "(default: 128, as published)")
+    q.add_argument("--batch-size", type=int, default=64, help="pictures or pairs at a time")
+
+
 def add_toy_commands(sub):
     """parts, toy, retrieval and claims, and their flags."""
     parts = sub.add_parser("parts", help="the gates of the shipped parts", allow_abbrev=False)
@@ -64,6 +97,7 @@ def add_toy_commands(sub):
                      help="the model with the right pictures only")
     find = sub.add_parser("retrieval", help="texts for pictures, and back", allow_abbrev=False)
     find.add_argument("--model", default="runs/toy/blip2/stage1/model")
+    add_retrieval_files(find)
     claims = sub.add_parser("claims", help="the papers' claims", allow_abbrev=False)
     claims.add_argument("--only", default=",".join(CLAIMS), help="papers, with commas")
     claims.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
@@ -79,7 +113,7 @@ def add_toy_commands(sub):
 def check_benchmark(a):
     """What is wrong with a benchmark's command line, or None."""
     files = []                              # the benchmark's own files
-    for name in ("problems", "splits", "questions", "context", "references"):
+    for name in ("problems", "splits", "questions", "annotations", "context", "references"):
         value = getattr(a, name, None)
         files += value if isinstance(value, list) else [value]
     files = [os.path.realpath(path) for path in files if path is not None]
@@ -92,6 +126,13 @@ def check_benchmark(a):
         return "--max-new-tokens, --batch-size and --max-tokens must be at least 1"
     if not 0 <= (getattr(a, "temperature", None) or 0) <= 100:
         return "--temperature must be none, or 0 to 100"
+    if a.what in ("vqa", "caption"):
+        if a.num_beams is not None and a.num_beams < 1:
+            return "--num-beams must be at least 1"
+        if a.what == "vqa" and a.prompt is not None and a.prompt.count("{}") != 1:
+            return '--prompt must hold {} once, for the question: "Question: {} Answer:"'
+        if a.what == "caption" and a.prompt is not None and not a.prompt.strip():
+            return "--prompt is empty: leave it out"
     if a.rest and a.what != "llava-bench":
         return f"unrecognized arguments: {' '.join(a.rest)}"
     return None
@@ -107,6 +148,11 @@ def check_toy(a):
             return f"--{flag} {path}: not a file in a folder that exists: name another"
     if not (getattr(a, "picture", None) or ".png").endswith(".png"):
         return f"--picture {a.picture}: must end in .png"
+    if a.what == "retrieval":
+        if bool(a.references) != bool(a.images):
+            return "--references and --images go together: give both, or none for the toy world"
+        if min(a.top, a.batch_size) < 1:
+            return "--top and --batch-size must be at least 1"
     if a.what == "claims" and (set(a.only) - set(CLAIMS) or not 1 <= a.seeds <= 100):
         return f"--only takes {', '.join(CLAIMS)}; --seeds 1 to 100"
     return None

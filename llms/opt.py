@@ -87,8 +87,8 @@ class Block(nn.Module):
 
 
 class Opt(Llama):
-    """The decoder. `forward`, `next_logits`, `predictions` and `resize_embeddings` are Llama's: they
-    know no more of a decoder than `embed`, `hidden` and `head`."""
+    """The decoder. `forward`, `next_logits`, `predictions` and `resize_embeddings` are Llama's:
+    they know no more of a decoder than `embed`, `hidden` and `head`."""
     kind = "opt"
     table = language_models.OPT
 

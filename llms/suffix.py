@@ -25,8 +25,9 @@ class Split(NamedTuple):
     targets: torch.Tensor           # (N,) the tokens with loss, row by row
 
 
-def unpack(x, labels, lengths):
+def unpack(x, labels, doc_spans):
     """One packed row x (1, T, C) and labels (1, T) -> padded rows and their mask (B, T')."""
+    lengths = doc_spans[0, 0].unique_consecutive(return_counts=True)[1].tolist()
     x = pad_sequence(x[0].split(lengths), batch_first=True)
     labels = pad_sequence(labels[0].split(lengths), batch_first=True, padding_value=IGNORE)
     sizes = torch.tensor(lengths, device=x.device)[:, None]

@@ -226,14 +226,14 @@ class T5(nn.Module):
         features, mask = cache.features
         return self.head(self.decode(x, features, mask, cache)[:, -1]).float()
 
-    def predictions(self, x, labels, mask=None, lengths=None):
+    def predictions(self, x, labels, mask=None, doc_spans=None):
         """Hidden states (N, C) at the tokens before those with loss, and these tokens' ids (N).
 
         x (B, T, C) and labels (B, T) hold prompt and answer in one row: the encoder reads what has
-        no loss, the decoder writes what has. mask (B, T) bool: False at padding. lengths: tokens of
-        each text where they are packed into one row; here they become rows again."""
-        if lengths is not None:
-            x, labels, mask = unpack(x, labels, lengths)
+        no loss, the decoder writes what has. mask (B, T) bool: False at padding. doc_spans: of the
+        texts packed into one row; here they become rows again."""
+        if doc_spans is not None:
+            x, labels, mask = unpack(x, labels, doc_spans)
         rows = split_rows(x, labels, mask, self.config.start, self.config.pad)
         features = self.encode(rows.prompt, rows.mask)
         return self.decode(rows.answer, features, rows.mask)[rows.place], rows.targets

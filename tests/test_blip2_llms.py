@@ -22,7 +22,7 @@ from tiny import edit, gap, LIMIT, loaded, same_tensors
 IMAGE = 90                                  # the placeholder in transformers' ids
 SIZES = {"opt": {**OPT, "max_position_embeddings": 128, "eos_token_id": 94},
          "t5": {**T5_SIZES, "bos_token_id": 1, "eos_token_id": 1}}
-BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 QUESTIONS = "Question: what is this? Answer:", "a", "Question: how many are there? Answer:"
 
 
@@ -31,7 +31,7 @@ def byte_words(folder, bos):
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", "Ċ", *map(chr, range(39, 123))]
     write(folder, {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [],
                    "unk_token": "<unk>", "fuse_unk": False, "byte_fallback": False},
-          tokens[:4], {"type": "ByteLevel", **BYTES}, {"type": "ByteLevel", **BYTES}, ["</s>", "$A"])
+          tokens[:4], BYTES, BYTES, ["</s>", "$A"])
 
 
 def piece_words(folder, bos):
@@ -152,7 +152,8 @@ def test_what_a_folder_says(models, kind):
 def test_greedy(models, kind, text):
     folder, theirs, ours = models[kind]
     inputs = their_prompts(folder, [text], True)
-    out = theirs.generate(PIXELS[:1], **inputs, max_new_tokens=32, min_new_tokens=32, eos_token_id=-1)
+    out = theirs.generate(PIXELS[:1], **inputs, max_new_tokens=32, min_new_tokens=32,
+                          eos_token_id=-1)
     mine = list(generate.generate(ours, prompt(ours, text), PIXELS[:1], 32, eos=-1))
     assert mine == answers(out, inputs, kind)[0].tolist() and len(set(mine)) > 3
 
@@ -244,8 +245,9 @@ def test_a_prompt_that_is_too_long(models):
 def test_loss_and_gradients(models, kind, packed):
     """Captions of different lengths; the gradients of queries and projection, as in stage 2."""
     folder, theirs, ours = models[kind]
+    texts = ("a cat", "on a mat"), ("one", "two three")
     talks = [[{"from": "human", "value": "<image>\n" + ("" if kind == "opt" else q)},
-              {"from": "gpt", "value": a}] for q, a in (("a cat", "on a mat"), ("one", "two three"))]
+              {"from": "gpt", "value": a}] for q, a in texts]
     pairs = [data.encode(talk, ours.template, ours.tokenizer) for talk in talks]
     shown = [[i for i in ids if i != data.IMAGE] for ids, _ in pairs]
     marks = [IMAGE] * Q

@@ -42,7 +42,8 @@ def run(out, llm, *more):
     try:
         return train.main(train.parse_args([
             "--recipe", "blip2", "--stage", "2", "--from", "none", "--llm", str(llm), "--steps",
-            "3", "--batch", "4", "--caption-style", "short", "--output-dir", str(out), "--device", "cpu", *more]))
+            "3", "--batch", "4", "--caption-style", "short", "--output-dir", str(out), "--device",
+            "cpu", *more]))
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(rng)

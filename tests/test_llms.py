@@ -11,6 +11,7 @@ import transformers
 import data
 from formats.checkpoints import load_weights, save_weights
 from kernels import biased
+from kernels.attention import document_spans
 from llama import KVCache
 from llms.opt import Opt
 from llms.t5 import T5
@@ -33,7 +34,8 @@ def their_opt(**changes):
 
 def their_t5(own_head=True, **changes):
     """A FlanT5. transformers ties the head of every new T5: a file is made in which it is not."""
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**T5_SIZES, **changes}))
+    config = transformers.T5Config(**{**T5_SIZES, **changes})
+    model = transformers.T5ForConditionalGeneration(config)
     if own_head:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     shaken(model)
@@ -175,7 +177,8 @@ def test_t5_is_traps(models, monkeypatch):
     x, y = ids(1, 12), ids(1, 10, seed=1)
     with torch.no_grad():
         want = theirs(input_ids=x, decoder_input_ids=y).logits
-        for name, wrong in (("encoder_bias", ours.decoder_bias), ("decoder_bias", ours.encoder_bias)):
+        both = ours.encoder_bias, ours.decoder_bias
+        for name, wrong in zip(("decoder_bias", "encoder_bias"), both):
             right = getattr(ours, name)
             setattr(ours, name, wrong)
             assert gap(ours(x, y), want) > 100 * LIMIT
@@ -307,7 +310,8 @@ def test_t5_reads_the_prompt_and_writes_the_answer(models, packed):
     x = ours.embed(tokens)
     if packed:
         x, labels = x[mask][None], labels[mask][None]
-        hidden, targets = ours.predictions(x, labels, None, [a + b for a, b in sizes])
+        spans = document_spans([[a + b for a, b in sizes]])
+        hidden, targets = ours.predictions(x, labels, None, spans)
     else:
         hidden, targets = ours.predictions(x, labels, mask)
     assert torch.equal(targets, answer[answer != data.IGNORE])

@@ -172,8 +172,8 @@ def check_llm(folder, template):
     """Refuse an OPT or a FlanT5 with a template that is not theirs: before it is loaded."""
     kind = language_models.kind_of(read_config(folder))
     if kind != "llama" and template != language_models.BLIP2_TEMPLATES[kind]:
-        raise UsageError(f"{folder}: its language model is {kind!r}, which only stage 2 of --recipe "
-                         f"blip2 trains, with the template "
+        raise UsageError(f"{folder}: its language model is {kind!r}, which only stage 2 of "
+                         "--recipe blip2 trains, with the template "
                          f"{language_models.BLIP2_TEMPLATES[kind]}; give a LLaMA")
 
 

@@ -65,8 +65,8 @@ FLAGS = {
         flag("--debug", "tracebacks", action="store_true")),
     "the parts": (
         flag("--vision", "CLIP folder or hub id, instead of the base's"),
-        flag("--llm", "LLaMA folder or hub id, instead of the base's; for blip2 an OPT or a FlanT5, "
-             "too"),
+        flag("--llm", "LLaMA folder or hub id, instead of the base's; for blip2 an OPT or a "
+             "FlanT5, too"),
         flag("--qformer", "Q-Former's folder or hub id, instead of the base's"),
         flag("--projector", "start a new projector from this file or folder"),
         flag("--from", "model to start stage 2 from; 'none' skips stage 1", dest="start")),

@@ -1,5 +1,5 @@
-"""What a forecast needs to know of a language model's layers: LLaMA and OPT have one stack of them, a
-T5 two, of which each reads a part of the tokens."""
+"""What a forecast needs to know of a language model's layers: LLaMA and OPT have one stack of
+them, a T5 two, of which each reads a part of the tokens."""
 
 from typing import NamedTuple
 
