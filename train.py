@@ -11,7 +11,7 @@
     llava and   1       CLIP + LLaMA + new projector    projector           turn patches into words
     llava-1.5   2       stage 1                         projector + LLaMA   answer about pictures
     blip2       1       ViT + new Q-Former, no LLaMA    Q-Former            match and write captions
-                2       stage 1 + LLaMA                 Q-Former, linear    turn queries into words
+                2       stage 1 + LLaMA, OPT or FlanT5  Q-Former, linear    turn queries into words
     minigpt4    1       blip2's Q-Former + LLaMA        linear              caption
                 2       stage 1                         linear              describe at length
     sharegpt4v  1       llava-1.5's stage 1             half the ViT, rest  describe at length
@@ -74,14 +74,15 @@ RECIPES = {
               order="modality", caption_style="dialogue")),
     # [BLIP2] 2301.12597, LAVIS blip2_pretrain_stage{1,2}.yaml. Paper: stage 1 250k steps of 1,680
     # pictures, stage 2 80k of 1,920 (OPT), warm-up 2k, lowest rate 5e-5 in stage 2, beta2 .98. The
-    # rows follow the script. Its stage 2 uses OPT or FlanT5, which are not LLaMAs: this one is our
-    # composition, InstructBLIP-Vicuna its nearest official relative. Not run by us at full size.
+    # rows follow the script. Its stage 2 uses OPT or FlanT5: give one by --llm, and the template
+    # becomes blip2_opt or blip2_t5. With a LLaMA it is our composition, InstructBLIP-Vicuna its
+    # nearest official relative. Not run by us at full size.
     "blip2": (
         Stage("BLIP-2, January 2023", "qformer", ("ln_vision", "qformer", "vision_proj",
               "text_proj", "itm_head", "lm_head", "temp"), "", "squash", 1e-4, 1600, 10,
               warmup=5000, decay=.05, schedule="lavis", warm_lr=1e-6, min_lr=1e-5,
               losses=("itc", "itm", "itg"), caption_style="short"),
-        Stage("BLIP-2's stage 2 with a LLaMA: our composition", "qformer", ("projector",), "blip2",
+        Stage("BLIP-2, January 2023; with a LLaMA ours", "qformer", ("projector",), "blip2",
               "squash", 1e-4, 1024, 10, warmup=2000, decay=.05, schedule="lavis", warm_lr=1e-6,
               min_lr=1e-5, loss_groups=16, caption_style="captions")),
     # [MiniGPT4] 2304.10592, minigpt4_stage{1,2}_*.yaml. Paper: 400 steps in stage 2. Both stages

@@ -132,7 +132,7 @@ def opt_from_hf(c):
         "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True})
     if c.get("word_embed_proj_dim") not in (None, width):
         raise BadModel(f"config.json: word_embed_proj_dim {c['word_embed_proj_dim']!r} is not the "
-                       f"width {width!r}, as in OPT-350m, which is not built here; take another")
+                       f"width {width!r}: an OPT-350m, which is not built here; take another")
     out = {"vocab": c.get("vocab_size", 50272), "width": width,
            "depth": c.get("num_hidden_layers", 12), "heads": c.get("num_attention_heads", 12),
            "mlp": c.get("ffn_dim", 3072), "context": c.get("max_position_embeddings", 2048),
@@ -163,7 +163,8 @@ def t5_from_hf(c):
     depth = c.get("num_layers", 6)
     out = {"vocab": c.get("vocab_size", 32128), "width": c.get("d_model", 512),
            "encoder_depth": depth, "depth": c.get("num_decoder_layers") or depth,
-           "heads": c.get("num_heads", 8), "head_dim": c.get("d_kv", 64), "mlp": c.get("d_ff", 2048),
+           "heads": c.get("num_heads", 8), "head_dim": c.get("d_kv", 64),
+           "mlp": c.get("d_ff", 2048),
            "eps": c.get("layer_norm_epsilon", 1e-6),
            "buckets": c.get("relative_attention_num_buckets", 32),
            "max_distance": c.get("relative_attention_max_distance", 128),
