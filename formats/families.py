@@ -135,8 +135,8 @@ def read_blip2_config(folder, c):
     if kind not in known:
         raise BadModel(
             f"{folder}: its language model is {kind!r}, and only {', '.join(known)} are built "
-            "here; take its vision tower and Q-Former to one of them (train.py --recipe blip2 --stage 2 "
-            "--from FOLDER), or Salesforce/instructblip-vicuna-7b, which has one")
+            "here; take its vision tower and Q-Former to one of them (train.py --recipe blip2 "
+            "--stage 2 --from FOLDER), or Salesforce/instructblip-vicuna-7b, which has one")
     text = {"model_type": kind, **text}
     llm_kind = language_models.kind_of(text)
     vision = configs.vision_tower(c)
