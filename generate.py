@@ -45,7 +45,7 @@ from decoding.chat import accept_any_bytes, chat
 from decoding.cuda_graph import can_capture, decode_graph
 from decoding.flags import check_settings
 from decoding.loading import load_model, speed_line
-from decoding.logits import ids_seen, nan_error, repetition_penalty
+from decoding.logits import ids_seen, nan_error, repetition_penalty, written_so_far
 from decoding.pictures import check_context, check_pictures, find_pictures
 from decoding.pictures import image_turns, join_batch, join_pictures, load_pictures
 from decoding.prompt import answer_length, build_prompt, prompt_length, typed_questions
@@ -150,7 +150,7 @@ class Sampler:
         if temperature:
             self.u = uniforms(seed, len(prompts), count).to(device)         # (count, B)
         if penalty != 1:
-            self.seen = ids_seen(prompts, llm.config.vocab, device)         # (B, V) bool
+            self.seen = ids_seen(written_so_far(llm, prompts), llm.config.vocab, device)    # (B, V)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
 
     def __call__(self, logits):

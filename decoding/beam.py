@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from decoding.logits import ids_seen, nan_error, repetition_penalty
+from decoding.logits import ids_seen, nan_error, repetition_penalty, written_so_far
 from decoding.stopping import StopTexts
 
 
@@ -41,7 +41,8 @@ def next_scores(llm, x, cache, beams, prompt, penalty):
     if scores.isnan().any():
         raise nan_error(llm)
     if penalty != 1:
-        seen = ids_seen([prompt + beam.tokens for beam in beams], scores.shape[1], scores.device)
+        (before,) = written_so_far(llm, [list(prompt)])
+        seen = ids_seen([before + beam.tokens for beam in beams], scores.shape[1], scores.device)
         scores = repetition_penalty(scores, seen, penalty)
     return scores + scores.new_tensor([[beam.score] for beam in beams])
 

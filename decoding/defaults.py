@@ -39,7 +39,7 @@ def folder_settings(folder, first_is_start):
          if value is not None}
     for key, values in NEUTRAL.items():
         if key in c and c[key] not in values:
-            raise BadModel(f"{folder}/{name}: {key} {str(c[key])[:80]!r} is not known here: take "
+            raise BadModel(f"{folder}/{name}: {key} {str(c[key])[:80]} is not known here: take "
                            "it out, if the answers may be others")
     found = {key: c[key] for key in KNOWN if key in c}
     if "max_length" in c and "max_new_tokens" not in c:

@@ -134,6 +134,9 @@ def arguments_error(a):
     batch_size = 8 if a.batch_size is None else a.batch_size
     no_prompt = a.prompt is None
     is_chat = no_prompt and not a.caption
+    settings = dict(a.settings)
+    if "num_beams" not in a.given and math.isfinite(a.length_penalty):
+        settings["length_penalty"] = 1.0        # judged later: a BLIP-2 has beams without a flag
     return first_error([
         (a.out and not os.path.isdir(os.path.dirname(a.out) or "."),
          f"--out {a.out}: no such folder: make it first"),
@@ -149,7 +152,7 @@ def arguments_error(a):
          "batch-size must be at least 1, seed 0 or more (below 2^62)"),
         (not is_folder and a.batch_size is not None,
          "--batch-size is for a folder of pictures: leave it out"),
-        (settings_error(**a.settings), settings_error(**a.settings)),
+        (settings_error(**settings), settings_error(**settings)),
         (a.caption and not no_prompt, "--caption asks no question: leave the question out"),
         (not no_prompt and prompt_error(a.prompt or ""), prompt_error(a.prompt or "")),
         (is_folder and not ((a.prompt or a.caption) and a.out),

@@ -18,6 +18,13 @@ def ids_seen(prompts, vocab, device):
     return seen.to(device)
 
 
+def written_so_far(llm, prompts):
+    """The ids of each row that count as seen: the prompt's, or a T5's start token, because its
+    answer begins anew."""
+    start = getattr(llm.config, "start", None)
+    return prompts if start is None else [[start]] * len(prompts)
+
+
 def repetition_penalty(scores, seen, penalty):
     """scores (B, V), logits or log-probabilities; seen (B, V) bool -> (B, V)."""
     lower = torch.where(scores < 0, scores * penalty, scores / penalty)

@@ -63,8 +63,15 @@ def hide_padding(bias, attention_mask):
     return bias.masked_fill(~attention_mask[:, None, None, :], torch.finfo(bias.dtype).min)
 
 
-@keep_output
 def biased_attention(q, k, v, bias):
     """q (B, T, H, D), k and v (B, S, H, D), bias (B or 1, H, T, S) -> (B, T, H, D)."""
+    # what is kept for backward knows q, k and v: a bias that trains needs the plain function
+    return plain_attention(q, k, v, bias) if bias.requires_grad else kept_attention(q, k, v, bias)
+
+
+def plain_attention(q, k, v, bias):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, H, length, D)
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0).transpose(1, 2)
+
+
+kept_attention = keep_output(plain_attention)       # kernels/checkpoint.py must know it

@@ -183,6 +183,20 @@ def test_beams(models, kind, length_penalty):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["opt", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_repetition_penalty(models, kind, beams):
+    """Of an OPT the prompt counts as said, of a T5 the start token does."""
+    folder, theirs, ours = models[kind]
+    inputs, ids = their_prompts(folder, [QUESTIONS[0]], True), prompt(ours, QUESTIONS[0])
+    out = theirs.generate(PIXELS[:1], **inputs, max_new_tokens=16, min_new_tokens=16,
+                          eos_token_id=-1, repetition_penalty=1.5, num_beams=beams)
+    mine = [list(generate.generate(ours, ids, PIXELS[:1], 16, eos=-1, num_beams=beams,
+                                   repetition_penalty=p)) for p in (1.5, 1.0)]
+    assert mine[0] == answers(out, inputs, kind)[0].tolist() != mine[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_a_batch_with_padding(models, kind):
     folder, theirs, ours = models[kind]
     texts, pixels = QUESTIONS, PIXELS[[0, 1, 0]]
@@ -304,6 +318,8 @@ def test_saved_and_loaded_by_both(models, tmp_path, kind):
     again = projector.VLM.from_pretrained(tmp_path)
     assert same_tensors(again, ours) and again.template == ours.template
     assert prompt(again, QUESTIONS[0]) == prompt(ours, QUESTIONS[0])
+    theirs_say = their_prompts(tmp_path, QUESTIONS[:1], True)["input_ids"][0]
+    assert theirs_say[Q:].tolist() == prompt(ours, QUESTIONS[0])[1:]
     c = json.loads((tmp_path / "config.json").read_text())
     assert c["image_token_index"] == IMAGE and c["num_query_tokens"] == Q
     assert c["use_decoder_only_language_model"] == (kind == "opt")

@@ -320,3 +320,31 @@ def test_t5_reads_the_prompt_and_writes_the_answer(models, packed):
         assert gap(logits, want.logits[answer != data.IGNORE]) <= LIMIT
         loss = torch.nn.functional.cross_entropy(logits, targets)
         assert abs(float(loss - want.loss)) <= 1e-6 * float(want.loss)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+@pytest.mark.parametrize("policy", ["none", "attention", "full"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_backward_recomputes_changes_no_gradient(models, kind, policy, trains):
+    """Of the embeddings that come from outside, and of the language model where it trains."""
+    ours = models[kind][2]
+    labels = ids(2, 9)
+    labels[:, :4] = data.IGNORE
+    found = []
+    for ours.checkpoint in (None, policy):
+        ours.requires_grad_(trains)
+        x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        hidden, targets = ours.predictions(x, labels)
+        torch.nn.functional.cross_entropy(ours.head(hidden), targets).backward()
+        grads = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+        assert bool(grads) == trains and x.grad[:, :4].abs().sum() > 0
+        found.append({**grads, "x": x.grad})
+        ours.zero_grad()
+    ours.checkpoint = None
+    ours.requires_grad_(False)
+    plain, other = found
+    assert plain.keys() == other.keys()
+    if trains and kind == "t5":
+        assert {"encoder_bias.weight", "decoder_bias.weight"} <= plain.keys()
+    for name in plain:
+        assert torch.allclose(other[name], plain[name], 1e-4, 1e-6), name
