@@ -289,7 +289,9 @@ def blip2_stage1_job(args, out, device):
 def sample_captions(model, row):
     """A function that describes four held-out scenes, always the same: see the model learn."""
     scenes = [make_scene(i, "test", count=i) for i in (1, 2, 3, 4)]
-    ids = build_prompt(["Describe this image"], row.template, model.tokenizer)
+    # BLIP-2 is a captioner: its OPT or FlanT5 would go on from the words of a question
+    question = "" if row.template.startswith("blip2") else "Describe this image"
+    ids = build_prompt([question], row.template, model.tokenizer)
 
     def sample():
         for scene in scenes:

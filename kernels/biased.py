@@ -71,6 +71,7 @@ def biased_attention(q, k, v, bias):
 
 def plain_attention(q, k, v, bias):
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, H, length, D)
+    bias = bias.to(q.dtype)                         # autocast makes q smaller, and not the bias
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0).transpose(1, 2)
 
 

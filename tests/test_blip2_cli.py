@@ -75,7 +75,7 @@ def test_the_settings_of_the_demos(folders, kind, capsys):
     assert greedy == said_by_theirs(folders, kind, QUESTION, max_new_tokens=8) != text
     shorter, notes = say(folders, kind, QUESTION, "--max-new-tokens", "9", "--length-penalty",
                          "-1", capsys=capsys)
-    assert "--num-beams 5" in notes and "--max-new" not in notes
+    assert "as this model is published: --num-beams 5\n" in notes
     assert shorter == said_by_theirs(folders, kind, QUESTION, num_beams=5, max_new_tokens=9,
                                      length_penalty=-1.0)
     drawn, notes = say(folders, kind, QUESTION, "--temperature", "1", capsys=capsys)

@@ -37,6 +37,12 @@ def folders(tmp_path_factory):
     return {"opt": root / "opt", "t5": root / "t5"}
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """What the toy's runs write down of four scenes takes longer than three steps."""
+    monkeypatch.setattr(train, "generate", lambda *a, **more: iter((5, 6, 7)))
+
+
 def run(out, llm, *more):
     threads, rng = torch.get_num_threads(), torch.get_rng_state()
     try:
@@ -88,6 +94,20 @@ def test_stage_2(folders, tmp_path, kind):
     moved = load_weights(tmp_path / "a/model")["query_tokens"]
     start = train.build_blip2_stage1(train.parse_args(["--recipe", "blip2", "--stage", "1"]))
     assert not torch.equal(moved, start.qformer.query_tokens)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_stage_2_in_bf16_and_recomputed(folders, tmp_path, kind):
+    """Under autocast, with each policy: the losses are near, and equal where the numbers are."""
+    losses = {}
+    for flags in (("--dtype", "fp32"), ("--dtype", "bf16"), ("--dtype", "bf16", "--checkpoint",
+                                                            "full")):
+        out = tmp_path / "-".join(flags).strip("-")
+        assert run(out, folders[kind], "--steps", "2", *flags) == 0
+        losses[flags] = [json.loads(row)["loss"] for row in (out / "metrics.jsonl").open()]
+    exact, half, recomputed = losses.values()
+    assert half == pytest.approx(exact, rel=.05) and half != exact
+    assert recomputed == pytest.approx(half, rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe, more", [("llava-1.5", ()), ("minigpt4", ("--qformer", "x"))])
@@ -177,6 +197,18 @@ def test_the_plan_knows_the_published_sizes(name, capsys):
     if "t5" in name and theirs.lm_head.weight is theirs.shared.weight:
         count += theirs.lm_head.weight.numel()          # FlanT5's is a head of its own
     assert count == SIZES[name]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"activation_function": "gelu"}, "activation_function"), ({"model_type": "bart"}, "'bart'")])
+def test_language_models_that_are_refused(folders, tmp_path, changes, words):
+    """Before memory is taken: the folder has no weights."""
+    config = json.loads((folders["opt"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    (tmp_path / "tokenizer.json").write_bytes((folders["opt"] / "tokenizer.json").read_bytes())
+    with pytest.raises(data.BadModel, match=words) as info:
+        run(tmp_path / "out", tmp_path)
+    assert "\n" not in str(info.value)
 
 
 def test_a_folder_is_planned_by_its_config(folders, capsys):

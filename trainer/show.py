@@ -15,7 +15,7 @@ def show_batch(args, set_trainable):
     samples = Samples(args)
     model = meta_model(args, set_trainable)             # sizes only: no weights are loaded
     folder = args.start
-    if folder in (None, "none"):
+    if folder in (None, "none") or args.recipe == "blip2":      # that starts from a Q-Former
         folder = base_models(args)[1]
     model.tokenizer = data.Tokenizer(resolve(folder))
     batches = MicroBatches(samples, model, args)
