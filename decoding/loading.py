@@ -15,7 +15,7 @@ from decoding.defaults import apply_defaults
 from decoding.flags import DEFAULT_MODEL
 from formats.checkpoints import dtype_name
 from formats.errors import note, UsageError
-from formats.turns import BLIP2
+from formats.templates import BLIP2
 from kernels.quantize import fast_bf16, lay, quantize
 from projector import VLM
 

@@ -10,7 +10,7 @@ What people type is never parsed: a typed <image> or </s> is letters, not a pict
 import data
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import UsageError, UserError
-from formats.turns import BLIP2
+from formats.templates import BLIP2
 
 
 class Prompt(list):

@@ -24,6 +24,7 @@ from formats.checkpoints import check_identity_layer, expand_names, load_into, r
 from formats.errors import BadModel
 from formats.processors import Processor
 from formats.strict_json import read_config
+from formats.templates import caption_end
 
 # CLIP's ViT-L/14-336, which folders name or leave out
 L336 = configs.vit_from_hf({"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336,
@@ -266,6 +267,11 @@ def read_stop_ids(family, template, tokenizer, templates, template_end_ids):
     template_end_ids(template, tokenizer), templates: data.py's. A captioner's own end, the newline,
     is not taken: it ends captions only, not the answers that the model is trained for later."""
     ids = end_ids(family.folder, family.config)
+    if family.llm_kind != "llama":
+        # quirk: transformers' BLIP-2 stops by text_config alone
+        eos = family.llm["eos"]
+        ids |= {*(eos if type(eos) is tuple else (eos,))} - {None}
+        return frozenset(ids or caption_end(template, tokenizer))
     if not isinstance(template, ChatTemplate) and templates[template].end == "\n":
         ids -= template_end_ids(template, tokenizer)
     return frozenset(ids)

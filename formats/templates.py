@@ -16,6 +16,8 @@ import json
 
 from formats.conversations import IMAGE_TOKEN
 
+BLIP2 = "continued", "prefixed"                 # styles of BLIP-2 with an OPT and with a FlanT5
+
 # ---------------------------------------------------------------- texts of the rows
 
 CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant "
@@ -107,14 +109,26 @@ def texts_of(name: str) -> str:
 
 
 def end_ids(name: str, tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token."""
-    row, eos = row_of(name), tokenizer.eos
-    last = tokenizer.added(row["stop"])
-    if row["stop"] == "\n":                     # a caption's end is a byte token behind a prefix
-        last = (tokenizer.encode("\n", bos=False) or [None])[-1]
-    if row["style"] == "continued":             # quirk: OPT's EOS is its BOS, and ends no caption
-        eos = None
-    return {eos, last, tokenizer.added(getattr(name, "end", ""))} - {None}
+    """Ids that end an answer: the tokenizer's EOS, and the end of the template if it is a token.
+    None of BLIP-2's with an OPT or a FlanT5, whose files name them: see caption_end."""
+    if row_of(name)["style"] in BLIP2:
+        return set()
+    last = template_end(name, tokenizer)
+    return {tokenizer.eos, last, tokenizer.added(getattr(name, "end", ""))} - {None}
+
+
+def template_end(name: str, tokenizer) -> int | None:
+    """Id of the text that ends an answer, if it is a token."""
+    stop = row_of(name)["stop"]
+    if stop == "\n":                            # a caption's end is a byte token behind a prefix
+        return (tokenizer.encode("\n", bos=False) or [None])[-1]
+    return tokenizer.added(stop)
+
+
+def caption_end(name: str, tokenizer) -> set[int]:
+    """Ids that end a caption of a BLIP-2 that was trained here, or whose files name none: OPT's
+    newline, FlanT5's EOS. quirk: OPT's EOS is its BOS, and ends no caption."""
+    return {template_end(name, tokenizer)} - {None}
 
 
 def stop_text(name: str, tokenizer) -> str | None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from formats.conversations import IMAGE_TOKEN, ROLES
 from formats.errors import BadData
+from formats.templates import BLIP2
 
-BLIP2 = "continued", "prefixed"                         # with OPT and with FlanT5
 ONE_PICTURE = "plain", "minigpt4", "instruct", *BLIP2   # styles that hold one picture
 WITH_SYSTEM = "two", "single", "chat", "llama2"         # styles whose system text can be replaced
 

@@ -12,9 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:         # before torch is imported; for 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SLOW = ("toy", "train", "compile", "adamw", "official", "objective", "kernels", "reports_judge",
-        "instruct", "qformer_vlm", "qformer", "reports_loading", "reports_models", "reports_train",
-        "recipes", "readme")
+SLOW = ("toy", "train", "blip2_train", "blip2_llms", "compile", "adamw", "official", "objective",
+        "kernels", "reports_judge", "instruct", "qformer_vlm", "qformer", "reports_loading",
+        "reports_models", "reports_train", "recipes", "readme")
 
 
 def pytest_collection_modifyitems(items):

@@ -141,7 +141,8 @@ def test_what_a_folder_says(models, kind):
     assert ours.tokenizer.bos == (2 if kind == "opt" else None)
     start = [data.IMAGE, 2] if kind == "opt" else [data.IMAGE]
     assert prompt(ours, "")[:2] == (start + [1])[:2]
-    assert generate.Stops(ours).ids.keys() == ({94, 5} if kind == "opt" else {1})
+    # as the files say, and no id more: transformers goes on behind OPT's newline
+    assert generate.Stops(ours).ids.keys() == ({94} if kind == "opt" else {1})
 
 
 # ------------------------------------------------------------------------------------- decoding
@@ -156,6 +157,25 @@ def test_greedy(models, kind, text):
                           eos_token_id=-1)
     mine = list(generate.generate(ours, prompt(ours, text), PIXELS[:1], 32, eos=-1))
     assert mine == answers(out, inputs, kind)[0].tolist() and len(set(mine)) > 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_an_answer_ends_where_theirs_does(models, tmp_path, kind):
+    """At the EOS of text_config, whatever it is; and of generation_config.json, if that has one."""
+    folder, theirs, ours = models[kind]
+    inputs, ids = their_prompts(folder, [QUESTIONS[0]], True), prompt(ours, QUESTIONS[0])
+    whole = list(generate.generate(ours, ids, PIXELS[:1], 32, eos=-1))
+    end = whole[7]
+    theirs.save_pretrained(tmp_path)
+    (byte_words if kind == "opt" else piece_words)(tmp_path, None)
+    edit(tmp_path, "text_config", eos_token_id=end)
+    for file in ({}, {"eos_token_id": end}, {"eos_token_id": [end, 3]}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+        back = type(theirs).from_pretrained(tmp_path).eval()
+        out = answers(back.generate(PIXELS[:1], **inputs, max_new_tokens=32), inputs, kind)[0]
+        mine = list(generate.generate(projector.VLM.from_pretrained(tmp_path), ids, PIXELS[:1], 32))
+        assert mine == whole[:whole.index(end)] == out.tolist()[:-1] and out[-1] == end
 
 
 @torch.no_grad()
@@ -344,6 +364,11 @@ def test_an_old_folder(models, tmp_path, kind):
     ours = projector.VLM.from_pretrained(tmp_path)
     assert list(generate.generate(ours, prompt(ours, "a"), PIXELS[:1], 9)) == list(
         generate.generate(models[kind][2], prompt(ours, "a"), PIXELS[:1], 9))
+    # without an EOS in the files: OPT's newline, T5's </s>
+    edit(tmp_path, "text_config", eos_token_id=None)
+    (tmp_path / "generation_config.json").write_text("{}")
+    silent = projector.VLM.from_pretrained(tmp_path)
+    assert generate.Stops(silent).ids.keys() == {5 if kind == "opt" else 1}
     ours.save_pretrained(tmp_path / "new")
     c = json.loads((tmp_path / "new/config.json").read_text())
     assert c["image_token_index"] == IMAGE and c["text_config"]["vocab_size"] == 96

@@ -29,6 +29,7 @@ from formats.families import ln_vision_eps
 from formats.folders import init_weights
 from formats.hub import resolve
 from formats.strict_json import read_config
+from formats.templates import caption_end
 from projector import Blip2, QFormerProjector, VLM
 from qformer import Blip2Stage1, LMHead, QFormer
 from qformer import Config as QFormerConfig
@@ -207,6 +208,8 @@ def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
             # a Q-Former ends in a norm: its outputs have a standard deviation of about 1
             match_embedding_scale(projector.proj, projector.proj, qformer.config.width, llm)
     model = Blip2(tower, projector, llm, tokenizer, template, qformer_tokenizer)
+    if llm.kind != "llama":
+        model.stop_ids = frozenset(caption_end(template, tokenizer))
     if has_matching_projection(source, template, projector.proj.weight):
         load_projector(model, source)
     return model
