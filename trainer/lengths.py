@@ -17,6 +17,7 @@ SAMPLES = {"llava": (595_375, 157_712), "llava-1.5": (558_128, 665_298),
 # Kinds of samples: (share, text tokens, tokens with loss, pictures). Estimated; 100 tokens more add
 # 11 % to stage 2's hours. With --data the file is counted.
 CAPTIONS, CONVERSATIONS = ((1., 30, 28, 1),), ((1., 324, 180, 1),)
+PREFIXED = ((1., 30, 21, 1),)                   # captions of which a FlanT5 reads a quarter
 DESCRIPTIONS = ((1., 208, 206, 1),)             # 826 characters
 TEXT_ONLY = 40_688 / 665_298                    # share of LLaVA-1.5's stage 2
 MIXED = ((1 - TEXT_ONLY, 324, 180, 1), (TEXT_ONLY, 1200, 800, 0))
@@ -75,7 +76,9 @@ def some_samples(args):
 def official_lengths(args):
     """`sample_lengths` of the data that the papers trained on."""
     row, kinds = args.row, CAPTIONS
-    if row.caption_style == "descriptions":
+    if row.template == "blip2_t5":
+        kinds = PREFIXED
+    elif row.caption_style == "descriptions":
         kinds = DESCRIPTIONS
     elif row.caption_style == "dialogue":
         kinds = CONVERSATIONS if args.recipe == "llava" else MIXED
