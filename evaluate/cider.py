@@ -33,7 +33,8 @@ NEGATION, ENDING = re.compile(r"(?<=\w)(n't)$"), re.compile(r"(?<=\w)('(?:s|re|v
 TOKEN = re.compile(r"""
     \d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s|am|pm|\w+)?   # 3.5  1,000  10:30  1/2  3rd  50s
   | (?:[a-z]\.){2,}                                 # u.s.
-  | [^\W_]+(?:[-'&@./][^\W_]+)*                     # man  black-and-white  don't  at&t
+  | (?:[^\W_]+\.)+(?:com|net|org|edu)\b             # www.example.com
+  | [^\W_]+(?:[-'&@/][^\W_]+)*                      # man  black-and-white  don't  at&t
   | \.\.+ | --+                                     # ...  --
   | \S""", re.VERBOSE)
 

@@ -68,6 +68,9 @@ def test_words_of_the_official_tool():
         "-lrb-", "sic", "-rrb-"]
     assert words('A "red" sign; 3.5 feet -- it is 10:30...') == [
         "a", "red", "sign", "3.5", "feet", "it", "is", "10:30"]
+    assert words("The end.the $5 sign of www.x.com at 100%; a black/white T-shirt's #1") == [
+        "the", "end", "the", "$", "5", "sign", "of", "www.x.com", "at", "100", "%", "a",
+        "black/white", "t-shirt", "'s", "#", "1"]
     assert words("Mr. Smith cannot go.") == ["mr.", "smith", "can", "not", "go"]
     assert words("the dogs' bowl's at the U.S. border") == [
         "the", "dogs", "bowl", "'s", "at", "the", "u.s.", "border"]
