@@ -95,16 +95,20 @@ def token_dict(token) -> dict:
 
 
 def refuse_sentencepiece(path):
-    """One line for a folder that has only the older file, which holds no merges to read here."""
+    """One line for a folder that has only older files, which are not read here."""
     folder = Path(path).parent
     hub = hub_id(folder)                            # of which tokenizer.model was not fetched
-    if not path.exists() and (hub or (folder / "tokenizer.model").exists()):
+    older, elsewhere = "tokenizer.model", ("; Vicuna's words are also in the tokenizer.json of "
+                                           "llava-hf/llava-1.5-7b-hf")
+    if (folder / "merges.txt").exists():            # OPT's
+        older, elsewhere = "vocab.json and merges.txt", ""
+    if not path.exists() and (hub or any((folder / name).exists()
+                                         for name in ("tokenizer.model", "merges.txt"))):
         raise BadModel(
-            f"{hub or folder}: only tokenizer.model, and tokenizer.json is read here: convert it "
+            f"{hub or folder}: only {older}, and tokenizer.json is read here: convert it "
             "once, where transformers and sentencepiece are installed: python -c \"from "
             f"transformers import AutoTokenizer as T; T.from_pretrained('{hub or folder}')."
-            f"save_pretrained('{folder}')\"; Vicuna's words are also in the tokenizer.json of "
-            "llava-hf/llava-1.5-7b-hf")
+            f"save_pretrained('{folder}')\"{elsewhere}")
 
 
 # ---------------------------------------------------------------- a folder's files

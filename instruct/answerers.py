@@ -23,6 +23,7 @@ from formats.checkpoints import resolve
 from formats.errors import note, UsageError
 from formats.pictures import picture_path
 from formats.strict_json import read_config
+from formats.templates import BLIP2
 from generate import generate_batch, stream_text
 from instruct.endpoint import ask_endpoint
 from instruct.journal import (
@@ -151,7 +152,7 @@ def from_vlm(args, jobs, journal):
     model = load_model(args)
     # a captioner reads no question, an InstructBLIP only the last one: neither can continue
     style = data.template_of(model.template).style
-    can_continue = args.what == "curate" and style not in ("plain", "instruct")
+    can_continue = args.what == "curate" and style not in ("plain", "instruct", *BLIP2)
     for start, chunk in unanswered_chunks(jobs, journal, args.batch_size):
         good, bad = load_pictures(args, model, chunk)
         pictures, seed = [picture for _, picture in good], args.seed + start

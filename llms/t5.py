@@ -10,8 +10,8 @@
                      x += cross-attention(RMSNorm(x))         to all of the encoder's features
                      x += down(gelu(gate) * up) of RMSNorm(x)
 
-BLIP-2 gives the encoder an image's vectors and the first part of a text (the prefix), and the
-decoder writes the rest (the suffix) behind a start token, which is <pad>.
+BLIP-2 gives the encoder an image's vectors and a prefix of the text; the decoder writes the rest,
+the suffix, behind a start token, which is <pad>.
 
 No vector and no rotation says where a token stands: a learned number for the distance of query and
 key is added to their score, see kernels/biased.py. One table a stack serves all its layers (the
@@ -181,9 +181,8 @@ class T5(nn.Module):
         return self.encoder_norm(x)
 
     def decode(self, ids, features, mask=None, cache=None):
-        """Last hidden states (B, T, C) of the decoder, normed, of ids (B, T): the start token and
-        the answer so far; with a cache those behind the ones that it holds. features, mask: see
-        DecoderBlock."""
+        """Last hidden states (B, T, C), normed, of ids (B, T): the start token and the answer so
+        far; with a cache those behind the ones that it holds. features, mask: see DecoderBlock."""
         start = cache.length if cache is not None else 0
         T, c = ids.shape[1], self.config
         bias = distance_bias(self.decoder_bias.weight, T, start + T, c.max_distance, False)

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import data
+import generate
 from formats.checkpoints import load_weights, save_weights
 from kernels import biased
 from kernels.attention import document_spans
@@ -207,6 +208,19 @@ def test_t5_settings_are_obeyed(tmp_path, changes):
     assert ours.config.scale_outputs == ("tie_word_embeddings" in changes)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+@pytest.mark.parametrize("beams", [1, 5])
+def test_text_alone_is_written_as_theirs(models, kind, beams):
+    """A language model without a picture: 32 tokens."""
+    _, theirs, ours = models[kind]
+    x = ids(1, 6)
+    out = theirs.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=32,
+                          min_new_tokens=32, num_beams=beams, eos_token_id=-1)
+    mine = generate.generate(ours, x[0].tolist(), max_new_tokens=32, num_beams=beams, eos=-1)
+    assert list(mine) == out[0, -32:].tolist()
+
+
 # -------------------------------------------------------------------------------- files and heads
 
 @torch.no_grad()
@@ -348,3 +362,11 @@ def test_what_backward_recomputes_changes_no_gradient(models, kind, policy, trai
         assert {"encoder_bias.weight", "decoder_bias.weight"} <= plain.keys()
     for name in plain:
         assert torch.allclose(other[name], plain[name], 1e-4, 1e-6), name
+
+
+def test_a_folder_with_older_tokenizer_files_is_told_how_to_go_on(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(data.BadModel, match="only vocab.json and merges.txt.*AutoTokenizer") as info:
+        data.Tokenizer(tmp_path)
+    assert "\n" not in str(info.value)
