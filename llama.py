@@ -66,7 +66,7 @@ class KVCache:
     `attention_mask` (B, capacity) is False where a row's prompt was padded on the left; None:
     nowhere. decoding/cuda_graph.py has a subclass that counts on the GPU."""
     end = None                      # there: (B,), how many rows of the cache each sample sees
-    features = None                 # of llms/t5.py: keys and values of its encoder's output
+    features = None                 # of llms/t5.py: {layer: what it reads of the prompt}
 
     def __init__(self, config, batch, capacity, like, attention_mask=None):
         """like: a tensor of the dtype and on the device; attention_mask (B, T) of the prompt."""

@@ -133,10 +133,13 @@ class DecoderBlock(EncoderBlock):
 
     def forward(self, x, bias, features, mask, cache=None):
         """x (B, T, C); features (B, S, C), mask (B, S) bool or None: the encoder's. With a cache
-        features are what each layer has read of them."""
+        they are read once, and features are None from the second call on."""
         B, T, _ = x.shape
         x = x + self.self_attention(x, bias, cache, self.layer)
-        k, v = self.read(features) if cache is None else features[self.layer]
+        known = {} if cache is None else cache.features
+        if self.layer not in known:
+            known[self.layer] = self.read(features)
+        k, v = known[self.layer]
         if len(k) < B:                                      # beams of one prompt
             k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)
         q = self.cross_q(self.norm_cross(x)).view(B, T, self.heads, -1)
@@ -207,8 +210,7 @@ class T5(nn.Module):
         return self.head(self.decode(decoder_ids, features, attention_mask))
 
     def start_ids(self, x):
-        """(B, 1) of the start token."""
-        return torch.full((len(x), 1), self.config.start, device=x.device)
+        return torch.full((len(x), 1), self.config.start, device=x.device)     # (B, 1)
 
     def next_logits(self, x, cache, position_ids=None, attention_mask=None):
         """Logits (B, V), fp32, of the token after the last one. x: embeddings (B, S, C) of the
@@ -216,14 +218,12 @@ class T5(nn.Module):
         the prompts take no row; its mask says where they are padding. Raises UsageError if None."""
         if cache is None:
             raise UsageError("a T5 writes with a cache only: leave use_cache=False out")
+        features = None
         if x.is_floating_point():
-            mask = cache.attention_mask
-            mask = None if mask is None else mask[:, :x.shape[1]]
-            features = self.encode(x, mask)
-            cache.features = [block.read(features) for block in self.decoder], mask
+            mask = None if cache.attention_mask is None else cache.attention_mask[:, :x.shape[1]]
+            features, cache.features = self.encode(x, mask), {"mask": mask}
             x = self.start_ids(x)
-        features, mask = cache.features
-        return self.head(self.decode(x, features, mask, cache)[:, -1]).float()
+        return self.head(self.decode(x, features, cache.features["mask"], cache)[:, -1]).float()
 
     def predictions(self, x, labels, mask=None, doc_spans=None):
         """Hidden states (N, C) at the tokens before those with loss, and these tokens' ids (N).
