@@ -19,7 +19,7 @@ once. Prompts of different lengths share a batch by padding on the left:
     beams n          the n best beginnings side by side; the best mean log-probability wins
 
 Decoding reads every weight once a token, so memory limits it and not arithmetic; a batch shares the
-reading. Beams, stop texts, CUDA graphs, attention maps and the chat are rooms: decoding/.
+reading. Beams, stop texts, CUDA graphs, attention maps, chat and web page are rooms: decoding/.
 Letters: B batch, T tokens of a prompt, T' with the picture's, C width, V vocabulary.
 Next: python -m evaluate, which keeps the score.
 """
@@ -46,8 +46,9 @@ from decoding.cuda_graph import can_capture, decode_graph
 from decoding.flags import check_settings
 from decoding.loading import load_model, speed_line
 from decoding.logits import ids_seen, nan_error, repetition_penalty, written_so_far
-from decoding.pictures import check_context, check_pictures, find_pictures
-from decoding.pictures import image_turns, join_batch, join_pictures, load_pictures
+from decoding.page import serve
+from decoding.pictures import check_pictures, find_pictures, image_turns, join_batch
+from decoding.pictures import join_pictures, load_pictures
 from decoding.prompt import answer_length, build_prompt, prompt_length, typed_questions
 from decoding.stopping import AnswerEnd, cut_reason, limit_reason, Stops
 from decoding.streaming import stream_text
@@ -205,9 +206,8 @@ def generate_rows(model, prompts, pictures, max_new_tokens=256, temperature=0.0,
         cache = KVCache(llm.config, len(x), x.shape[1] + longest, x, attention_mask)
         decode = decode_graph if can_capture(x) and llm.can_capture else decode_steps
     sampler = Sampler(llm, prompts, longest, seed, temperature, top_p, top_k, repetition_penalty)
-    ends = []                                       # rows of a batch end one by one
-    for count, answer in zip(max_new, answers):
-        ends.append(AnswerEnd(stops, count, max_new_tokens, answer))
+    ends = [AnswerEnd(stops, count, max_new_tokens, answer)     # rows of a batch end one by one
+            for count, answer in zip(max_new, answers)]
     for ids in decode(llm, x, attention_mask, cache, sampler, longest):
         if min(ids) < 0:                            # a row has logits that are not numbers
             raise nan_error(llm)
@@ -264,7 +264,7 @@ def print_answer(model, turns, groups, args):
     groups: {turn: the pictures in front of it}, see decoding/pictures.py."""
     ids = build_prompt(turns, model.template, model.tokenizer, image_turns(groups))
     pixels, sizes = join_pictures(groups)
-    start = time.perf_counter()
+    t0 = time.perf_counter()
     answer = generate(model, ids, pixels, seed=args.seed, sizes=sizes, **args.settings)
     text = ""
     for piece in stream_text(answer, model.tokenizer):
@@ -276,21 +276,21 @@ def print_answer(model, turns, groups, args):
     if args.attention:                              # computed again from the whole answer
         save_attention(args.attention, model, args.image, ids, answer.tokens, pixels, args.layer)
     if args.verbose:
-        note(speed_line(model, prompt_length(model, ids, sizes), start, answer.times,
-                        args.num_beams))
+        note(speed_line(model, prompt_length(model, ids, sizes), t0, answer.times, args.num_beams))
     return text.strip()
 
 
 def main(args):
     """Cheap checks first: the pictures, and only then the model."""
     accept_any_bytes()
+    if args.page:                                   # asked in a browser, until Ctrl-C
+        return serve(args, generate)
     if os.path.isdir(args.image):
         files = find_pictures(args.image)           # a folder: the same question about all
         return caption_folder(load_model(args, args.quantize), files, args, generate_batch)
     check_pictures(args.images)
     model = load_model(args, args.quantize)
-    pictures = load_pictures(model, args.images)
-    check_context(model, pictures)
+    pictures = load_pictures(model, args.images)    # and the context has room for them
     if args.prompt is None:                         # no question: a chat
         return chat(model, pictures, args, print_answer)
     print_answer(model, [args.prompt], {0: pictures}, args)

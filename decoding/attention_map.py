@@ -1,6 +1,7 @@
 """decoding/attention_map.py: which patches did each word of an answer attend to?
 
     attention_to_patches    (tokens, P): the attention of every token of the answer to every patch
+    attention_to_pictures   (tokens, n, P): the same for n pictures in one talk
     tokens_by_word          which tokens make which word
     draw                    the picture once for each word, bright where its attention is high
 
@@ -21,13 +22,11 @@ from kernels.attention import visible
 SIDE, GAP, TITLE = 168, 8, 24       # pixels: a picture of the sheet, between two, above each
 
 
-def check_model(model, ids, layer):
+def check_model(model, layer):
     """Raises UsageError for models whose pictures are no grid of patches, and for no such layer."""
     if model.projector_type == "qformer" or model.aspect == "anyres":
-        raise UsageError("--attention needs a model that reads a picture as one grid of patches: "
-                         "LLaVA or LLaVA-1.5, no Q-Former and no tiles")
-    if ids.count(data.IMAGE) != 1:
-        raise UsageError("--attention is for one question about one picture: give one")
+        raise UsageError("an attention map needs a model that reads a picture as one grid of "
+                         "patches: LLaVA or LLaVA-1.5, no Q-Former and no tiles")
     depth = model.llm.config.depth
     if layer is not None and not 0 <= layer < depth:
         raise UsageError(f"--layer {layer}: the model has layers 0 to {depth - 1}")
@@ -47,14 +46,24 @@ def attention_weights(c, block, x, cos, sin, hidden):
     return scores.masked_fill(hidden, -math.inf).softmax(-1).mean(0)
 
 
-@torch.inference_mode()
-def attention_to_patches(model, ids, tokens, pixels, layer=None):
-    """(tokens, P): the attention to each patch from the position that wrote each token.
+def image_starts(ids, patches):
+    """Where each picture's vectors begin, once they stand in the place of its id."""
+    starts = []
+    for at, token in enumerate(ids):
+        if token == data.IMAGE:
+            starts.append(at + len(starts) * (patches - 1))
+    return starts
 
-    ids, tokens: the prompt's and the answer's; layer: None for the one that attends to the picture
+
+@torch.inference_mode()
+def attention_to_pictures(model, ids, tokens, pixels, layer=None):
+    """(tokens, n, P): the attention to each patch of the n pictures from the position that wrote
+    each token.
+
+    ids, tokens: the prompt's and the answer's; layer: None for the one that attends to the pictures
     most. Raises UsageError as `check_model` does."""
-    check_model(model, ids, layer)
-    llm, at = model.llm, ids.index(data.IMAGE)
+    check_model(model, layer)
+    llm, starts, P = model.llm, image_starts(ids, model.patches), model.patches
     row = torch.tensor([[*ids, *tokens]], device=llm.embed.weight.device)
     # without the last token: the position before it wrote it
     x = model.embed(row, pixels.to(llm.embed.weight))[0][:, :-1]                 # (1, T, C)
@@ -67,11 +76,19 @@ def attention_to_patches(model, ids, tokens, pixels, layer=None):
     for i, block in enumerate(llm.blocks):
         if layer in (None, i):
             weights = attention_weights(c, block, x, cos, sin, hidden)
-            found.append(weights[:, at:at + model.patches].cpu())
+            pictures = [weights[:, start:start + P] for start in starts]
+            found.append(torch.stack(pictures, 1).cpu())                # (n tokens, n, P)
         if layer == i:
             break
         x = block(x, cos, sin)
     return max(found, key=torch.sum)
+
+
+def attention_to_patches(model, ids, tokens, pixels, layer=None):
+    """(tokens, P): `attention_to_pictures` of the one picture. Raises UsageError for several."""
+    if ids.count(data.IMAGE) != 1:
+        raise UsageError("--attention is for one question about one picture: give one")
+    return attention_to_pictures(model, ids, tokens, pixels, layer)[:, 0]
 
 
 def mean_inside_box(grid, box):
@@ -88,26 +105,37 @@ def mean_inside_box(grid, box):
     return float(grid[inside].mean()), float(grid[~inside].mean())
 
 
-def tokens_by_word(tokens, tokenizer):
-    """[(word, indices of its tokens)] of an answer."""
+def words_as_written(tokens, tokenizer):
+    """[(word with the spaces around it, indices of its tokens)]; joined, an answer's text."""
     words, at, incomplete, decode = [], 0, [], inner_decode(tokenizer)
     for token in tokens:
         groups, incomplete = whole_groups(incomplete + [token], decode)
         for group, text in groups:
-            # a word begins with a space, and behind what was only spaces
-            if not words or text.startswith((" ", "\n")) or not words[-1][0].strip():
+            # a word begins with a space, and behind one
+            if not words or text.startswith((" ", "\n")) or words[-1][0][-1:].strip() == "":
                 words.append(["", []])
-            words[-1][0] += text.strip()
+            words[-1][0] += text
             words[-1][1] += range(at, at + len(group))
             at += len(group)
-    return [(word, indices) for word, indices in words if word]
+    return words
+
+
+def tokens_by_word(tokens, tokenizer):
+    """[(word, indices of its tokens)] of an answer."""
+    words = words_as_written(tokens, tokenizer)
+    return [(word.strip(), indices) for word, indices in words if word.strip()]
+
+
+def as_seen(pixels):
+    """pixels (3, S, S) -> PIL image (S, S): a picture, or its first tile, as the model sees it."""
+    std, mean = torch.tensor(data.STD)[:, None, None], torch.tensor(data.MEAN)[:, None, None]
+    rgb = (pixels * std + mean).clamp(0, 1).permute(1, 2, 0) * 255                  # (S, S, 3)
+    return Image.fromarray(rgb.round().byte().numpy())
 
 
 def draw(model, image, words, grids):
     """PIL image: the picture as the model saw it, once a word, bright where the word attended."""
-    std, mean = torch.tensor(data.STD)[:, None, None], torch.tensor(data.MEAN)[:, None, None]
-    rgb = (model.pixels(image)[0] * std + mean).clamp(0, 1).permute(1, 2, 0) * 255  # (S, S, 3)
-    bright = Image.fromarray(rgb.byte().numpy()).resize((SIDE, SIDE))
+    bright = as_seen(model.pixels(image)[0]).resize((SIDE, SIDE))
     dark = Image.blend(bright, Image.new("RGB", bright.size), .75)
     columns = min(8, len(words))
     rows = math.ceil(len(words) / columns)

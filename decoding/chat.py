@@ -10,6 +10,7 @@ What goes wrong in a turn ends that turn only. When the context is full, the old
 
 import os
 import sys
+from bisect import bisect_left
 from pathlib import Path
 
 from decoding.flags import prompt_error
@@ -26,24 +27,32 @@ def accept_any_bytes():
     sys.stdout.reconfigure(errors="replace")
 
 
+def without_oldest(turns, groups, count):
+    """The turns and their pictures {turn: group} without the `count` oldest questions and their
+    answers. If no turn that is left has pictures, the first gets the newest of those before."""
+    left = {turn - 2 * count: group for turn, group in groups.items() if turn >= 2 * count}
+    if groups and not left:
+        left = {0: groups[max(groups)]}
+    return turns[2 * count:], left
+
+
 def trim_history(model, turns, groups, max_new_tokens):
     """The newest turns that fit the context with an answer behind them, at least the last, and
-    their pictures {turn: group}. If these turns have none, they get the newest of those before."""
-    context, kept = model.llm.config.context, turns
+    their pictures: see `without_oldest`."""
+    context = model.llm.config.context
     limit = context - min(max_new_tokens, context // 4)
-    while len(kept) > 1:
-        ids = build_prompt(kept, model.template, model.tokenizer, image_turns(groups))
-        if prompt_length(model, ids, join_pictures(groups)[1]) <= limit:
-            break
-        # forget the oldest question and its answer; the others move up by two
-        newest = groups[max(groups)]
-        kept = kept[2:]
-        groups = {turn - 2: group for turn, group in groups.items() if turn >= 2}
-        groups = groups or {0: newest}
-    if kept is not turns:
-        note(f"note: the context of {context} places is full: the oldest "
-             f"{(len(turns) - len(kept)) // 2} question(s) and answer(s) are forgotten")
-    return kept, groups
+
+    def fits(count):
+        kept, left = without_oldest(turns, groups, count)
+        ids = build_prompt(kept, model.template, model.tokenizer, image_turns(left))
+        return prompt_length(model, ids, join_pictures(left)[1]) <= limit
+    if len(turns) < 2 or fits(0):
+        return turns, groups
+    # a prompt is a text to tokenize, so of a long talk only a few are tried
+    count = bisect_left(range(len(turns) // 2), True, 1, key=fits)
+    note(f"note: the context of {context} places is full: the oldest {count} question(s) and "
+         "answer(s) are forgotten")
+    return without_oldest(turns, groups, count)
 
 
 def add_picture(model, groups, turn, path):

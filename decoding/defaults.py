@@ -68,6 +68,8 @@ def apply_defaults(model, args):
     if "temperature" in args.given and args.temperature:        # beams are not drawn
         wanted["num_beams"] = 1
     wanted = {name: value for name, value in wanted.items() if name not in args.given}
+    if args.page:                       # it shows an answer word by word, which beams do not have
+        wanted["num_beams"] = 1
     beams = wanted.get("num_beams", args.num_beams)
     if beams == 1:
         wanted.pop("length_penalty", None)

@@ -14,6 +14,7 @@ DEFAULT_MODEL = "runs/toy/llava-1.5/stage2/model"
 # of `generate`, in the order of settings_error; decoding/defaults.py knows others for BLIP-2
 SETTINGS = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_beams": 1,
             "repetition_penalty": 1.0, "stop": [], "length_penalty": 1.0}
+DEFAULT_PORT = 7860
 
 
 def first_error(checks):
@@ -83,7 +84,7 @@ def is_picture_name(text):
 def build_parser():
     """The flags, in the groups that --help shows."""
     p = argparse.ArgumentParser(description="Talk to a model about an image.", allow_abbrev=False)
-    p.add_argument("images", nargs="+", metavar="image", help="pictures that are asked about "
+    p.add_argument("images", nargs="*", metavar="image", help="pictures that are asked about "
                    "together, or a folder of pictures (then with --out)")
     p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
     p.add_argument("--caption", action="store_true", help="no question: a caption (BLIP-2)")
@@ -118,6 +119,11 @@ def build_parser():
     add("--out", help="LLaVA JSON to write the answers about a folder to")
     add("--batch-size", type=int, help="pictures of a folder at a time (default: 8)")
 
+    add = p.add_argument_group("a page in the browser").add_argument
+    add("--page", action="store_true", help="pictures, questions and answers on a web page that "
+        "only this machine can open, instead of here")
+    add("--port", type=int, help=f"of the page (default: {DEFAULT_PORT}; 0: one that is free)")
+
     add = p.add_argument_group("a look inside").add_argument
     add("--attention", metavar="PNG", help="draw where each word of the answer looked")
     add("--layer", type=int, help="whose attention (default: the one that looks most)")
@@ -126,9 +132,25 @@ def build_parser():
     return p
 
 
+def page_error(a):
+    """What is wrong with --page and the other arguments, or None."""
+    port = DEFAULT_PORT if a.port is None else a.port
+    return first_error([
+        (not a.images and not a.page,
+         "give a picture (generate.py img.jpg \"What is it?\"), or --page for a web page"),
+        (a.port is not None and not a.page, "--port is the page's: give --page as well"),
+        (a.page and a.images, "--page takes pictures and questions in the browser: leave them out"),
+        (a.page and (a.out or a.attention or a.batch_size is not None or a.verbose or a.caption),
+         "--out, --batch-size, --attention, --verbose and --caption are not for --page: it shows "
+         "the speed and where each word looked, and saves a talk"),
+        (a.page and a.num_beams > 1, "--page writes word by word, which beams do not: leave out "
+         "--num-beams"),
+        (not 0 <= port < 2 ** 16, "port must be 0 to 65535")])
+
+
 def arguments_error(a):
     """What is wrong with the arguments together, or None."""
-    is_folder = os.path.isdir(a.image)
+    is_folder = os.path.isdir(a.image or "")
     several = len(a.images) > 1
     a_folder_among_several = several and any(map(os.path.isdir, a.images))
     batch_size = 8 if a.batch_size is None else a.batch_size
@@ -137,14 +159,14 @@ def arguments_error(a):
     settings = dict(a.settings)
     if "num_beams" not in a.given and math.isfinite(a.length_penalty):
         settings["length_penalty"] = 1.0        # judged later: a BLIP-2 has beams without a flag
-    return first_error([
+    return page_error(a) or first_error([
         (a.out and not os.path.isdir(os.path.dirname(a.out) or "."),
          f"--out {a.out}: no such folder: make it first"),
-        (a.layer is not None and not a.attention,
+        (a.layer is not None and not a.attention and not a.page,
          "--layer says whose attention is drawn: give --attention FILE.png as well"),
         (a.attention and (is_folder or is_chat or several),
          "--attention is for one question about one picture"),
-        (a.out and os.path.exists(a.image) and not is_folder,
+        (a.out and os.path.exists(a.image or "") and not is_folder,
          "--out is for a folder of pictures; the answer about one goes to stdout"),
         (a_folder_among_several,
          "a folder of pictures is asked about alone: give one folder, or pictures"),
@@ -175,11 +197,13 @@ def parse(argv=None):
         a.prompt = a.images.pop()
     if a.prompt is not None:
         a.prompt = a.prompt.strip()
-    a.image = a.images[0]
+    a.image = a.images[0] if a.images else None     # none for a page
     if wrong := arguments_error(a):
         p.error(wrong)
     if a.caption:
         a.prompt = ""
     if a.batch_size is None:
         a.batch_size = 8
+    if a.port is None:
+        a.port = DEFAULT_PORT
     return a

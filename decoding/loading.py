@@ -13,6 +13,7 @@ import data
 from decoding.cuda_graph import WARMUP_STEPS
 from decoding.defaults import apply_defaults
 from decoding.flags import DEFAULT_MODEL
+from decoding.prompt import prompt_length
 from formats.checkpoints import dtype_name
 from formats.errors import note, UsageError
 from formats.templates import BLIP2
@@ -125,6 +126,17 @@ def read_per_token(llm):
     return tensors
 
 
+def decode_rate(model, times):
+    """Tokens a second of an answer after its first, or None if it is too short to tell.
+
+    times: when each token came."""
+    if model.llm.embed.weight.is_cuda:
+        times = times[WARMUP_STEPS:]                # those compile and capture
+    if len(times) > 1 and times[-1] > times[0]:
+        return (len(times) - 1) / (times[-1] - times[0])
+    return None
+
+
 def speed_line(model, prompt_length, start, times, num_beams=1):
     """One line: the prompt's tokens a second, the answer's, and these against the limit.
 
@@ -135,13 +147,21 @@ def speed_line(model, prompt_length, start, times, num_beams=1):
         return (f"prompt: {prompt_length} places; answer: {len(times)} tokens, {first:.2f} s for "
                 f"both with {num_beams} beams")
     line = f"prompt: {prompt_length} places in {first:.2f} s, {prompt_length / first:,.0f}/s"
-    if model.llm.embed.weight.is_cuda:
-        times = times[WARMUP_STEPS:]                # those compile and capture
-    if len(times) > 1 and times[-1] > times[0]:
-        rate = (len(times) - 1) / (times[-1] - times[0])
+    if rate := decode_rate(model, times):
         tensors = read_per_token(model.llm)
         bandwidth = memory_bandwidth(tensors[0].device) * 1e9
         ceiling = bandwidth / sum(tensor.nbytes for tensor in tensors)
         line += (f"; answer: {rate:,.1f} tokens/s, {100 * rate / ceiling:.0f} % of the "
                  f"{ceiling:,.0f} that reading the weights allows")
     return line
+
+
+def speed_numbers(model, ids, sizes, start, times):
+    """What `speed_line` says and more, as numbers, without its measurement of the memory.
+
+    ids: the prompt's; sizes: of its pictures, where the model cuts them; start, times: as above."""
+    taken = prompt_length(model, ids, sizes)
+    first = (times[0] if times else time.perf_counter()) - start
+    texts = sum(token != data.IMAGE for token in ids)
+    return {"prompt_tokens": taken, "image_tokens": taken - texts, "answer_tokens": len(times),
+            "prefill_seconds": first, "prefill": taken / first, "decode": decode_rate(model, times)}

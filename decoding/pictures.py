@@ -4,6 +4,9 @@ A picture group is a tuple (pixels, sizes, paths): pixels (n, 3, S, S), sizes [(
 where the model cuts pictures into tiles and None elsewhere, and their files. A conversation keeps
 {turn: group}: the pictures that stand in front of that turn."""
 
+import base64
+import io
+
 import torch
 
 import data
@@ -21,6 +24,8 @@ def load_picture(model, path):
 
 def join_pictures(groups):
     """{turn: group} -> all pixels and all sizes (None if there are none), in the turns' order."""
+    if not groups:
+        return None, None                           # a talk without pictures
     pixels, sizes = [], []
     for turn in sorted(groups):
         pixels.append(groups[turn][0])
@@ -42,9 +47,18 @@ def join_batch(pictures, sizes, like):
 
 
 def load_pictures(model, paths):
-    """The group of one turn."""
+    """The group of one turn. Raises BadImage, and as `check_context` does."""
     groups = {i: load_picture(model, path) for i, path in enumerate(paths)}
-    return *join_pictures(groups), list(paths)
+    group = *join_pictures(groups), list(paths)
+    check_context(model, group)
+    return group
+
+
+def png_address(image):
+    """PIL image -> its PNG as an address that a web page can show: data:image/png;base64,..."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def image_turns(groups):

@@ -8,6 +8,7 @@ r"""decoding/prompt.py: a conversation about pictures becomes the ids that the m
 What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end."""
 
 import data
+from decoding.streaming import inner_decode
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import UsageError, UserError
 from formats.templates import BLIP2
@@ -108,3 +109,20 @@ def typed_questions(prompts):
         if images:
             questions += [prompt.typed] * images
     return questions
+
+
+def prompt_pieces(model, ids, sizes=None):
+    """The prompt token by token, as text: [text, id], and [places] for a picture.
+
+    sizes: as for `prompt_length`."""
+    decode, pieces = inner_decode(model.tokenizer, skip_special=False), []
+    sizes = iter(sizes or [None] * len(ids))
+    for token in ids:
+        if token == data.IMAGE:
+            pieces.append([model.num_image_tokens(next(sizes))])
+            continue
+        text = decode([token])
+        if not text or "\ufffd" in text:            # part of a character: by its name
+            text = model.tokenizer.token(token)
+        pieces.append([text, token])
+    return pieces

@@ -7,14 +7,14 @@ characters. So text is decoded in groups: the fewest tokens whose text is whole 
     text        😀       | cat | s. | (incomplete: waits for the next token)"""
 
 
-def inner_decode(tokenizer):
+def inner_decode(tokenizer, skip_special=True):
     """`tokenizer.decode` for tokens inside a text. At a text's start it drops a first space, so
     the tokens are decoded behind an "a", which is then taken off."""
     anchor = tokenizer.encode("a", bos=False)[-1:]
     length = len(tokenizer.decode(anchor))
 
     def decode(tokens):
-        return tokenizer.decode(anchor + tokens)[length:]
+        return tokenizer.decode(anchor + tokens, skip_special)[length:]
     return decode
 
 

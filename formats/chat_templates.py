@@ -181,9 +181,12 @@ class ChatTemplate(str):
     def segments(self, conversation, pictures: int = -1) -> list[tuple[str, bool]]:
         """[(text, did a person type it?)] of the prompt. Raises BadData, BadModel."""
         turns = turns_of(conversation, pictures)
-        texts = "".join(part for _, parts in turns for part in parts if part)
-        unused = (chr(i) for i in range(0xE000, 0xF900) if chr(i) not in texts)
-        left, right = next(unused), next(unused)
+        typed = {letter for _, parts in turns for part in parts if part for letter in part}
+        unused = [chr(i) for i in range(0xE000, 0xF900) if chr(i) not in typed]
+        if len(unused) < 2:
+            raise BadData("the turns use every private-use character (U+E000 to U+F8FF), of which "
+                          "two are needed to mark what was typed: leave some out")
+        left, right = unused[:2]
 
         def marked(part):
             """What a template strips stays outside the marks."""

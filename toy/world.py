@@ -149,6 +149,12 @@ def make_object(rng, shape, colour, size, place, zoom=False):
                        tuple(round(255 * c) for c in shade))
 
 
+def middle_colour(name):
+    """"#rrggbb" of a colour's middle shade, for those who draw by hand."""
+    hue, _, low, high = COLOURS[name]
+    return "#" + bytes(round(255 * x) for x in hsv_to_rgb(hue, .9, (low + high) / 2)).hex()
+
+
 def background_tones(rng):
     """Two RGB tones: mostly light with a darker texture, sometimes dark with a lighter one."""
     value = rng.uniform(0, .3) if rng.random() < .15 else rng.uniform(.72, 1)
