@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SLOW = ("toy", "train", "blip2_train", "blip2_llms", "compile", "adamw", "official", "objective",
         "kernels", "reports_judge", "instruct", "qformer_vlm", "qformer", "reports_loading",
-        "reports_models", "reports_train", "recipes", "readme")
+        "reports_models", "reports_train", "recipes", "readme", "page",
+        "browser")
 
 
 def pytest_collection_modifyitems(items):

