@@ -67,8 +67,12 @@ def read_family(folder, weights):
         if family.llm["tie_embeddings"] and not unused.head_is_embedding(weights, embed, head):
             family.llm["tie_embeddings"] = False        # it has a head of its own
     else:
-        _, family.llm_unused, family.llm = language_models.choose_head(
-            family.llm_kind, family.llm, weights, "language_model.")
+        kind, prefix = family.llm_kind, "language_model."
+        table, family.llm_unused, family.llm = language_models.choose_head(
+            kind, family.llm, weights, prefix)
+        # a tied file may hold the embedding as the head alone
+        embed = prefix + language_models.TABLES[kind]["embed.weight"]
+        family.hf_names.setdefault(embed, prefix + table["embed.weight"])
     if official and not any(name.startswith("vision_tower.") for name in family.hf_names):
         family.tower = config["mm_vision_tower"]
     return family

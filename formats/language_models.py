@@ -248,7 +248,7 @@ def choose_head(kind, sizes, weights, prefix="", hf_names=None):
                   r"\.weight": "of old files: cross-attention has no bias"}
     if tied and embed in weights:
         ignore[re.escape(head)] = unused.TIED
-    elif tied:
+    elif tied and head in weights:
         table["embed.weight"] = table["head.weight"]        # a tied file may hold it as the head
     return table, ignore, {**sizes, "tie_embeddings": tied}
 

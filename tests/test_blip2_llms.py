@@ -13,7 +13,7 @@ from transformers import OPTConfig, T5Config
 import data
 import generate
 import projector
-from formats.checkpoints import load_weights
+from formats.checkpoints import load_weights, save_weights
 from formats.errors import UserError
 from test_llms import OPT, T5_SIZES
 from test_qformer_vlm import ASKS, EYE, loud, PIXELS, Q
@@ -372,6 +372,28 @@ def test_an_old_folder(models, tmp_path, kind):
     ours.save_pretrained(tmp_path / "new")
     c = json.loads((tmp_path / "new/config.json").read_text())
     assert c["image_token_index"] == IMAGE and c["text_config"]["vocab_size"] == 96
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("holds", ["the head alone", "both"])
+def test_a_tied_file_may_hold_the_head(models, tmp_path, holds):
+    """OPT's, as old files have it; a head that differs is another model's."""
+    folder, theirs, ours = models["opt"]
+    theirs.save_pretrained(tmp_path)
+    byte_words(tmp_path, None)
+    weights = dict(load_weights(tmp_path))
+    embed = "language_model.model.decoder.embed_tokens.weight"
+    weights["language_model.lm_head.weight"] = weights[embed].clone()
+    if holds == "the head alone":
+        del weights[embed]
+    save_weights(tmp_path, weights)
+    again = projector.VLM.from_pretrained(tmp_path)
+    assert again.llm.config.tie_embeddings and same_tensors(again, ours)
+    weights.pop("language_model.lm_head.weight")
+    weights.pop(embed, None)
+    save_weights(tmp_path, weights)
+    with pytest.raises(data.BadModel, match="embed_tokens"):
+        projector.VLM.from_pretrained(tmp_path)
 
 
 @torch.no_grad()
