@@ -115,7 +115,8 @@ def prompt_and_picture(args, model, job):
 def model_answers(args, jobs, journal):
     """Yield [(job, answer, "")], a batch at a time; a question that cannot be asked is put off."""
     model = load_model(args)
-    if args.what != "caption" and data.template_of(model.template).style == "plain":
+    captions = getattr(args, "what", None) == "caption"         # there a captioner is right
+    if not captions and data.template_of(model.template).style == "plain":
         raise UsageError(f"{args.model}: has learnt to caption, not to answer: take a model of "
                          "stage 2, or ask this one with --template v1")
     for _, chunk in unanswered_chunks(jobs, journal, args.batch_size):

@@ -367,7 +367,7 @@ def test_what_backward_recomputes_changes_no_gradient(models, kind, policy, trai
 def test_a_folder_with_older_tokenizer_files_is_told_how_to_go_on(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(data.BadModel,
-                       match="only vocab.json and merges.txt.*AutoTokenizer") as info:
+    words = "only vocab.json and merges.txt.*AutoTokenizer"
+    with pytest.raises(data.BadModel, match=words) as info:
         data.Tokenizer(tmp_path)
     assert "\n" not in str(info.value)
