@@ -17,7 +17,7 @@ from llms.t5 import T5
 from tiny import gap, LIMIT, shaken
 
 launch = importlib.import_module("kernels.launch")
-MASK = torch.arange(9)[None] >= torch.tensor([[0], [4]])        # prompts of 9 and of 5, on the right
+MASK = torch.arange(9)[None] >= torch.tensor([[0], [4]])      # prompts of 9 and of 5, on the right
 
 
 @pytest.fixture(scope="module")
