@@ -6,28 +6,31 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.kernels import kernel_files
+from bench.correctness import kernel_file
 from bench.measure import (
+    attempt,
     CEILING,
-    compiled,
     DEVICE,
+    Failed,
     FAILURES,
     GPU,
     HALF,
-    peak,
     pick,
     race,
     random,
     short,
     speeds,
+    worker,
 )
-from decoding.cuda_graph import DecodeStep, capture
+from decoding.cuda_graph import capture, DecodeStep
 from formats import configs, names
 from formats.checkpoints import export
-from formats.errors import UserError
 from generate import Sampler
+from kernels.adamw import AdamW
 from kernels.quantize import quantize
 from llama import Config, KVCache, Llama
+
+CARD = 80 * 2 ** 30 * 79.1 / 80         # bytes that an A100 of 80 GB shows a process
 
 
 def llama_7b():
@@ -50,129 +53,196 @@ def llama_7b():
     return ours, reference
 
 
-def step_runs(ours, reference, B, T, supervised, compiling, losses):
-    """{what: function that runs forward and backward once, and notes its loss in `losses`}."""
-    rot, checkpoint, ce = kernel_files("rope", "checkpoint", "cross_entropy")
-    c, models = ours.config, [ours] if reference is None else [ours, reference]
-    x = random(B, T, c.width, grad=True)
-    labels = torch.randint(c.vocab, (B, T), device=DEVICE)
-    labels[:, :T - supervised] = -100
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-    table = rot.rope_table(torch.arange(T, device=DEVICE)[None], c.head_dim, c.rope_theta)
+# --------------------------------------------------------------------------- a training step
 
-    def backward(name, loss):
+class Steps:
+    """One training step of one batch of full rows, in ours and in transformers'.
+
+    Stage 2 trains all weights: forward, backward, AdamW at a rate of 0, so that every candidate
+    meets the same weights and must have the same loss. Stage 1 trains none of the LLaMA: forward,
+    and the gradient of the pictures' vectors."""
+
+    def __init__(self, ours, reference, stage, B, T, supervised):
+        self.ours, self.reference, self.stage = ours, reference, stage
+        c = ours.config
+        self.x = random(B, T, c.width, grad=True)
+        self.labels = torch.randint(c.vocab, (B, T), device=DEVICE)
+        self.labels[:, :T - supervised] = -100
+        self.targets = F.pad(self.labels[:, 1:], (0, 1), value=-100).reshape(-1)
+        self.table = kernel_file("rope").rope_table(torch.arange(T, device=DEVICE)[None],
+                                                    c.head_dim, c.rope_theta)
+        self.optimizer, self.loss = None, None
+
+    def models(self):
+        return [m for m in (self.ours, self.reference) if isinstance(m, torch.nn.Module)]
+
+    def clean(self):
+        """Nothing stays of a candidate, whether it ran or not."""
+        self.x.grad = self.optimizer = None
+        for model in self.models():
+            model.zero_grad(set_to_none=True)
+
+    def begin(self, name):
+        """The state of AdamW: ours in 8 bits with low halves, theirs in bf16."""
+        for model in self.models():
+            model.requires_grad_(self.stage == 2)
+        if self.stage == 2 and name.startswith("ours"):
+            self.optimizer = AdamW(self.ours.parameters(), lr=0.0, weight_decay=0.0)
+        elif self.stage == 2:
+            self.optimizer = torch.optim.AdamW(self.reference.parameters(), lr=0.0,
+                                               weight_decay=0.0, fused=True)
+
+    def end(self, loss):
         loss.backward()
-        losses[name] = round(float(loss.detach()), 4)
-        x.grad = None
-        for model in models:
-            model.zero_grad()
+        self.loss, self.x.grad = float(loss.detach()), None
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
-    def our_step(name, policy):
-        y = ours.norm(checkpoint.checkpointed(ours.blocks, x, *table, policy=policy))
-        backward(name, ce.linear_cross_entropy(y.view(-1, c.width), ours.head.weight, targets))
+    def step_ours(self, policy):
+        checkpointed = kernel_file("checkpoint").checkpointed
+        y = self.ours.norm(checkpointed(self.ours.blocks, self.x, *self.table, policy=policy))
+        self.end(kernel_file("cross_entropy").linear_cross_entropy(
+            y.view(-1, y.shape[-1]), self.ours.head.weight, self.targets))
 
-    def reference_step(name, checkpointing, model):
+    def step_theirs(self, checkpointing):
+        if isinstance(self.reference, str):
+            raise Failed(self.reference)
         if checkpointing:
-            reference.gradient_checkpointing_enable()
+            self.reference.gradient_checkpointing_enable()
         else:
-            reference.gradient_checkpointing_disable()
-        backward(name, model(inputs_embeds=x, labels=labels, use_cache=False).loss)
+            self.reference.gradient_checkpointing_disable()
+        self.end(self.reference(inputs_embeds=self.x, labels=self.labels, use_cache=False).loss)
 
-    runs = {}
-    if not compiling:
-        for policy in (None, "none", "attention", "full"):
-            runs[f"ours {policy}"] = partial(our_step, f"ours {policy}", policy)
-    if reference is not None and compiling:
-        name = "transformers compile"
-        runs[name] = partial(reference_step, name, False, compiled(reference))
-    elif reference is not None:
-        for name, checkpointing in (("transformers", False), ("transformers checkpoint", True)):
-            runs[name] = partial(reference_step, name, checkpointing, reference)
-    return runs
-
-
-def step_operations(model, stage, B, T, supervised):
-    """Floating-point operations of the model's own products; checkpointing's are not counted."""
-    c, n = model.config, sum(p.numel() for p in model.blocks.parameters())
-    passes = 3 if stage == 2 else 2         # stage 1: forward, and gradients of the inputs only
-    return passes * B * (2 * T * n + 2 * T * T * c.width * c.depth
+    def operations(self):
+        """Floating-point operations of the model's own products; checkpointing's do not count."""
+        c, n = self.ours.config, sum(p.numel() for p in self.ours.blocks.parameters())
+        B, T, _ = self.x.shape
+        supervised = int((self.targets != -100).sum())
+        passes = 3 if self.stage == 2 else 2
+        return passes * (2 * B * T * n + 2 * B * T * T * c.width * c.depth
                          + 2 * supervised * c.width * c.vocab)
 
 
+def step_row(steps, name, run):
+    """Milliseconds, rates and the peak of memory of one candidate."""
+    try:
+        attempt(name, partial(steps.begin, name), steps.clean)
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        ms = race({name: run}, turns=3, warm=2, flush=False, clean=steps.clean)[name]
+    except Failed as why:
+        ms = str(why)
+    loss = steps.loss
+    steps.clean()
+    if isinstance(ms, str):
+        # without checkpointing a step need not fit; with it, it has to
+        expected = name == "ours" and ms == "OOM"
+        return {"ok": True, "memory": ms} if expected else {name: ms}
+    B, T, _ = steps.x.shape
+    fast = speeds(steps.operations() / 1e3, {"TFLOP/s": ms}, "GEMM")
+    memory = {"GB": round(torch.cuda.max_memory_allocated() / 1e9, 1)} if GPU else {}
+    return {"ms": ms, "samples/s": 1000 * B / ms, "tokens/s": 1000 * B * T / ms, **fast, **memory,
+            "loss": round(loss, 4)}
+
+
 def step():
-    """Llama-2-7B forward and backward in LLaVA's stages 2 (all trained) and 1 (frozen, gradients
-    for the pictures' vectors): full rows for all, TFLOP/s of the model's own operations, GB above
-    the weights. transformers runs on the same weights: its loss must be ours."""
+    """Llama-2-7B in LLaVA's stages 2 and 1, each within the memory of an 80 GB card."""
+    if GPU:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1., CARD / total))
     ours, reference = llama_7b()
-    if isinstance(reference, str):
-        yield {"what": "transformers", "ms": reference}
-        reference = None
-    else:
+    if not isinstance(reference, str):
         reference.train()
-    # compiling takes minutes: last, so that it can be cut off
-    for stage, size, compiling in ((2, (9, 900, 180), False), (1, (13, 606, 28), False),
-                                   (2, (9, 900, 180), True)):
-        B, T, supervised = pick(size, (2, 12, 3))
-        for model in (ours, reference):
-            if model is not None:
-                model.requires_grad_(stage == 2)
-        losses = {}
-        runs = step_runs(ours, reference, B, T, supervised, compiling, losses)
-        work = step_operations(ours, stage, B, T, supervised)
-        for name, ms in race(runs, turns=5, warm=2, flush=False).items():
-            row = {"stage": stage, "what": name, "ms": ms}
-            if not isinstance(ms, str):
-                row |= {"samples/s": 1000 * B / ms, "tokens/s": 1000 * B * T / ms,
-                        **speeds(work / 1e3, {"TFLOP/s": ms}, "GEMM"),
-                        "GB": peak(runs[name]), "loss": losses[name]}
-            yield row
+    # the row that says most comes first: what is behind it may be cut off
+    plan = ((2, (9, 900, 180), ("ours, none", "theirs, checkpointing", "ours, attention")),
+            (1, (13, 606, 28), ("ours, none", "theirs, checkpointing", "ours", "theirs")),
+            (2, (9, 900, 180), ("ours, full", "ours", "theirs")))
+    for stage, size, chosen in plan:
+        steps = Steps(ours, reference, stage, *pick(size, (2, 12, 3)))
+        for what in chosen:
+            kind, _, policy = what.partition(", ")
+            if kind == "ours":
+                name, run = what, partial(steps.step_ours, policy or None)
+            else:
+                name = what.replace("theirs", "transformers")
+                run = partial(steps.step_theirs, policy == "checkpointing")
+            yield f"stage {stage}, {name}", partial(step_row, steps, name, run)
 
 
-@torch.no_grad()
+# -------------------------------------------------------------------------------- generation
+
 def generate():
     """Tokens a second of Llama-2-7B behind 1,024 tokens, in bf16, int8 and int4, by generate.py's
     step, launched (`ours`) and recorded, and the most that reading allows (`most`: weights and
     cache once a token, at the copy's speed)."""
     ours, reference = llama_7b()
-    c, S, new = ours.config, *pick((1024, 64), (8, 2))
-    model, coded = ours, 16
-    for bits, B, how in ((16, 1, {}), (16, 8, {}), (8, 1, {}), (8, 8, {}), (4, 1, {}), (4, 8, {}),
-                         (16, 1, {"cache_implementation": "static"})):
-        ids, row = torch.randint(c.vocab, (B, S), device=DEVICE), {"bits": bits, "batch": B, **how}
-        if bits != coded:
-            model, coded = ours if bits == 16 else quantize(copy.deepcopy(ours), bits), bits
+    coded = {16: ours}
 
-        def text(length):
-            reference.generate(ids, min_new_tokens=length, max_new_tokens=length, do_sample=False,
-                            pad_token_id=0, **how)
+    def model(bits):
+        if bits not in coded:
+            coded[bits] = quantize(copy.deepcopy(ours), bits)
+        return coded[bits]
 
-        if not how:
-            cache = KVCache(c, B, S + 8, ours.embed.weight)
-            model.hidden(ids, cache)
-            step = DecodeStep(model, cache, Sampler(model, ids.tolist(), 1), ids[:, :1],
-                                 torch.full((B, 1), S, device=DEVICE))
+    for bits, B in ((16, 1), (8, 1), (4, 1), (16, 8), (8, 8), (4, 8)):
+        yield f"{bits} bits, batch {B}", lambda: token_row(model(bits), ours, B)
+    for B, how in ((1, {}), (8, {}), (1, {"cache_implementation": "static"})):
+        about = ", static cache" if how else ""
+        yield f"transformers, batch {B}{about}", partial(reference_row, reference, ours, B, how)
 
-            def token():
-                step.cache.at.fill_(S)         # the same token every time
-                step.cache.end.fill_(S + 1)
-                step()
 
-            token()
-            runs = {"ours": token}
-            if GPU:
-                try:
-                    runs["ours, graph"] = capture(token, torch.cuda.Stream()).replay
-                except UserError as error:
-                    row |= {"why": short(error), "ok": False}
-            row |= {name: 1000 * B / ms if isinstance(ms, float) else ms
-                    for name, ms in race(runs, turns=15, flush=False).items()}
-            weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-            row["most"] = CEILING["copy"] * 1e9 * B / (
-                weights - ours.embed.weight.nbytes + 2 * cache.k[:, :, :S].nbytes)
-        if bits == 16:
-            row["transformers"] = reference
-        if bits == 16 and not isinstance(reference, str):  # two lengths: the prompt's time cancels
-            one, more = race({n: partial(text, n) for n in (1, 1 + new)}, turns=5, warm=1,
-                             flush=False).values()
-            row["transformers"] = more if isinstance(more, str) else 1000 * B * new / (more - one)
-        yield row
+@torch.no_grad()
+def token_row(model, ours, B):
+    """Tokens a second of one step, over and over: launched, and as a CUDA graph."""
+    c, S = ours.config, pick(1024, 8)
+    ids = torch.randint(c.vocab, (B, S), device=DEVICE)
+    cache = KVCache(c, B, S + 8, ours.embed.weight)
+    runs, step = {}, []
+
+    def prompt():
+        model.hidden(ids, cache)
+        step.append(DecodeStep(model, cache, Sampler(model, ids.tolist(), 1), ids[:, :1],
+                               torch.full((B, 1), S, device=DEVICE)))
+
+    def token():
+        step[0].cache.at.fill_(S)               # the same token every time
+        step[0].cache.end.fill_(S + 1)
+        step[0]()
+
+    try:
+        attempt("ours", prompt)
+        attempt("ours", token)
+    except Failed as why:
+        return {"ours": str(why)}
+    runs["ours"] = token
+    row = {}
+    if GPU:
+        try:
+            runs["ours, graph"] = attempt("ours, graph", lambda: capture(
+                token, torch.cuda.Stream())).replay
+        except Failed as why:
+            row["ours, graph"] = str(why)
+    for name, ms in race(runs, turns=15, flush=False).items():
+        row[name] = 1000 * B / ms if isinstance(ms, float) else ms
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    read = weights - ours.embed.weight.nbytes + 2 * cache.k[:, :, :S].nbytes
+    return {**row, "most": CEILING["copy"] * 1e9 * B / read}
+
+
+def reference_row(reference, ours, B, how):
+    """Tokens a second of transformers' generate: of two lengths, so that the prompt's time cancels
+    out."""
+    if isinstance(reference, str):
+        return {"transformers": reference}
+    S, new = pick((1024, 64), (8, 2))
+    ids = torch.randint(ours.config.vocab, (B, S), device=DEVICE)
+
+    def text(length):
+        reference.generate(ids, min_new_tokens=length, max_new_tokens=length, do_sample=False,
+                           pad_token_id=0, **how)
+    found = race({f"transformers {n}": partial(text, n) for n in (1, 1 + new)}, turns=3, warm=1,
+                 flush=False)
+    if any(isinstance(ms, str) for ms in found.values()):
+        return found
+    one, more = found.values()
+    return {"transformers": 1000 * B * new / (more - one)}

@@ -14,8 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SLOW = ("toy", "train", "blip2_train", "blip2_llms", "compile", "adamw", "official", "objective",
         "kernels", "reports_judge", "instruct", "qformer_vlm", "qformer", "reports_loading",
-        "reports_models", "reports_train", "recipes", "readme", "page",
-        "browser")
+        "reports_models", "reports_train", "recipes", "readme", "page", "browser", "bench")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; `pytest -m gpu` runs the kernels on it")
 
 
 def pytest_collection_modifyitems(items):
