@@ -126,6 +126,8 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()                 # before torch is imported: --help answers at once
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads take each other's time
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:         # a GPU's memory in pieces: trainer/allocator
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import sys
 
@@ -138,6 +140,7 @@ from kernels.adamw import AdamW
 from toy.parts import clip_job, llama_job
 from toy.texts import description
 from toy.world import draw, make_scene
+from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
@@ -243,6 +246,7 @@ def vlm_job(args, out, device):
     model.llm.checkpoint, model.llm.offload = args.checkpoint, args.offload
     set_trainable(model, row.train, args.lora)
     local_params = shard_model(model)                       # one GPU: the parameters themselves
+    reserve(model, args)                                    # does the largest step fit the GPU?
 
     def loss(batch):
         # each token with loss has a weight: over a step they add up to the official mean of means

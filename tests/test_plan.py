@@ -1,7 +1,10 @@
 """train.py's forecast beside sums done by hand and what autograd keeps; LoRA; stand-in data."""
+import os
 import random
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +19,12 @@ import train
 from test_train import flags, here, parts, run, server, sha, unchanged_process  # noqa: F401
 from tiny import LIMIT, gap, shaken
 from formats.checkpoints import export
-from formats.errors import UsageError
+from formats.errors import TrainingFailed, UsageError
 from formats.names import LLAMA, fused_rows
 from formats.pictures import picture_path
 from toy.standin import stand_in, stand_in_row
 from train import parse_args as parse
-from trainer import forecast
+from trainer import allocator, forecast
 from trainer.forecast import (activation_bytes, choose_row_and_policy, fit_to_card,
                               flops_per_sample, memory_forecast, meta_model, static_bytes,
                               usable_bytes)
@@ -29,6 +32,7 @@ from trainer.lengths import CAPTIONS, MIXED, sample_lengths
 from trainer.loader import Samples
 from trainer.lora import LoRALinear, add_lora, merge_lora
 
+ROOT = Path(__file__).parents[1]
 POLICIES = (None, "none", "attention", "full")
 
 
@@ -188,6 +192,42 @@ def test_the_card_at_hand_decides(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a small card")
     with pytest.raises(UsageError, match="40.0 GB of a small card"):
         fit_to_card(asked(), train.set_trainable)
+
+
+def test_the_largest_step_is_allocated_before_the_first(monkeypatch):
+    """What is there already counts; what is free decides."""
+    args, held, asked_for = asked("--pack", "6144", "--checkpoint", "none"), [13.5e9], []
+    model = model_of(args)
+    need = total(args, 6144, "none")
+
+    def empty(size, free=60e9, **how):
+        asked_for.append(size)
+        if size > free:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch, "empty", empty)
+    allocator.reserve(model, args)                      # on the meta device: nothing to do
+    assert not asked_for
+    monkeypatch.setattr(allocator, "device_of", lambda model: torch.device("cuda"))
+    with pytest.raises(TrainingFailed, match="GB more of a card, 60.0 GB are free.*--pack"):
+        allocator.reserve(model, args)
+    held[0] = need - 59e9                               # control: 59 GB more, 60 are free
+    allocator.reserve(model, args)
+    assert asked_for == [pytest.approx(need - 13.5e9, abs=2), pytest.approx(59e9, abs=2)]
+
+
+def test_the_allocator_joins_freed_pages_unless_told_otherwise():
+    """Set before torch is imported; the user's own setting stays."""
+    code = ("import train; from trainer.allocator import setting; print(setting())")
+    plain = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    for env, said in (({}, "expandable_segments:True"),
+                      ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+                      ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, check=True,
+                              capture_output=True, env={**plain, **env})
+        assert done.stdout.strip() == said
 
 
 # ------------------------------------------------------------------------ what autograd keeps

@@ -30,6 +30,7 @@ import data
 from formats.errors import TrainingFailed
 from formats.files import atomic_write, rename_into_place
 from formats.strict_json import read_config
+from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
 from trainer.loader import MicroBatch, Samples
@@ -158,6 +159,7 @@ def write_manifest(out, args, job, dtype):
         "python": platform.python_version(), "torch": torch.__version__,
         "machine": platform.machine(), "device": str(next(job.model.parameters()).device),
         "threads": torch.get_num_threads(), "dtype": str(dtype), "seed": args.seed,
+        "allocator": allocator_setting(),
         "git": git_commit(), "steps": job.steps,
         "trained": sum(p.numel() for p in job.trained().values()), "frozen": sum(frozen)},
         indent=1) + "\n")
