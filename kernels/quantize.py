@@ -1,4 +1,4 @@
-"""kernels/quantize.py: one row times a matrix, at the speed at which the matrix is read.
+"""kernels/quantize.py: a few rows times a matrix, at the speed at which the matrix is read.
 
 While a text is written, every weight is read once a token and used once a row:
 
@@ -13,12 +13,20 @@ reads at its full speed, and fewer bytes a weight.
     int4    W ≈ s c        c in -8 .. 7, s a number for 128 weights of a row     0.52 bytes
 
 Weights only: x stays what it is, sums are fp32. s is the largest |w| / 127 (/ 7), so 0 is exact.
-A prompt, or a batch above 8, has many rows and its time is that of the products: there W is
-written out again for each pass; on a CPU, where there is no kernel, for every token.
+
+    B = 1         multiply and add in the threads that hold the codes; each thread keeps its own sums
+    B 2 to 16     the tensor cores: codes are turned into x's number format, which holds all of them
+                  exactly, x is padded to 16 rows; the codes are read and turned once for all rows
+    B above 16    a prompt, or a large batch: its time is that of the products, and W is written out
+                  again for each pass; so it is on a CPU, where there is no kernel, for every token
+
+Row by row, B rows would turn the codes into numbers B times, and that, not the reading, takes the
+time from B = 2 on: it would be slower than bf16, which has nothing to turn (computed, not measured).
 
 How int4 lies in memory: a group of 128 is 64 bytes, and byte j of it holds weight j in its low and
-weight j + 64 in its high half. So a thread reads 16 bytes in a row and its two halves meet two
-stretches of x, no bit is moved between threads; scales lie (C / 128, N), a group's side by side.
+weight j + 64 in its high half. So a thread reads 16 bytes in a row, and the two halves of what it
+read meet two stretches of x. Scales lie (C / 128, N), a group's side by side. Sums, and operands
+of the tensor cores, do go from thread to thread, through shared memory.
 
 Left out: activations in int8, calibration (GPTQ, AWQ): what is rounded is rounded to nearest.
 Anchor: gpt-fast, 62 % of an A100's practical bandwidth in int8 and 51 % in int4.
@@ -35,7 +43,8 @@ from torch import nn
 from kernels.launch import fused, jit, tl, triton
 
 GROUP = 128             # weights that share a scale in int4
-FEW = 8                 # rows of x up to which the weights are read coded, once a row
+FEW = 16                # rows of x up to which the weights are read coded: rows of a matrix product
+ROWS_ON_CPU = 8         # rows for which oneDNN lays out its blocks
 
 
 # ---- codes ----
@@ -114,12 +123,66 @@ def gemv_int4(x_ptr, codes_ptr, scales_ptr, y_ptr, N,
     tl.store(y_ptr + row * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=real)
 
 
-def tiles(bits):
+# ---- the same for 2 to 16 rows of x, on the tensor cores ----
+
+@jit
+def few_rows(x_ptr, offs_b, offs_c, rows, C: tl.constexpr):
+    """Columns offs_c of all rows of x, padded with zeros to as many rows as a product takes."""
+    inside = (offs_b < rows)[:, None] & (offs_c < C)[None, :]
+    return tl.load(x_ptr + offs_b[:, None] * C + offs_c[None, :], mask=inside, other=0.)
+
+
+@jit
+def few_int8(x_ptr, codes_ptr, scales_ptr, y_ptr, rows, N,
+             C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program: BLOCK_N rows of W for all rows of x."""
+    offs_b, offs_n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c, real = tl.arange(0, BLOCK_C), offs_n < N
+    at = offs_n.to(tl.int64)[:, None] * C
+    y = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        w = tl.load(codes_ptr + at + (c + offs_c)[None, :],
+                    mask=real[:, None] & (c + offs_c < C)[None, :], other=0)
+        x = few_rows(x_ptr, offs_b, c + offs_c, rows, C)
+        y = tl.dot(x, tl.trans(w.to(x.dtype)), y, input_precision="ieee")
+    y *= tl.load(scales_ptr + offs_n, mask=real, other=0.)[None, :]
+    tl.store(y_ptr + offs_b[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
+             mask=(offs_b < rows)[:, None] & real[None, :])
+
+
+@jit
+def few_int4(x_ptr, codes_ptr, scales_ptr, y_ptr, rows, N,
+             C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
+    """The same; HALF: bytes of a group, which meet two stretches of x."""
+    offs_b, offs_n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c, real = tl.arange(0, HALF), offs_n < N
+    GROUPS: tl.constexpr = (C + 2 * HALF - 1) // (2 * HALF)
+    at = offs_n.to(tl.int64)[:, None] * (GROUPS * HALF)
+    y = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for group in range(0, GROUPS):
+        w = tl.load(codes_ptr + at + (group * HALF + offs_c)[None, :], mask=real[:, None], other=0)
+        c = group * 2 * HALF + offs_c
+        low, high = few_rows(x_ptr, offs_b, c, rows, C), few_rows(x_ptr, offs_b, c + HALF, rows, C)
+        part = tl.dot(low, tl.trans(((w & 15).to(tl.float32) - 8.).to(low.dtype)),
+                      input_precision="ieee")
+        part = tl.dot(high, tl.trans(((w >> 4).to(tl.float32) - 8.).to(high.dtype)), part,
+                      input_precision="ieee")
+        y += part * tl.load(scales_ptr + group * N + offs_n, mask=real, other=0.)[None, :]
+    tl.store(y_ptr + offs_b[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
+             mask=(offs_b < rows)[:, None] & real[None, :])
+
+
+def tiles(bits, few=False):
     """A thread holds 16 bytes of codes in a row: 16 rows of 64 bytes are two warps' share."""
+    if few:
+        return {"ROWS": FEW, "BLOCK_N": 32, **({"HALF": GROUP // 2} if bits == 4 else
+                                               {"BLOCK_C": 256})}
     return {"BLOCK_N": 16, "HALF": GROUP // 2} if bits == 4 else {"BLOCK_N": 4, "BLOCK_C": 512}
 
 
 WARPS = {4: 2, 8: 4}
+# warps and stages of the second form: some 10 to 24 KB of codes a multiprocessor are on their way
+FEW_LAUNCH = {4: {"num_warps": 4, "num_stages": 6}, 8: {"num_warps": 4, "num_stages": 4}}
 
 
 # ---- the public function ----
@@ -135,13 +198,21 @@ def gemv(x, codes, scales):
     rows = x.reshape(-1, C)
     if not kernel:
         return gemv_spec(rows, codes, scales).view(*x.shape[:-1], N)
+    if not rows.numel():
+        return x.new_zeros(*x.shape[:-1], N)
     if len(rows) > FEW:
         return F.linear(x, written_out(codes, scales)[:, :C].to(x.dtype))
     rows, y = rows.contiguous(), torch.empty(len(rows), N, dtype=x.dtype, device=x.device)
-    bits = 4 if four else 8
-    size = tiles(bits)
-    (gemv_int4 if bits == 4 else gemv_int8)[(len(rows), triton.cdiv(N, size["BLOCK_N"]))](
-        rows, codes, scales, y, N, C=C, **size, num_warps=WARPS[bits], enable_fp_fusion=True)
+    bits, few = 4 if four else 8, len(rows) > 1
+    size = tiles(bits, few)
+    blocks = triton.cdiv(N, size["BLOCK_N"])
+    if few:
+        (few_int4 if four else few_int8)[(blocks,)](
+            rows, codes, scales, y, len(rows), N, C=C, **size, **FEW_LAUNCH[bits],
+            enable_fp_fusion=True)
+    else:
+        (gemv_int4 if four else gemv_int8)[(len(rows), blocks)](
+            rows, codes, scales, y, N, C=C, **size, num_warps=WARPS[bits], enable_fp_fusion=True)
     return y.view(*x.shape[:-1], N)
 
 
@@ -173,7 +244,7 @@ class Laid(nn.Module):
     def __init__(self, linear):
         super().__init__()
         weight, self.bias = linear.weight.detach(), linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_ON_CPU)
         # what one row reads
         self.weight = weight.T.contiguous().T if weight.dtype == torch.float32 else self.packed
 
@@ -217,16 +288,25 @@ def quantize(model, bits):
 
 def compile_cases():
     """The layers of LLaVA-1.5 7B and the toy's widths; no launch."""
-    cases = []
-    for bits, dtype, C in ((8, "bf16", 4096), (8, "bf16", 11008), (8, "fp16", 256),
-                           (4, "bf16", 4096), (4, "bf16", 11008), (4, "fp16", 256)):
+    cases, kernels = [], {(8, False): gemv_int8, (4, False): gemv_int4, (8, True): few_int8,
+                          (4, True): few_int4}
+    for bits, dtype, C, few in ((8, "bf16", 4096, False), (8, "bf16", 11008, False),
+                                (8, "fp16", 256, False), (4, "bf16", 4096, False),
+                                (4, "bf16", 11008, False), (4, "fp16", 256, False),
+                                (8, "bf16", 4096, True), (8, "fp16", 11008, True),
+                                (4, "bf16", 4096, True), (4, "fp16", 11008, True)):
+        signature = {"x_ptr": f"*{dtype}", "codes_ptr": "*u8" if bits == 4 else "*i8",
+                     "scales_ptr": "*fp32", "y_ptr": f"*{dtype}", "N": "i32"}
+        if few:
+            signature["rows"] = "i32"
         cases.append({
-            "name": f"gemv_int{bits} C{C} {dtype}", "kernel": gemv_int4 if bits == 4 else gemv_int8,
-            "signature": {"x_ptr": f"*{dtype}", "codes_ptr": "*u8" if bits == 4 else "*i8",
-                          "scales_ptr": "*fp32", "y_ptr": f"*{dtype}", "N": "i32"},
-            "constexprs": {"C": C, **tiles(bits)},
+            "name": f"{'few' if few else 'gemv'}_int{bits} C{C} {dtype}",
+            "kernel": kernels[bits, few], "signature": signature,
+            "constexprs": {"C": C, **tiles(bits, few)},
             "divisible": {"x_ptr", "codes_ptr", "scales_ptr", "y_ptr", "N"},
-            "num_warps": WARPS[bits], "num_stages": 3, "dot": False,
+            **(FEW_LAUNCH[bits] if few else {"num_warps": WARPS[bits], "num_stages": 3}),
+            # 16 rows: wgmma begins at 64, so sm_90 also gets mma.sync
+            "dot": "HMMA" if few else False,
             # of x and scales a group has one number a thread; the codes come 16 bytes at a time
             **({"wide": .6} if bits == 4 else {})})
     return cases

@@ -16,7 +16,8 @@ def layer(N, C, B, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("N, C, B", [(40, 256, 1), (37, 128, 3), (16, 640, 8), (9, 1152, 2)])
+@pytest.mark.parametrize("N, C, B", [(40, 256, 1), (37, 128, 3), (16, 640, 8), (9, 1152, 2),
+                                     (70, 384, 16), (33, 256, 9)])
 def test_equals_the_specification(N, C, B, bits, dtype):
     w, x = layer(N, C, B, dtype)
     codes, scales = ours.encode(w, bits)
@@ -34,6 +35,7 @@ def test_equals_the_specification(N, C, B, bits, dtype):
 def test_widths_that_fill_no_group(bits, C):
     w, x = layer(11, C, 2)
     codes, scales = ours.encode(w, bits)
+    torch.testing.assert_close(ours.gemv(x[:1], codes, scales), ours.gemv_spec(x[:1], codes, scales))
     torch.testing.assert_close(ours.gemv(x, codes, scales), ours.gemv_spec(x, codes, scales))
 
 
@@ -56,10 +58,36 @@ def test_codes(bits):
 
 
 def test_many_rows_are_a_plain_product(grounded):
-    w, x = layer(8, 128, 9)
+    w, x = layer(8, 128, 17)
     codes, scales = ours.encode(w, 4)
     torch.testing.assert_close(ours.gemv(x, codes, scales), ours.gemv_spec(x, codes, scales))
     with pytest.raises(AssertionError, match="launched"):           # control
         ours.gemv(x[:1], codes, scales)
     with pytest.raises(ValueError, match="wide"):
         ours.gemv(torch.ones(1, 129), codes, scales)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_several_rows_read_the_codes_once(bits, monkeypatch):
+    """From 2 rows on one program serves all rows; one row has a program of its own."""
+    grids = []
+    for name in ("gemv_int8", "gemv_int4", "few_int8", "few_int4"):
+        kernel = getattr(ours, name)
+
+        class Watched:
+            def __getitem__(self, grid, kernel=kernel, name=name):
+                grids.append((name, grid))
+                return kernel[grid]
+        monkeypatch.setattr(ours, name, Watched())
+    w, x = layer(64, 256, 5)
+    codes, scales = ours.encode(w, bits)
+    ours.gemv(x, codes, scales)
+    ours.gemv(x[:1], codes, scales)
+    assert grids == [(f"few_int{bits}", (2,)), (f"gemv_int{bits}", (1, 16 if bits == 8 else 4))]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_rows_are_no_launch(bits, grounded):
+    codes, scales = ours.encode(layer(8, 128, 1)[0], bits)
+    assert ours.gemv(torch.empty(0, 128), codes, scales).shape == (0, 8)
+    assert ours.gemv(torch.empty(2, 0, 128), codes, scales).shape == (2, 0, 8)
