@@ -40,8 +40,8 @@ So `none` comes first: what fits into memory should not be computed twice. And a
 not hold to `attention` inside would save all of its 6 layers at once in backward, 6 · 128.5 KiB
 = 6.5 GB: more than `attention` takes for all 32.
 
-offload sends what regions keep to pinned host memory on a stream of its own, and fetches it back
-one region ahead. `attention` sends 135 MB a layer: 5.4 ms at 25 GB/s of PCIe, beside a layer's
+offload (offload.py) sends what regions keep to pinned host memory on a stream of its own, and
+fetches it back one region ahead. `attention` sends 135 MB a layer: 5.4 ms at 25 GB/s of PCIe, beside a layer's
 forward of 3.3 TFLOP, 10.6 ms at an A100's 312 TFLOP/s. Computed; not run by us.
 
 A region must do the same in both runs. Random numbers are not put back to where they were, because
@@ -65,6 +65,8 @@ import weakref
 
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+from kernels.offload import hosting
 
 POLICIES = (None, "none", "attention", "full")
 
@@ -345,40 +347,6 @@ def recompute(function):
         ledger.sources.append((weakref.ref(out), Made(region, region.count)))
         return out
     return known
-
-
-# -------------------------------------------------------------------------------- offloading
-
-class Hosted:
-    """A tensor in pinned host memory, sent and fetched on a stream beside the one that computes."""
-
-    def __init__(self, x, side):
-        self.device, self.side, self.back = x.device, side, None
-        side.wait_stream(torch.cuda.current_stream(x.device))           # x has to be there first
-        with torch.cuda.stream(side):
-            self.host = torch.empty_like(x, device="cpu", pin_memory=True)
-            self.host.copy_(x, non_blocking=True)
-        x.record_stream(side)           # nobody gets x's memory before it has been read
-
-    def fetch(self):
-        if self.back is None:
-            with torch.cuda.stream(self.side):
-                self.back = self.host.to(self.device, non_blocking=True)
-
-    def get(self):
-        self.fetch()
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self.side)
-        self.back.record_stream(now)
-        return self.back
-
-
-def hosting(device):
-    """How to put a tensor of this device into host memory; None where it lies there already."""
-    if device.type != "cuda":
-        return None
-    side = torch.cuda.Stream(device)
-    return lambda x: Hosted(x, side)
 
 
 # ---------------------------------------------------------------------------- what a model calls

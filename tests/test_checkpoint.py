@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import clip
 import llama
-from kernels import checkpoint
+from kernels import checkpoint, offload
 from kernels.checkpoint import POLICIES, checkpointed, keep_output
 from tiny import shaken
 
@@ -323,6 +323,74 @@ def test_offload_moves_out_what_is_kept_and_fetches_one_ahead(launches, monkeypa
     assert len({n for kind, n in told if kind == "put"}) == 3 * DEPTH       # x, o, log-sum-exp
     _, stays = kept(model, loss, "full")
     assert size < stays - 2 * 2 * T * 64 * 4                        # its hooks no longer see them
+
+
+class Stream:
+    """Records who waits for what; an event is (its stream, the copies before it)."""
+    said, copies = [], 0
+
+    def wait_stream(self, other):
+        self.said.append("all of the other stream")
+
+    def wait_event(self, event):
+        self.said.append(event)
+
+    def record_event(self):
+        Stream.copies += 1
+        return Stream.copies
+
+
+def test_a_fetched_tensor_waits_for_its_own_copy_alone(monkeypatch):
+    side, now, arena = Stream(), Stream(), offload.Arena(4096, pinned=False)
+    monkeypatch.setattr(offload, "side_of", lambda device: (side, arena))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: None, raising=False)
+    x, y = torch.randn(5, 7), torch.randn(3, 2).T
+    away = [offload.Hosted(x), offload.Hosted(y)]
+    assert Stream.said == ["all of the other stream"] * 2       # what it sends has to be there
+    Stream.said.clear()
+    away[1].fetch()
+    away[0].fetch()                                             # on its way behind the first
+    away[1].fetch()                                             # asked for again: once is enough
+    assert torch.equal(away[1].get(), y) and Stream.said == [1]
+    assert torch.equal(away[0].get(), x) and Stream.said == [1, 2]
+    assert arena.lent == 2
+    del away
+    gc.collect()
+    assert arena.lent == 0
+
+
+def test_host_memory_is_cut_from_blocks_and_begins_again_when_all_is_back():
+    arena = offload.Arena(4096, pinned=False)
+    shapes = [(300,), (5, 7), (300,), (500,)]                   # 1,200 + 140 + 1,200 + 2,000 bytes
+    taken = [arena.take(torch.empty(shape)) for shape in shapes]
+    for number, x in enumerate(taken):
+        x.fill_(number)
+        assert x.shape == shapes[number] and x.data_ptr() % 64 == 0
+    assert all((x == number).all() for number, x in enumerate(taken))       # none lies on another
+    assert [len(block) for block in arena.blocks] == [4096, 4096]
+    for _ in taken[1:]:
+        arena.release()
+    assert arena.take(torch.empty(1)).data_ptr() != taken[0].data_ptr()     # one is still out
+    arena.release()
+    arena.release()
+    again = arena.take(torch.empty(5000))                       # larger than a block: of its own
+    assert len(arena.blocks) == 3 and len(arena.blocks[2]) == 32768
+    arena.release()
+    assert arena.take(torch.empty(3)).data_ptr() == taken[0].data_ptr() != again.data_ptr()
+
+
+def test_host_memory_keeps_the_order_in_memory():
+    """A view of what is kept is cut from it by its strides."""
+    arena = offload.Arena(4096, pinned=False)
+    x = torch.randn(2, 3, 4).permute(2, 0, 1)
+    host = arena.take(x).copy_(x)
+    assert host.stride() == x.stride() and torch.equal(host, x)
+    gaps = torch.randn(4, 8)[:, ::2]
+    assert torch.equal(arena.take(gaps).copy_(gaps), gaps)
+    assert arena.take(torch.empty(0, 3)).shape == (0, 3)
+    assert arena.take(torch.ones(2, dtype=torch.bool)).dtype == torch.bool
 
 
 def test_without_gradients_nothing_is_kept(launches):
