@@ -3,9 +3,15 @@
 A 7B step is 14 kernel launches a layer and 30 around the layers, 480 in all (counted in the code).
 Launched one by one they take longer on the host than on the GPU. A CUDA graph is one launch, but
 it repeats exactly the same kernels on the same addresses, so a step may not depend on a number
-that the host holds. `DecodeStep` keeps all that changes in tensors and updates them itself."""
+that the host holds. `DecodeStep` keeps all that changes in tensors and updates them itself.
+
+A captured step is kept for the next answer: where the batch, the room in the cache and the sampler
+are the same, and the weights lie where they lay, the new prompt's cache is copied into the old
+buffers and the graph is replayed from the second token on. One is kept for each model, and none
+whose cache is larger than KEPT_BYTES: the old buffers and the new prompt's are there at once."""
 
 import functools
+import weakref
 
 import torch
 
@@ -15,6 +21,8 @@ from llama import KVCache
 
 WARMUP_STEPS = 3    # steps before the capture: they compile the kernels, and an answer of a word or
                     # two has ended by then
+KEPT_BYTES = 2 ** 30
+KEPT = weakref.WeakKeyDictionary()      # llm -> (key, step, graph), while no answer uses them
 
 
 class StaticCache(KVCache):
@@ -29,6 +37,16 @@ class StaticCache(KVCache):
         self.at = torch.full((1,), cache.length, device=device)
         self.end = torch.full((batch,), cache.length + 1, dtype=torch.int32, device=device)
         self.length = None                          # the host does not know it any more
+
+    def refill(self, cache):
+        """The content of another KVCache, after its prompt, at the same addresses."""
+        T = cache.length
+        self.k[:, :, :T].copy_(cache.k[:, :, :T])
+        self.v[:, :, :T].copy_(cache.v[:, :, :T])
+        if self.attention_mask is not None:
+            self.attention_mask.copy_(cache.attention_mask)
+        self.at.fill_(T)
+        self.end.fill_(T + 1)
 
     def update(self, layer, k, v):
         """Store (B, 1, G, D) at row `at`; returns the whole buffer. Raises if there are more."""
@@ -55,6 +73,16 @@ class DecodeStep:
         """After the prompt: token (B, 1) chosen from its logits, position (B, 1) in its text."""
         self.llm, self.cache, self.sampler = llm, StaticCache(cache), sampler
         self.token, self.position = token.clone(), position.clone()
+
+    def restart(self, llm, cache, sampler, token, position):
+        """Another answer on the same addresses; the arguments of `DecodeStep`, of equal shapes."""
+        self.llm = llm
+        self.cache.refill(cache)
+        for name in ("u", "seen", "step"):
+            if getattr(sampler, name) is not None:
+                getattr(self.sampler, name).copy_(getattr(sampler, name))
+        self.token.copy_(token)
+        self.position.copy_(position)
 
     def __call__(self):
         # -1 means that a row's logits were NaN: the caller stops at it, here it needs a valid id
@@ -85,6 +113,15 @@ def capture(step, stream):
     return graph
 
 
+def graph_key(llm, cache, sampler):
+    """What a captured step depends on, but for the content of the tensors that `restart` fills."""
+    places = [t.data_ptr() for t in (*llm.parameters(), *llm.buffers())]
+    shapes = []
+    for t in (cache.k, cache.attention_mask, sampler.u, sampler.seen):
+        shapes.append(None if t is None else (t.shape, t.dtype, t.device))
+    return places, shapes, sampler.settings, sampler.penalty
+
+
 @functools.cache
 def capture_stream(device):
     """The stream to capture on: one a device, because PyTorch keeps cuBLAS's workspace for each."""
@@ -109,11 +146,21 @@ def decode_graph(llm, x, attention_mask, cache, sampler, count):
     lengths = attention_mask.sum(1, keepdim=True)                           # (B, 1)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)              # (B, T)
     first = sampler(llm.next_logits(x, cache, position_ids, attention_mask))
-    step = DecodeStep(llm, cache, sampler, first[:, None], lengths)
+    start, key = (llm, cache, sampler, first[:, None], lengths), graph_key(llm, cache, sampler)
+    # taken out while it is used: two answers that take turns must not share buffers
+    kept, step, graph = KEPT.pop(llm, (None, None, None))
+    if SPEC or kept != key:
+        step = graph = None             # its memory goes before the new one's comes
+        step = DecodeStep(*start)
+    else:
+        step.restart(*start)
+    del start, cache, sampler           # of a kept step it has its own
     yield step.token[:, 0].tolist()
 
     stream, current = capture_stream(x.device), torch.cuda.current_stream(x.device)
-    warmup = count if SPEC else min(count, WARMUP_STEPS)
+    warmup = 1 if graph else min(count, WARMUP_STEPS)
+    if SPEC:
+        warmup = count
     for _ in range(1, warmup):
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -123,9 +170,21 @@ def decode_graph(llm, x, attention_mask, cache, sampler, count):
     if warmup == count:
         return
 
-    graph = capture(step, stream)
+    graph = graph or capture(step, stream)
+    try:
+        yield from replayed_ids(step, graph, warmup, count, current)
+    finally:
+        if 2 * step.cache.k.nbytes <= KEPT_BYTES:
+            step.llm = None             # or the model would never be freed
+            KEPT[llm] = key, step, graph
+
+
+def replayed_ids(step, graph, warmup, count, current):
+    """The ids of steps `warmup` to count - 1, a list of B each, from replays of the graph.
+
+    current: the stream that they run on."""
     # two buffers on the host: one is read while the GPU copies into the other
-    ids = torch.empty(2, len(x), dtype=torch.long).pin_memory()
+    ids = torch.empty(2, len(step.token), dtype=torch.long).pin_memory()
     copied = torch.cuda.Event(), torch.cuda.Event()
     for n in range(warmup, count + 1):
         if n < count:

@@ -39,6 +39,10 @@ Adam is never touched.
 
 Random numbers are a hash of place, step and seed: nothing to keep, the same on every device.
 
+The same bits? Weights and low halves that come out of equal moments are, in the kernel and in the
+specification, because both round division and square root correctly. The codes of the moments need
+not be: there a GPU takes its quick square root, and a code may come out one higher or lower.
+
 Alone: `python -m kernels.adamw` prints errors against fp64 and, on a GPU, GB/s beside a copy.
 Next: bench/, all of this against what people use.
 """
@@ -138,6 +142,14 @@ def encode(x, root, top, word, up=0):
     return code.clamp(max=top), scale
 
 
+def square_root(x):
+    """The square root, correctly rounded, as the kernel takes it for the weight.
+
+    quirk: PyTorch's own on a CPU is one unit in the last place off for some numbers (MKL's vector
+    square root; on one EPYC for .2 of uniform ones). A double's, cut to a float, is exact."""
+    return x.double().sqrt().float()
+
+
 def adamw_spec(weight, low, grad, m, v, m_scale, v_scale, s):
     """One step in place, all tensors flat: weight bf16 with low int16, or bf16 with low None
     (stochastic), or fp32 with low None. Every operation in fp32, rounded as the kernel rounds."""
@@ -145,7 +157,7 @@ def adamw_spec(weight, low, grad, m, v, m_scale, v_scale, s):
     g = grad.float()
     new_m = decode_m(m, m_scale) * s.beta1 + g * s.rest1
     new_v = decode_v(v, v_scale) * s.beta2 + g * g * s.rest2
-    change = new_m * -s.size / (new_v.sqrt() / s.root + s.eps)
+    change = new_m * -s.size / (square_root(new_v) / s.root + s.eps)
     wide = weight if weight.dtype == torch.float32 else weight.float() if low is None else join(
         weight, low)
     wide = wide * s.decay + change.clamp(-s.limit, s.limit)
@@ -155,10 +167,10 @@ def adamw_spec(weight, low, grad, m, v, m_scale, v_scale, s):
         low.copy_(rest)
     else:
         weight.copy_(wide if weight.dtype == torch.float32 else cut(wide, word))
-    code, scale = encode(new_m, torch.sqrt, 127, word >> 16 & 255)
+    code, scale = encode(new_m, square_root, 127, word >> 16 & 255)
     m.copy_(code * new_m.sign())
     m_scale.copy_(scale)
-    code, scale = encode(new_v, lambda x: x.sqrt().sqrt(), 255, word >> 24, up=4)
+    code, scale = encode(new_v, lambda x: square_root(square_root(x)), 255, word >> 24, up=4)
     v.copy_(code)
     v_scale.copy_(scale)
 

@@ -591,11 +591,13 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse, *data = ctx.saved_tensors
         (B, T, H, D), (S, G), mask = q.shape, k.shape[1:3], (*ctx.rule, *data)
-        dq, dk, dv = q.new_zeros(B, T, H, D), k.new_zeros(B, S, G, D), v.new_zeros(B, S, G, D)
-        if out.numel():
-            dout, delta = dout.contiguous(), torch.empty_like(lse)
-            launch(dq_kernel, "dq", T, H, (out, dout, lse, delta, dq), q, k, v, *mask)
-            launch(dkv_kernel, "dkv", S, G, (dout, lse, delta, dk, dv), q, k, v, *mask)
+        sizes = (B, T, H, D), (B, S, G, D), (B, S, G, D)
+        if not out.numel():                 # no queries: nothing is launched, gradients are 0
+            return *(q.new_zeros(size) for size in sizes), *[None] * 5
+        dq, dk, dv = (q.new_empty(size) for size in sizes)     # the kernels write every number
+        dout, delta = dout.contiguous(), torch.empty_like(lse)
+        launch(dq_kernel, "dq", T, H, (out, dout, lse, delta, dq), q, k, v, *mask)
+        launch(dkv_kernel, "dkv", S, G, (dout, lse, delta, dk, dv), q, k, v, *mask)
         return dq, dk, dv, *[None] * 5
 
 

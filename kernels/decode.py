@@ -235,8 +235,11 @@ def decode(q, k, v, attention_mask=None, lengths=None, splits=None, allow=causal
     B, _, H, D = q.shape
     S, G = k.shape[1:3]
     size = tiles(H // G, D, q.element_size())
+    if not B:
+        return torch.empty_like(q)
     if splits is None:                      # two programs a multiprocessor hide each other's waits
-        splits = triton.cdiv(2 * (8 if INTERPRET else processors(q.device)), B * G)
+        # down: one program more than there is room for would wait for a whole round of the others
+        splits = 2 * (8 if INTERPRET else processors(q.device)) // (B * G)
     # no more than there are tiles, and no more than the merge holds in registers at once
     splits = max(1, min(splits, triton.cdiv(S, size["BLOCK_N"]), 64))
     chunk = triton.cdiv(triton.cdiv(S, splits), size["BLOCK_N"]) * size["BLOCK_N"]

@@ -1,11 +1,13 @@
 """Decoding: the fixed step, penalties, stop texts, weights, where words looked, bad input."""
 import contextlib
 import copy
+import gc
 import importlib
 import json
 import math
 import sys
 from pathlib import Path
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +74,7 @@ def replays(monkeypatch):
         waits = SimpleNamespace(wait_stream=lambda other: None)
         event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
         capture_stream.cache_clear()
+        cuda_graph.KEPT.clear()
         for name, it in {"Stream": lambda device: waits, "current_stream": lambda *device: waits,
                          "stream": lambda it: contextlib.nullcontext(), "Event": lambda: event,
                          "CUDAGraph": Graph, "graph": graph}.items():
@@ -110,6 +113,50 @@ def test_the_fixed_step_says_the_same(model, pixels, replays, settings, codes):
     assert every() == together and len(set(map(tuple, together))) == 4
     assert (counts.run, counts.recorded, counts.replayed) == (2, 1, 9)
     assert alone() == single
+    # the last one is kept: the same again is replayed from the second token on
+    before = counts.recorded, counts.run
+    assert alone() == single and (counts.recorded, counts.run) == before
+    assert every() == together and counts.recorded == before[0] + 1     # another shape
+
+
+def test_a_kept_step_is_used_only_where_all_is_equal(model, pixels, replays, monkeypatch):
+    model = copy.deepcopy(model)
+    ids, longer = asked(model, "What is it?"), asked(model, "What is it, then?")
+    settings = {"temperature": 1.0}
+
+    def say(ids=ids, picture=0, seed=1, **other):
+        return list(g.generate(model, ids, pixels[picture], 12, seed=seed, eos=-1, **settings,
+                               **other))
+    want = {(picture, seed): say(picture=picture, seed=seed)
+            for picture in (0, 2) for seed in (1, 2)}
+    other = say(longer), say(top_k=5)
+    counts = replays()
+    for (picture, seed), answer in want.items():            # other pictures, other random numbers
+        assert say(picture=picture, seed=seed) == answer
+    assert counts.recorded == 1
+    assert (say(longer), say(top_k=5)) == other and counts.recorded == 3
+    # two answers that take turns have a step each
+    first, second = (iter(g.generate(model, ids, pixels[n], 12, seed=1, eos=-1, **settings))
+                     for n in (0, 2))
+    both = [token for pair in zip(first, second) for token in pair]
+    assert (both[::2], both[1::2]) == (want[0, 1], want[2, 1])
+    # weights in another place: what was recorded reads the old ones
+    recorded = counts.recorded
+    assert say() == want[0, 1] and counts.recorded == recorded
+    head = model.llm.head
+    head.weight = torch.nn.Parameter(head.weight.detach().flip(0).contiguous())
+    assert say() != want[0, 1] and counts.recorded == recorded + 1
+    # a large cache is not kept, and a model that has gone takes its step with it
+    assert model.llm in cuda_graph.KEPT
+    monkeypatch.setattr(cuda_graph, "KEPT_BYTES", 1)
+    say()
+    assert model.llm not in cuda_graph.KEPT
+    monkeypatch.setattr(cuda_graph, "KEPT_BYTES", 2 ** 30)
+    say()
+    alive = weakref.ref(model.llm)
+    del model, head, first, second
+    gc.collect()
+    assert alive() is None and not len(cuda_graph.KEPT)
 
 
 @pytest.mark.parametrize("wrong", ["place", "end", "token", "step"])
@@ -160,6 +207,7 @@ def test_ends_and_rooms_of_the_fixed_step(model, words, replays):
     assert list(g.generate(model.llm, prompts[0], None, 50, eos=end)) == first[-1]
     assert counts.run + counts.replayed == said + 1                 # one step for nothing
     counts.run = counts.recorded = 0
+    cuda_graph.KEPT.clear()
     list(g.generate(model.llm, prompts[0], None, 50, eos=first[-1][1]))
     assert (counts.run, counts.recorded) == (1, 0)              # a short answer: none is recorded
 

@@ -37,12 +37,7 @@ def both(n, kind, grad, s):
     """The state after one more step, of the kernel and of the specification."""
     ours, spec = begin(n, kind), begin(n, kind)
     adamw.adamw_step(*ours[:2], grad, *ours[2:], s)
-    with pytest.MonkeyPatch.context() as patch:
-        # quirk: PyTorch's square root on a CPU is an ulp off in one of 200 numbers (MKL's). The
-        # kernel's is correctly rounded, and so is that of a double, cut to a float.
-        for owner in (torch, torch.Tensor):
-            patch.setattr(owner, "sqrt", lambda x: x.double().pow(.5).float())
-        adamw.adamw_spec(*spec[:2], grad, *spec[2:], s)
+    adamw.adamw_spec(*spec[:2], grad, *spec[2:], s)
     return ours, spec
 
 
@@ -51,7 +46,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", ["split", "stochastic", "fp32"])
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000, 100_003])
 def test_the_kernel_is_the_specification_to_the_bit(kind, n):
     for dtype in (torch.float32, torch.float16):
         start = begin(n, kind)
@@ -59,6 +54,20 @@ def test_the_kernel_is_the_specification_to_the_bit(kind, n):
         for name, a, b in zip(NAMES, ours, spec):
             assert same(a, b), (name, kind, n)
     assert not same(start[0], ours[0]) and not same(start[5], ours[5])  # something did happen
+
+
+def test_a_square_root_that_is_not_rounded_correctly_is_seen(monkeypatch):
+    """Control, and why the specification has a square root of its own: with one that is a unit off
+    in every tenth number a few masters of 100,003 differ, each by little."""
+    def rough(x):
+        exact = x.double().sqrt().float()
+        bits = exact.view(torch.int32)
+        tenth = (torch.arange(x.numel()) % 10 == 0).view(x.shape) & (exact > 0)
+        return (bits + tenth.int()).view(torch.float32)
+    monkeypatch.setattr(adamw, "square_root", rough)
+    ours, spec = both(100_003, "fp32", gradient(100_003, 3), settings(3))
+    far = (ours[0] - spec[0]).abs()
+    assert 0 < float((far > 0).float().mean()) < .1 and float(far.max()) < 1e-6
 
 
 def test_another_seed_rounds_otherwise():

@@ -255,3 +255,25 @@ def test_every_shipped_tile_is_offered_to_the_compiler():
     tiles = {(c["sm"], c["constexprs"]["BLOCK_D"], c["constexprs"]["BLOCK"],
               c["constexprs"]["STEP"], c["num_warps"], c["num_stages"]) for c in cases}
     assert tiles == {(*key, *tile) for key, row in MODULE.TILES.items() for tile in row.values()}
+
+
+@pytest.mark.parametrize("rule, T, S, G", [(causal, 65, 65, 2), (full, 33, 70, 4), (itg, 40, 40, 1)])
+def test_gradients_are_written_whole(rule, T, S, G, monkeypatch):
+    """Their memory is not cleared first: NaN in it would be seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(x, *size, **how):
+        return new_empty(x, *size, **how).fill_(torch.nan)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    mask = torch.ones(2, S, dtype=torch.bool)
+    mask[1, S // 2] = False
+    leaves = [torch.randn(2, n, heads, 16, requires_grad=True) for n, heads in (
+        (T, 4), (S, G), (S, G))]
+    out = attention(*leaves, rule, 8, 0, mask)
+    for grad in torch.autograd.grad(out, leaves, torch.randn_like(out)):
+        assert grad.isfinite().all()
+    for empty in (leaves[0][:, :0], leaves[0][:0]):         # no queries, no samples
+        rows = [empty, *(t[:len(empty)] for t in leaves[1:])]
+        out = attention(*rows, full)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert all((grad == 0).all() for grad in grads)

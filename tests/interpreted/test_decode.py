@@ -101,6 +101,33 @@ def test_a_view_of_q_and_one_wide_cache():
     assert close(decode(wide[..., :16], k, v), q, k, v)
 
 
+def test_no_rows_are_no_launch(grounded):
+    q, k, v = cache(2, 20, 4, 2, 16)
+    assert decode(q[:0], k[:0], v[:0]).shape == (0, 1, 4, 16)
+    lengths = torch.zeros(0, dtype=torch.int32)
+    assert decode(q[:0], k[:0], v[:0], lengths=lengths).shape == (0, 1, 4, 16)
+
+
+@pytest.mark.parametrize("B, G, slots, splits", [
+    (1, 32, 216, 6), (1, 32, 264, 8), (8, 32, 264, 1), (3, 2, 216, 36), (1, 1, 216, 60)])
+def test_no_more_programs_than_there_is_room_for(B, G, slots, splits, monkeypatch):
+    """An A100 has 108 multiprocessors for two programs each, an H100 132. The cache has 360 tiles;
+    a merge takes 64 parts at most, here 60 of 6 tiles."""
+    grids = []
+
+    class Watched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **named: None
+    monkeypatch.setattr(ours, "decode_chunk", Watched())
+    monkeypatch.setattr(ours, "decode_merge", Watched())
+    monkeypatch.setattr(ours, "INTERPRET", False)
+    monkeypatch.setattr(ours, "processors", lambda device: slots // 2)
+    q, k, v = cache(B, 360 * 32, G, G, 8)
+    decode(q, k, v)
+    assert grids[0] == (splits, G, B) and splits * G * B <= max(slots, G * B)
+
+
 def test_what_it_refuses(grounded):
     q, k, v = cache(2, 20, 4, 2, 16)
     none = torch.zeros(2, 20, dtype=torch.bool)
