@@ -192,7 +192,13 @@ TILES = {
     (90, 64): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (128, 32, 8, 2)},
     (90, 128): {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (128, 32, 8, 2)},
 }
-SMALL = (32, 32, 4, 1)          # fp32, which is there to be right, not fast; and the interpreter
+# fp32 has no tensor cores here: every number of a tile lies in a thread's registers. With 4 warps
+# and 32 x 32, D 128, the loops spill (1.7 KB of stack)
+FLOAT_TILES = {
+    64: {"forward": (32, 32, 8, 1), "dq": (32, 32, 8, 1), "dkv": (32, 32, 8, 1)},
+    128: {"forward": (32, 16, 8, 1), "dq": (16, 16, 8, 1), "dkv": (32, 16, 8, 1)},
+}
+SMALL = (32, 32, 4, 1)          # the interpreter's
 
 
 def sized(kernel):
@@ -550,10 +556,13 @@ def check(q, k, v, allow, n, start, attention_mask, doc_spans):
 
 def tiles(kernel, q):
     """BLOCK, STEP, warps, stages of this kernel for q's head size and q's GPU."""
-    if INTERPRET or q.dtype == torch.float32:
+    if INTERPRET:
         return SMALL
+    size = 64 if q.shape[3] <= 64 else 128
+    if q.dtype == torch.float32:
+        return FLOAT_TILES[size][kernel]
     hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    return TILES[90 if hopper else 80, 64 if q.shape[3] <= 64 else 128][kernel]
+    return TILES[90 if hopper else 80, size][kernel]
 
 
 def launch(kernel, name, rows, heads, tensors, q, k, v, allow, n, start, attention_mask, doc_spans):
@@ -654,7 +663,23 @@ def compile_cases():
                     # Triton 3.6 loads lse and delta, one number a row, in the matrix product's
                     # layout, 4 bytes at a time and once in every thread; q, k, v, do stay wide
                     **({"wide": .25} if name == "dkv" else {})})
-    return cases
+    return cases + float_cases(cases)
+
+
+def float_cases(cases):
+    """The backward kernels in fp32: their products are multiply-adds, whose loop must not spill."""
+    found = []
+    for case in cases:
+        kernel = case["name"].split()[0].removeprefix("attention.")
+        if kernel != "forward" and "D=128 causal" in case["name"]:
+            block, step, warps, stages = FLOAT_TILES[128][kernel]
+            kinds = {name: "*fp32" if kind == "*bf16" else kind
+                     for name, kind in case["signature"].items()}
+            found.append({**case, "name": case["name"] + ", fp32", "signature": kinds,
+                          "constexprs": {**case["constexprs"], "BLOCK": block, "STEP": step},
+                          "num_warps": warps, "num_stages": stages, "dot": False, "hot": "FFMA",
+                          "wide": .25})
+    return found
 
 
 def report(device, T=577, H=4, D=64):

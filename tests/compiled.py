@@ -8,8 +8,9 @@ compiled for sm_80 (A100) and sm_90 (H100, H200), or the one of them that its "s
 disassembled. Faults:
 
     shared memory    more than a block may have: 163 KB and 227 KB
-    spills           LDL or STL (registers pushed out to memory) in a loop with matrix instructions;
-                     before or after the loop they cost nothing
+    spills           LDL or STL (registers pushed out to memory) in a loop with matrix instructions,
+                     or with those that "hot" of a case names; before or after the loop they cost
+                     nothing
     no HMMA, HGMMA   a case with "dot": True runs on the tensor cores: mma.sync (HMMA) on sm_80,
                      wgmma (HGMMA) on sm_90. Two exceptions, where sm_90 uses mma.sync as well:
                      num_warps not a multiple of 4 (wgmma needs whole groups of 4 warps), and
@@ -138,7 +139,7 @@ def examine(case, arch):
         return found | {"faults": [f"does not compile: {str(error).strip().splitlines()[-1]}"]}
     registers, stack, code = disassemble(made.asm["cubin"])
     matrix = [op.split(".")[0] for _, _, op, _ in code if re.match(r"HG?MMA", op)]
-    hot = loops_with(code, lambda op: re.match(r"HG?MMA", op))
+    hot = loops_with(code, lambda op: re.match(case.get("hot", "HG?MMA"), op))
     spills = sum(code[i][2].split(".")[0] in ("LDL", "STL") for i in hot)
     loads = [n for _, _, op, _ in code if (n := bits(op))]
     enough = 64 if {"*i8", "*u8"} & {*types.values()} else 128
