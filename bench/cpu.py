@@ -225,6 +225,38 @@ def cpu_step():
                "first loss": losses["padded"][0], "ok": agree}
 
 
+# ------------------------------------------------------------------- gradients of micro-batches
+
+def summed_gradients(model, samples, grad_dtype):
+    """All gradients of the mean loss of the samples, added up one sample after the other."""
+    trained = [p for name, p in model.named_parameters() if trains_in(2, name)]
+    for p in trained:
+        p.grad, p.grad_dtype = None, grad_dtype
+    for image, talk in samples:
+        ids, labels = data.encode(talk, "v1", model.tokenizer, 1)
+        pixels = data.preprocess(image, model.image_size, "pad").to(trained[0].dtype)
+        loss = model.loss(torch.tensor([ids]), torch.tensor([labels]), pixels)
+        (loss / len(samples)).backward()
+    return torch.cat([p.grad.flatten().double() for p in trained if p.grad is not None])
+
+
+def cpu_sums():
+    """The gradient of a step of the toy's stage 2 with bf16 weights, its micro-batches added up in
+    bf16 and in fp32: relative distances to the gradient of the same weights with everything in
+    fp32, and of the two to each other. What a micro-batch's own gradient is off by, no sum can
+    mend."""
+    exact = new_vlm(TOY / "clip", TOY / "llama").bfloat16().float()
+    rough = copy.deepcopy(exact).bfloat16()
+    for n in (1, 4, 19, 64):
+        samples = [training_sample(0, 2, i, "dialogue") for i in range(n)]
+        truth = summed_gradients(exact, samples, torch.float32)
+        row, found = {"what": f"{n} micro-batches"}, []
+        for name, grad_dtype in (("bf16 sums", torch.bfloat16), ("fp32 sums", torch.float32)):
+            found.append(summed_gradients(rough, samples, grad_dtype))
+            row[name] = float((found[-1] - truth).norm() / truth.norm())
+        yield {**row, "apart": float((found[0] - found[1]).norm() / found[1].norm())}
+
+
 # ------------------------------------------------------------------------------- quantization
 
 @torch.no_grad()

@@ -14,6 +14,38 @@ from torch import nn
 from formats.names import fused_rows
 
 
+class AddParts(torch.autograd.Function):
+    """y += the parts B_i low_i side by side, in place.
+
+    Each product adds to its own columns of y. Written out, the parts would be put side by side and
+    added: 5 passes over y instead of 2, and its memory once more. Of the 7B, 42,496 numbers a token
+    and layer: for 8,192 tokens in bf16 111 GB of traffic a forward instead of 45 (computed)."""
+
+    @staticmethod
+    def forward(ctx, y, low, b, sizes):
+        """y (N, sum C_i), low (N, parts * r), b (sum C_i, r), sizes: C_i."""
+        ctx.save_for_backward(low, b)
+        ctx.sizes = sizes
+        ctx.mark_dirty(y)
+        parts = low.chunk(len(sizes), -1)
+        for columns, part, rows in zip(y.split(sizes, -1), parts, b.split(sizes)):
+            columns.addmm_(part, rows.t())
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        low, b = ctx.saved_tensors
+        dlow, db = torch.empty_like(low), torch.empty_like(b)
+        count = len(ctx.sizes)
+        for columns, part, rows, dpart, drows in zip(
+                dy.split(ctx.sizes, -1), low.chunk(count, -1), b.split(ctx.sizes),
+                dlow.chunk(count, -1), db.split(ctx.sizes)):
+            dpart.copy_(columns @ rows)
+            torch.mm(columns.t(), part, out=drows)
+        return dy, dlow, db, None
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained addition to each of its parts i (q, k and v are three):
 
@@ -33,10 +65,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         low = self.scale * nn.functional.linear(x, self.a)                  # (..., parts * r)
-        added = []
-        for part, b in zip(low.chunk(len(self.sizes), -1), self.b.split(self.sizes)):
-            added.append(nn.functional.linear(part, b))                     # (..., C_i)
-        return nn.functional.linear(x, self.weight) + torch.cat(added, -1)
+        y = nn.functional.linear(x, self.weight)                            # (..., sum C_i)
+        flat = AddParts.apply(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]),
+                              self.b.to(y.dtype), self.sizes)               # under autocast bf16
+        return flat.view(y.shape)
 
     @torch.no_grad()
     def merged(self):
