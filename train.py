@@ -126,7 +126,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()                 # before torch is imported: --help answers at once
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads take each other's time
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:         # a GPU's memory in pieces: trainer/allocator
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:         # rows differ in length: trainer/allocator
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import sys

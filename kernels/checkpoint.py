@@ -41,8 +41,8 @@ not hold to `attention` inside would save all of its 6 layers at once in backwar
 = 6.5 GB: more than `attention` takes for all 32.
 
 offload (offload.py) sends what regions keep to pinned host memory on a stream of its own, and
-fetches it back one region ahead. `attention` sends 135 MB a layer: 5.4 ms at 25 GB/s of PCIe, beside a layer's
-forward of 3.3 TFLOP, 10.6 ms at an A100's 312 TFLOP/s. Computed; not run by us.
+fetches it back one region ahead. `attention` sends 135 MB a layer: 5.4 ms at 25 GB/s of PCIe,
+beside a layer's forward of 3.3 TFLOP, 10.6 ms at an A100's 312 TFLOP/s. Computed; not run by us.
 
 A region must do the same in both runs. Random numbers are not put back to where they were, because
 no model here draws any: dropout in training is refused (F.dropout inside a function is not seen).

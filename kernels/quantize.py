@@ -14,14 +14,14 @@ reads at its full speed, and fewer bytes a weight.
 
 Weights only: x stays what it is, sums are fp32. s is the largest |w| / 127 (/ 7), so 0 is exact.
 
-    B = 1         multiply and add in the threads that hold the codes; each thread keeps its own sums
+    B = 1         multiply and add in the threads that hold the codes; each has its own sums
     B 2 to 16     the tensor cores: codes are turned into x's number format, which holds all of them
                   exactly, x is padded to 16 rows; the codes are read and turned once for all rows
     B above 16    a prompt, or a large batch: its time is that of the products, and W is written out
                   again for each pass; so it is on a CPU, where there is no kernel, for every token
 
 Row by row, B rows would turn the codes into numbers B times, and that, not the reading, takes the
-time from B = 2 on: it would be slower than bf16, which has nothing to turn (computed, not measured).
+time from B = 2 on: slower than bf16, which has nothing to turn (computed, not measured).
 
 How int4 lies in memory: a group of 128 is 64 bytes, and byte j of it holds weight j in its low and
 weight j + 64 in its high half. So a thread reads 16 bytes in a row, and the two halves of what it
