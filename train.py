@@ -152,7 +152,7 @@ from trainer.plan import print_plan
 from trainer.run_folder import output_folders, Run
 from trainer.schedules import lr_schedule
 from trainer.show import show_batch
-from trainer.step import choose_gradient_sums, GradientStep
+from trainer.step import GradientStep
 
 
 # ---------------------------------------------------------------- what trains, and with which rate
@@ -245,7 +245,6 @@ def vlm_job(args, out, device):
     model = start_model(args, out).to(device)               # new, or the result of the stage before
     model.llm.checkpoint, model.llm.offload = args.checkpoint, args.offload
     set_trainable(model, row.train, args.lora)
-    choose_gradient_sums(model, args)
     local_params = shard_model(model)                       # one GPU: the parameters themselves
     reserve(model, args)                                    # does the largest step fit the GPU?
 

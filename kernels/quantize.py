@@ -181,7 +181,8 @@ def tiles(bits, few=False):
 
 
 WARPS = {4: 2, 8: 4}
-# warps and stages of the second form: some 10 to 24 KB of codes a multiprocessor are on their way
+# warps and stages of the second form: some 10 to 24 KB of codes a multiprocessor are on their way;
+# in fp32 there are fewer, or x would not fit the 99 KB of shared memory of a consumer's card
 FEW_LAUNCH = {4: {"num_warps": 4, "num_stages": 6}, 8: {"num_warps": 4, "num_stages": 4}}
 
 
@@ -204,11 +205,12 @@ def gemv(x, codes, scales):
         return F.linear(x, written_out(codes, scales)[:, :C].to(x.dtype))
     rows, y = rows.contiguous(), torch.empty(len(rows), N, dtype=x.dtype, device=x.device)
     bits, few = 4 if four else 8, len(rows) > 1
+    launch = FEW_LAUNCH[bits] if x.dtype != torch.float32 else {"num_warps": 4, "num_stages": 2}
     size = tiles(bits, few)
     blocks = triton.cdiv(N, size["BLOCK_N"])
     if few:
         (few_int4 if four else few_int8)[(blocks,)](
-            rows, codes, scales, y, len(rows), N, C=C, **size, **FEW_LAUNCH[bits],
+            rows, codes, scales, y, len(rows), N, C=C, **size, **launch,
             enable_fp_fusion=True)
     else:
         (gemv_int4 if four else gemv_int8)[(len(rows), blocks)](

@@ -91,9 +91,6 @@ FLAGS = {
              "(default, but for the toy)", choices=("adamw", "adamw8")),
         flag("--stochastic", "adamw8 without masters: weights are rounded at random, a third less "
              "memory", action="store_true"),
-        flag("--gradient-sums", "the number format in which adamw8 adds up the gradients of a step's "
-             "micro-batches; fp32: 2 bytes a weight more", choices=("bf16", "fp32"),
-             default="bf16"),
         flag("--checkpoint", "what backward recomputes: norms and products; all but attention; "
              "all (default none)", choices=("none", "attention", "full")),
         flag("--offload", "keep what --checkpoint keeps in the host's memory", action="store_true"),
@@ -264,8 +261,5 @@ def faults_of_batch(args, row):
     yield args.plan and (args.stage == 0 or row.losses), "--plan is for stages with a LLaMA"
     yield not 0 < args.mfu <= 1 or args.memory is not None and not 0 < args.memory < 1e5, (
         "--mfu is a share above 0, at most 1; --memory a number of GB")
-    yield args.gradient_sums == "fp32" and (args.optimizer != "adamw8" or args.dtype == "fp32"), (
-        "--gradient-sums fp32 is for bf16 weights, those of --optimizer adamw8; with other weights "
-        "gradients are fp32 already")
     yield args.offload and args.checkpoint not in ("attention", "full"), (
         "--offload goes with --checkpoint attention or full")

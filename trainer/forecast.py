@@ -263,8 +263,7 @@ def static_bytes(model, args, gpus=1):
     weight = number_bytes(args)[0]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    gradient = 4 if args.gradient_sums == "fp32" else weight
-    sizes = {"weights": weight * total, "gradients": gradient * trained, "masters": 0,
+    sizes = {"weights": weight * total, "gradients": weight * trained, "masters": 0,
              "moments": 8 * trained}
     if args.optimizer == "adamw8":
         sizes["moments"] = (2 + 8 / 256) * trained      # two bytes and a share of two fp32 scales

@@ -6,23 +6,8 @@ import math
 import torch
 import torch.distributed as dist
 
-from formats.errors import UsageError
 from kernels.adamw import AdamW
 from trainer.distributed import all_reduce_sum, world_size
-
-
-def choose_gradient_sums(model, args):
-    """In which number format autograd adds up the gradients of a step's micro-batches.
-
-    --gradient-sums fp32: each micro-batch's gradient of a bf16 weight is computed in bf16 and added
-    in fp32. Raises UsageError with several ranks: FSDP keeps gradients in the weights' format."""
-    if args.gradient_sums != "fp32":
-        return
-    if world_size() > 1:
-        raise UsageError("--gradient-sums fp32 is for one GPU; leave it out under torchrun")
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad_dtype = torch.float32
 
 
 class GradientStep:
