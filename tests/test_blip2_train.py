@@ -23,7 +23,7 @@ from trainer.forecast import activation_bytes, flops_per_sample, meta_model
 from trainer.machine import prepare
 from trainer.samples import lesson, split_caption
 
-PLAN = "--recipe blip2 --stage 2 --plan --base 7b --steps 10"
+PLAN = "--recipe blip2 --stage 2 --plan --base 7b"
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,7 @@ def test_the_plan_knows_the_published_sizes(name, capsys):
     train.print_plan(args, train.set_trainable)
     out = capsys.readouterr().out
     assert f"{SIZES[name] / 1e6:,.1f} M" in out and "fits into" in out
+    assert "150,000 steps" in out               # of 1,024: as many as 80,000 of 1,920, the paper's
     model = meta_model(args, train.set_trainable)
     assert sum(p.numel() for p in model.llm.parameters()) == SIZES[name]
     # transformers' own count
