@@ -254,7 +254,10 @@ def test_every_shipped_tile_is_offered_to_the_compiler():
         assert case["divisible"] <= set(case["signature"]) - set(case["constexprs"])
     tiles = {(c["sm"], c["constexprs"]["BLOCK_D"], c["constexprs"]["BLOCK"],
               c["constexprs"]["STEP"], c["num_warps"], c["num_stages"]) for c in cases}
-    assert tiles == {(*key, *tile) for key, row in MODULE.TILES.items() for tile in row.values()}
+    shipped = {(*key, *tile) for key, row in MODULE.TILES.items() for tile in row.values()}
+    # of fp32 the ones whose loops spilled: backward's, of the largest heads
+    fp32 = {(sm, 128, *MODULE.FLOAT_TILES[128][name]) for sm in (80, 90) for name in ("dq", "dkv")}
+    assert tiles == shipped | fp32 and not shipped & fp32
 
 
 @pytest.mark.parametrize("rule, T, S, G", [(causal, 65, 65, 2), (full, 33, 70, 4), (itg, 40, 40, 1)])
