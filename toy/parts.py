@@ -53,6 +53,9 @@ def muon(model, lr, rest_lr, betas):
 
 # ----------------------------------------------------------------------------------- CLIP
 
+AUGMENTED = .4                  # share of the pictures that are not drawn by toy.world.draw
+UNNAMED = .3                    # share of those whose colours have no name
+
 def clip_tokenizer(folder):
     """Write a word-level tokenizer.json of the toy captions; returns the number of its tokens.
 
@@ -89,23 +92,46 @@ def normalize_output_scale(vision, pixels):
         layer.bias.mul_(factor)
 
 
+def clip_pictures(first, pairs, rng):
+    """[(scene, picture)] of scenes `first` and after, each followed by its hard negative.
+
+    The hard negative differs in one attribute of each object, so that colours or places alone
+    cannot tell which phrase belongs to which picture. Some are drawn as others would draw them."""
+    found = []
+    for i in range(first, first + pairs):
+        twins = [make_scene(i), hard_negative_scene(make_scene(i), i)]
+        if rng.random() < UNNAMED:
+            twins = [recolour(scene, i) for scene in twins]
+        augmented = rng.random() < AUGMENTED
+        for scene in twins:
+            picture, kept = draw_augmented(scene, rng) if augmented else (draw(scene), True)
+            if not kept:
+                scene = replace(scene, background="")
+            found.append((scene, picture))
+    return found
+
+
+def clip_caption(scene):
+    """The first of `captions`; shapes alone where colours have no name."""
+    if scene.things[0].colour:
+        return captions(scene)[0]
+    return listed([article(t.shape) for t in scene.things])
+
+
 def clip_batch(step, pairs, encode):
     """One micro-batch: pixels, phrases and which are true of which picture, captions the same way.
-
-    Every picture comes with a twin that differs in one attribute of each object, so that colours or
-    places alone cannot tell which phrase belongs to which picture."""
-    scenes = []
-    for i in range(step * pairs, (step + 1) * pairs):
-        scenes += [make_scene(i), hard_negative_scene(make_scene(i), i)]
+    """
+    shown = clip_pictures(step * pairs, pairs, random.Random(f"wild:{step}"))
+    scenes = [scene for scene, _ in shown]
     rng, facts, links = random.Random(f"phrases:{step}"), {}, []
     for b, scene in enumerate(scenes):
         for text, fact in phrases(scene, rng):
             facts.setdefault(text, (len(facts), fact))      # {phrase: (its number, its fact)}
             links.append((b, facts[text][0]))
     is_true = torch.tensor([[is_true_of(fact, s) for _, fact in facts.values()] for s in scenes])
-    first = [captions(s)[0] for s in scenes]
+    first = [clip_caption(s) for s in scenes]
     same = torch.tensor([[a == b for b in first] for a in first])
-    pixels = torch.cat([data.preprocess(draw(s), SIDE, "square") for s in scenes])
+    pixels = torch.cat([data.preprocess(picture, SIDE, "square") for _, picture in shown])
     return pixels, encode(facts), is_true, torch.tensor(links), encode(first), same
 
 

@@ -48,20 +48,23 @@ def phrases(scene, rng):
     """[(phrase, fact)]: one for each object and one for the background.
 
     A fact is (shape, colour, size, place, background) with None for what the phrase does not say.
-    Shapes are named most often, because contrastive training learns them last."""
+    Shapes are named most often, because contrastive training learns them last. A colour or a
+    background without a name ("": toy/augment.py) is never said."""
     found = []
     for t in scene.things:
         everything = rng.random() < .3
         # `or` draws only if the phrase does not say everything: the order of draws is fixed
         size = t.size if everything or rng.random() < .4 else None
-        colour = t.colour if everything or rng.random() < .6 else None
-        shape = t.shape if everything or rng.random() < .85 else None
+        colour = (t.colour if everything or rng.random() < .6 else None) or None
+        shape = t.shape if everything or rng.random() < .85 or not t.colour else None
         place = t.place if everything or rng.random() < .45 else None
         text = article(" ".join(filter(None, (size, colour, shape or "object"))))
         if place is not None:
             text += f" in the {SPOTS[place]}"
         found.append((text, (shape, colour, size, place, None)))
-    return found + [(f"a {scene.background} background", (None,) * 4 + (scene.background,))]
+    if scene.background:
+        found.append((f"a {scene.background} background", (None,) * 4 + (scene.background,)))
+    return found
 
 
 def is_true_of(fact, scene):

@@ -171,10 +171,22 @@ def background_tones(rng):
     return tuple(tones)
 
 
-def make_scene(seed, split="train", count=None):
+def colour_shape_pairs(rng, number, shared):
+    """So many different (colour, shape); shared: "colour" or "shape", of which there is one, or two
+    in the whole scene."""
+    colours, shapes = list(COLOURS), SHAPES
+    if shared == "colour":
+        colours = rng.sample(colours, rng.choice((1, 2)))
+    if shared == "shape":
+        shapes = rng.sample(shapes, rng.choice((1, 2)))
+    return rng.sample([(c, s) for c in colours for s in shapes], number)
+
+
+def make_scene(seed, split="train", count=None, shared=None):
     """The scene of this seed in this split; `count` fixes the number of objects (1 to 4).
 
-    Scenes are drawn from one random stream until one belongs to the split."""
+    Scenes are drawn from one random stream until one belongs to the split. shared: "colour" or
+    "shape" draws scenes whose objects have it in common (`colour_shape_pairs`)."""
     if split not in ("train", "test", "novel"):
         raise ValueError(f"split {split!r} is none of train, test and novel")
     rng = random.Random(f"{split}:{seed}")
@@ -184,7 +196,7 @@ def make_scene(seed, split="train", count=None):
         if number < 4 and rng.random() < .12:       # a wide or a tall picture, padded to a square
             width = rng.randint(8, 18)
             padding, cells = rng.choice((((width, 0), [3, 4, 5]), ((0, width), [1, 4, 7])))
-        pairs = rng.sample([(c, s) for c in COLOURS for s in SHAPES], number)
+        pairs = colour_shape_pairs(rng, number, shared)
         zoom = number == 1 and padding == (0, 0) and rng.random() < .3
         things = []
         for (colour, shape), place in zip(pairs, sorted(rng.sample(cells, number))):
@@ -195,6 +207,17 @@ def make_scene(seed, split="train", count=None):
                       f"{split}:{seed}")
         if split_of(scene) == split:
             return scene
+
+
+def confusable_scene(seed, share=.6):
+    """A training scene; a `share` of them has objects of the same colour, or of the same shape.
+
+    Of the scenes of make_scene only one in four needs to know *which* red object is meant."""
+    rng = random.Random(f"confusable:{seed}")
+    if rng.random() >= share:
+        return make_scene(seed)
+    return make_scene(f"confusable:{seed}", count=rng.choice((2, 3, 3, 4, 4)),
+                      shared=rng.choice(("colour", "colour", "shape")))
 
 
 def hard_negative_scene(scene, seed):
@@ -237,6 +260,14 @@ def draw_background(pen, scene, side, pitch):
                 pen.rectangle((x, y, x + pitch, y + pitch), fill=tone)
 
 
+def draw_padding(pen, side, high, wide):
+    """The bars beside a wide or a tall picture, on a canvas of `side` pixels."""
+    for box in ((0, 0, side, high), (0, side - high, side, side),
+                (0, 0, wide, side), (side - wide, 0, side, side)):
+        if (box[2] - box[0]) and (box[3] - box[1]):     # Pillow would draw a line for an empty box
+            pen.rectangle(box, fill=PAD)
+
+
 def draw(scene, side=SIDE):
     """PIL image (side, side) RGB of a scene."""
     scale = side * CANVAS                           # pixels of the canvas, averaged down at the end
@@ -250,11 +281,7 @@ def draw(scene, side=SIDE):
             pen.ellipse(tuple(scale * v for v in (x - r, y - r, x + r, y + r)), fill=t.rgb)
         else:
             pen.polygon([(scale * x, scale * y) for x, y in t.outline], fill=t.rgb)
-    high, wide = (round(v * unit) for v in scene.padding)
-    for box in ((0, 0, scale, high), (0, scale - high, scale, scale),
-                (0, 0, wide, scale), (scale - wide, 0, scale, scale)):
-        if (box[2] - box[0]) and (box[3] - box[1]):     # Pillow would draw a line for an empty box
-            pen.rectangle(box, fill=PAD)
+    draw_padding(pen, scale, *(round(v * unit) for v in scene.padding))
     return image.reduce(CANVAS)
 
 
