@@ -15,13 +15,14 @@ import torch.nn.functional as F
 import data
 from clip import ViT
 from decoding.prompt import build_prompt
+from evaluate.binding import description_errors, told_in_words
 from formats.errors import UsageError
 from generate import generate_batch
 from llama import Llama
 from projector import VLM
 from toy.phrases import notes
 from toy.texts import KINDS, question, things_in, value_of
-from toy.world import COLOURS, draw, make_scene, SHAPES, SIZES
+from toy.world import COLOURS, draw, HELD_OUT_PAIRS, make_scene, SHAPES, SIZES
 
 QUESTIONS_PER_SCENE = 3
 
@@ -38,9 +39,9 @@ def scene_pixels(scenes, size, aspect):
 
 # ------------------------------------------------------------------------------ the parts
 
-def object_patch_features(vit, scenes):
+def object_patch_features(vit, scenes, only=None):
     """Second-last layer's vector of the patch at each object's centre (N, C), and its truth (N, 4):
-    indices of colour, shape, size and place."""
+    indices of colour, shape, size and place. only: (colour, shape) pairs; None: all objects."""
     side = vit.config.image_size // vit.config.patch_size
     vectors, truth = [], []
     for start in range(0, len(scenes), 200):
@@ -49,6 +50,8 @@ def object_patch_features(vit, scenes):
             features = vit(scene_pixels(some, vit.config.image_size, "square"))
         for scene, patches in zip(some, features[:, 1:]):       # without the class token
             for t in scene.things:
+                if only and (t.colour, t.shape) not in only:
+                    continue
                 x, y = (min(side - 1, int(v * side)) for v in t.centre)
                 vectors.append(patches[y * side + x])
                 truth.append((list(COLOURS).index(t.colour), SHAPES.index(t.shape),
@@ -56,24 +59,36 @@ def object_patch_features(vit, scenes):
     return torch.stack(vectors).clone(), torch.tensor(truth)
 
 
-def linear_probe(vit, scenes=1000):
-    """{attribute: accuracy} of linear probes: trained on training scenes, scored on `scenes` that
-    are held out."""
-    x, y = object_patch_features(vit, [make_scene(f"probe-{i}") for i in range(4 * scenes)])
-    test_x, test_y = object_patch_features(vit, held_out_scenes(scenes))
-    mean, spread = x.mean(0), x.std(0)
-    x, test_x, scores = (x - mean) / spread, (test_x - mean) / spread, {}
+def train_probes(vit, scenes):
+    """{attribute: a linear layer}, trained on the patches of so many training scenes."""
+    x, y = object_patch_features(vit, [make_scene(f"probe-{i}") for i in range(scenes)])
+    probes = {}
     for k, name in enumerate(("colour", "shape", "size", "place")):
         torch.manual_seed(0)
+        norm = torch.nn.BatchNorm1d(x.shape[1], affine=False, momentum=None)
+        norm(x)                                     # mean and spread of all, from here on fixed
         probe = torch.nn.Linear(x.shape[1], int(y[:, k].max()) + 1)
-        adam = torch.optim.AdamW(probe.parameters(), .01, weight_decay=.01)
+        adam, normed = torch.optim.AdamW(probe.parameters(), .01, weight_decay=.01), norm.eval()(x)
         for _ in range(400):
             pick = torch.randint(len(x), (1024,))
             adam.zero_grad()
-            F.cross_entropy(probe(x[pick]), y[pick, k]).backward()
+            F.cross_entropy(probe(normed[pick]), y[pick, k]).backward()
             adam.step()
-        scores[name] = float((probe(test_x).argmax(1) == test_y[:, k]).float().mean())
-    return scores
+        probes[name] = torch.nn.Sequential(norm, probe)
+    return probes
+
+
+def probe_accuracy(probes, vit, scenes, only=None):
+    """{attribute: accuracy} of `train_probes`; only: as in `object_patch_features`."""
+    x, y = object_patch_features(vit, scenes, only)
+    return {name: float((probe(x).argmax(1) == y[:, k]).float().mean())
+            for k, (name, probe) in enumerate(probes.items())}
+
+
+def linear_probe(vit, scenes=1000):
+    """{attribute: accuracy} of linear probes: trained on training scenes, scored on `scenes` that
+    are held out."""
+    return probe_accuracy(train_probes(vit, 4 * scenes), vit, held_out_scenes(scenes))
 
 
 def text_only_accuracy(llm, tokenizer, scenes=1000, n=None):
@@ -100,24 +115,32 @@ def text_only_accuracy(llm, tokenizer, scenes=1000, n=None):
 
 
 def print_gates(title, scores, least):
-    """Scores, and beside each what is required of it."""
+    """Scores, and beside each what is required of it. least: {name: (">=" or "<=", limit)}."""
     print(title)
     for name, score in scores.items():
-        required = f"   at least {least[name]}" if name in least else ""
-        print(f"  {name:<12}{score:.3f}{required}")
+        required = "   {} {}".format(*least[name]) if name in least else ""
+        print(f"  {name:<24}{score:.3f}{required}")
+
+
+CLIP_GATES = {"colour": (">=", .97), "shape": (">=", .95), "size": (">=", .90)}
+LLAMA_GATES = {kind: (">=", .97) for kind in KINDS if kind not in ("background", "count of")}
+LLAMA_GATES |= {"count of": (">=", .95), "errors, nothing shared": ("<=", .01),
+                "errors, colour shared": ("<=", .03), "errors, shape shared": ("<=", .03)}
 
 
 def eval_parts(args):
     """Print the gates: what CLIP's patches know, and what LLaMA reads out of a text."""
-    clip = linear_probe(ViT.from_pretrained(args.vision), args.scenes)
-    llama = text_only_accuracy(Llama.from_pretrained(args.llm), data.Tokenizer(args.llm),
-                               args.scenes)
-    print_gates("CLIP, linear probes at an object's patch, second-last layer", clip,
-                {"colour": .97, "shape": .95, "size": .90})
-    print_gates("LLaMA alone, the scene told in words", llama,
-                {"colour": .95, "shape": .95, "where": .95, "size": .95,
-                 "exist": .90, "count": .90, "count of": .90, "relation": .85})
-    return {"clip": clip, "llama": llama}
+    vit, llm = ViT.from_pretrained(args.vision), Llama.from_pretrained(args.llm)
+    tokenizer, scenes = data.Tokenizer(args.llm), held_out_scenes(args.scenes)
+    probes = train_probes(vit, 4 * args.scenes)
+    clip = probe_accuracy(probes, vit, scenes)
+    pairs = probe_accuracy(probes, vit, held_out_scenes(args.scenes, "novel"), HELD_OUT_PAIRS)
+    llama = text_only_accuracy(llm, tokenizer, args.scenes)
+    llama |= description_errors(scenes, told_in_words(llm, tokenizer, scenes))
+    print_gates("CLIP, linear probes at an object's patch, second-last layer", clip, CLIP_GATES)
+    print_gates("the same, objects of colour-shape pairs that training never draws", pairs, {})
+    print_gates("LLaMA alone, the scene told in words", llama, LLAMA_GATES)
+    return {"clip": clip, "held-out pairs": pairs, "llama": llama}
 
 
 # ------------------------------------------------------------------------------ the model
@@ -151,11 +174,8 @@ def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temp
     return found
 
 
-def description_scores(model, scenes, pixels, **settings):
-    """Object scores of the descriptions of scenes; the docstring of evaluate says which.
-
-    settings: of `answers`."""
-    texts = answers(model, ["Describe this image"] * len(scenes), pixels, 90, **settings)
+def object_scores(scenes, texts):
+    """Scores of the objects that descriptions name; the docstring of evaluate says which."""
     named = correct = present = found = hallucinated = repeated = 0
     for scene, text in zip(scenes, texts):
         truth = {(t.colour, t.shape) for t in scene.things}
@@ -169,6 +189,16 @@ def description_scores(model, scenes, pixels, **settings):
         repeated += len(set(pairs)) < len(pairs)
     return {"precision": correct / max(1, named), "recall": found / present,
             "hallucinated": hallucinated / max(1, named), "repeated": repeated / len(scenes)}
+
+
+def descriptions(model, scenes, pixels, **settings):
+    """The model's description of each scene. settings: of `answers`."""
+    return answers(model, ["Describe this image"] * len(scenes), pixels, 90, **settings)
+
+
+def description_scores(model, scenes, pixels, **settings):
+    """Object scores of the descriptions of scenes. settings: of `answers`."""
+    return object_scores(scenes, descriptions(model, scenes, pixels, **settings))
 
 
 def score(model, split, count, picture):
@@ -187,7 +217,8 @@ def score(model, split, count, picture):
         hits[kind] += value_of(kind, text) == value
     scores = {kind: hits[kind] / total[kind] for kind in KINDS}
     scores["mean"] = sum(scores.values()) / len(KINDS)
-    return scores | description_scores(model, scenes, pixels)
+    texts = descriptions(model, scenes, pixels)
+    return scores | object_scores(scenes, texts) | description_errors(scenes, texts)
 
 
 def majority_baseline(split, count):
@@ -202,9 +233,9 @@ def majority_baseline(split, count):
 def print_table(runs, majority):
     """A row for each figure, a column for each picture; several models: mean and half spread."""
     columns = list(runs[0])
-    print(f"{'':<12}" + "".join(f"{c:>16}" for c in columns) + f"{'majority':>16}")
+    print(f"{'':<24}" + "".join(f"{c:>16}" for c in columns) + f"{'majority':>16}")
     for name in runs[0]["right"]:
-        line = f"{name:<12}"
+        line = f"{name:<24}"
         for column in columns:
             values = [run[column][name] for run in runs]
             cell = f"{sum(values) / len(values):.3f}"

@@ -5,22 +5,20 @@ Trains the default recipe once (about seven minutes of one core) and looks at wh
 
 import json
 import resource
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
-import data
 from clip import ViT
+from data import Tokenizer
 from generate import generate
 from llama import Llama
 from projector import VLM
+from album import album, named_right
 from browser import chromium, page              # noqa: F401 (fixtures)
 from browser import ask, put
 from evaluate.toy import linear_probe, majority_baseline, score, text_only_accuracy
@@ -148,104 +146,24 @@ def test_the_page_describes_scenes_in_a_browser(page, tmp_path):
 
 # ------------------------------------------------------------- pictures not from our renderer
 
-def drawn(size, shapes, background="white"):
-    """A picture with shapes drawn by hand: (kind, centre x, centre y, radius, fill)."""
-    image = Image.new("RGB", size, background)
-    pen = ImageDraw.Draw(image)
-    for kind, x, y, r, fill in shapes:
-        if kind == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif kind == "square":
-            pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
-        elif kind == "triangle":
-            pen.polygon([(x, y - r), (x - r, y + .8 * r), (x + r, y + .8 * r)], fill=fill)
-        elif kind == "cross":
-            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
-            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
-        else:
-            pen.regular_polygon((x, y, r * .45), 5, rotation=180, fill=fill)
-            for turn in range(5):
-                inner = Image.new("L", size)
-                tip = ImageDraw.Draw(inner)
-                tip.polygon([(x, y - r), (x - .27 * r, y - .3 * r), (x + .27 * r, y - .3 * r)], 255)
-                image.paste(fill, mask=inner.rotate(72 * turn, center=(x, y)))
-    return image
-
-
-def png16(path, image):
-    """A 16-bit RGB PNG, which Pillow reads but does not write."""
-    rows = b"".join(b"\0" + bytes(v for p in range(image.width)
-                                  for c in image.getpixel((p, y)) for v in (c, c))
-                    for y in range(image.height))
-
-    def chunk(kind, body):
-        return (struct.pack(">I", len(body)) + kind + body
-                + struct.pack(">I", zlib.crc32(kind + body)))
-    head = struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
-                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
-def album(folder):
-    """[(file, {(colour, shape), ...})]: twelve pictures of other sizes, aspects and formats."""
-    made = []
-
-    def store(name, image, truth, **options):
-        image.save(folder / name, **options)
-        made.append((folder / name, truth))
-    store("1.png", drawn((200, 200), [("circle", 60, 60, 28, (255, 0, 0))]), {("red", "circle")})
-    store("2.jpg", drawn((320, 220), [("square", 220, 110, 40, (0, 0, 255))]),
-          {("blue", "square")}, quality=85)
-    store("3.png", drawn((160, 240), [("star", 80, 120, 36, (255, 230, 0))]), {("yellow", "star")})
-    store("4.png", drawn((64, 64), [("triangle", 12, 50, 9, (0, 150, 0))]), {("green", "triangle")})
-    store("5.jpg", drawn((600, 600), [("cross", 300, 300, 90, (128, 0, 128))]),
-         {("purple", "cross")}, quality=60)
-    alpha = drawn((128, 128), [("square", 100, 30, 16, (255, 140, 0))]).convert("RGBA")
-    paper = Image.eval(alpha.convert("L"), lambda v: 0 if v == 255 else 255)
-    alpha.putalpha(paper)
-    store("6.png", alpha, {("orange", "square")})
-    turned = drawn((300, 200), [("triangle", 150, 100, 40, (230, 0, 0))]).rotate(90, expand=True)
-    exif = Image.Exif()
-    exif[0x0112] = 6                        # the viewer turns it by 90 degrees clockwise
-    store("7.jpg", turned, {("red", "triangle")}, exif=exif)
-    two = [("circle", 60, 150, 40, (0, 0, 255)), ("square", 240, 150, 40, (255, 230, 0))]
-    png16(folder / "8.png", drawn((300, 300), two))
-    made.append((folder / "8.png", {("blue", "circle"), ("yellow", "square")}))
-    store("9.gif", drawn((150, 150), [("circle", 75, 25, 20, (0, 170, 0))]).convert("P"),
-         {("green", "circle")})
-    store("10.webp", drawn((256, 192), [("cross", 60, 96, 34, (220, 0, 0))]), {("red", "cross")})
-    three = [("star", 70, 70, 42, (255, 0, 0)), ("circle", 200, 200, 38, (0, 0, 255)),
-             ("square", 330, 330, 40, (0, 160, 0))]
-    store("11.png", drawn((400, 400), three), {("red", "star"), ("blue", "circle"),
-                                              ("green", "square")})
-    store("12.bmp", drawn((90, 90), [("star", 45, 45, 13, (128, 0, 128))]), {("purple", "star")})
-    return made
-
-
 def test_pictures_not_from_our_renderer(model, tmp_path):
-    right, told = 0, []
-    for path, truth in album(tmp_path):
-        pixels = data.preprocess(data.load_image(path), model.image_size, model.aspect)
-        ids = build_prompt(["Describe this image"], model.template, model.tokenizer)
-        text = model.tokenizer.decode(list(generate(model, ids, pixels, max_new_tokens=90)))
-        right += set(things_in(text)) == truth
-        told.append((path.name, text))
-    print(*told, sep="\n")
-    assert right >= 10, told
+    wrong = named_right(model, tmp_path)
+    print(*wrong, sep="\n")
+    assert len(wrong) <= 2, wrong
 
 
-def test_grey_is_not_described_as_any_of_the_twelve(model, tmp_path):
+def test_grey_is_not_described_as_any_of_the_forty(model, tmp_path):
     """The control of the above: what is said of a blank sheet must not pass for a picture."""
     ids = build_prompt(["Describe this image"], model.template, model.tokenizer)
     text = model.tokenizer.decode(list(generate(model, ids, torch.zeros(1, 3, 64, 64))))
-    assert sum(set(things_in(text)) == truth for _, truth in album(tmp_path)) <= 1, text
+    assert sum(set(things_in(text)) == truth for _, truth in album(tmp_path)) <= 2, text
 
 
 def test_the_shipped_parts_pass_their_gates():
     clip = linear_probe(ViT.from_pretrained(ROOT / "toy/weights/clip"), 300)
     assert clip["colour"] >= .97 and clip["shape"] >= .95 and clip["size"] >= .90, clip
     folder = ROOT / "toy/weights/llama"
-    llama = text_only_accuracy(Llama.from_pretrained(folder), data.Tokenizer(folder),
+    llama = text_only_accuracy(Llama.from_pretrained(folder), Tokenizer(folder),
                                n=60)
     # the gates, less one error in twenty for 60 questions; "count of" misses its own (README)
     assert all(llama[k] >= .95 for k in ("colour", "shape", "size")), llama

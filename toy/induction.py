@@ -11,20 +11,29 @@ plain LLaMA.
 The width is four heads wide, C = 4 D, and each quarter of the residual stream gets a meaning:
 
     x = [ word | note 1 | note 2 | note 3 ]         note i: the word i tokens back
-                                                    (note 3: those 3 and 4 back)
+                                                    (note 3: those 3, 4 and 5 back)
 
-    layer 0    head i looks i+1 back and copies `word` from there into its note. Position alone
+    layer 0    head i looks so many back and copies `word` from there into a note. Position alone
                decides: channel 0 of every word is constant, and for a constant k, q = R(-i) k
-               makes q . R(j-i) k largest at the distance i
-    layer 1-3  a head compares one quarter of its own position with one of all others, in channels
+               makes q . R(j-i) k largest at the distance i. At 4.5 it is the mean of 4 and 5
+    layer 1-3  a head compares quarters of its own position with quarters of all others, in channels
                that hardly rotate, and copies a quarter from where they agree into `word`, where
                the output head reads it:   (note 1, word) -> note 1   is   "star is" -> "red"
+
+How far the notes reach decides what can be told apart. "At top left is a small orange" goes on with
+the shape of what is *top left*, 4 and 5 words back. When the notes reached 4 back and training
+scenes seldom had two orange objects, the model looked up "orange" alone, and wrote the other
+object's shape (docs/results.md, "Whose shape is it?"). So one head of layer 3 compares all quarters
+at once: the patch that agrees with the most words is the one that is meant.
 """
 
 import torch
 
 WORD, NOTE1, NOTE2, NOTE3 = range(4)
-# (query, key, copied) quarters of the heads of layers 1 to 3, for notes like "large red star top
+ALL = (WORD, NOTE1, NOTE2, NOTE3)
+# distance in tokens, the note it goes into, how many words that distance is the mean of
+DISTANCES = ((1, NOTE1, 1), (2, NOTE2, 1), (3, NOTE3, 1), (4.5, NOTE3, 2))
+# (queries, keys, copied) quarters of the heads of layers 1 to 3, for notes like "large red star top
 # left; ..."
 HEADS = (((NOTE1, NOTE1, WORD),         # "red star is" -> top: where the same words stood before
           (NOTE2, NOTE2, WORD),
@@ -36,8 +45,8 @@ HEADS = (((NOTE1, NOTE1, WORD),         # "red star is" -> top: where the same w
           (NOTE3, NOTE1, NOTE3)),
          ((WORD, WORD, WORD),           # the same among vectors that hold all words of a note in
           (NOTE1, WORD, WORD),          # one position, as an image's do: find it, copy it
-          (NOTE2, WORD, WORD),
-          (NOTE3, WORD, WORD)))
+          (ALL, WORD, WORD),            # "top left is a small orange" -> square: by all words
+          ((NOTE2, NOTE3), WORD, WORD)))
 
 
 @torch.no_grad()
@@ -88,28 +97,30 @@ def rotations(c):
 
 
 def init_notes(block, c):
-    """Layer 0: four heads, which look 1 to 4 tokens back."""
+    """Layer 0: four heads, each of which looks back by one of DISTANCES."""
     D = c.head_dim
     fast = torch.arange(4)                                  # the pairs that rotate fastest
-    for head in range(4):
-        note = min(head + 1, NOTE3)                         # note 3 holds two words
-        angle = (head + 1) * rotations(c)[fast]
+    for head, (distance, note, words) in enumerate(DISTANCES):
+        angle = distance * rotations(c)[fast]
         head_rows(block, c, "k", head)[fast, 0] = 3.5
         q = head_rows(block, c, "q", head)
-        q[fast, 0] = 3.5 * torch.cos(angle)                 # rotated back by head + 1 positions
+        q[fast, 0] = 3.5 * torch.cos(angle)                 # rotated back by the distance
         q[fast + D // 2, 0] = -3.5 * torch.sin(angle)
-        head_rows(block, c, "v", head)[:, quarter(WORD, D)] = torch.eye(D)
+        # the mean of two words is half of each
+        head_rows(block, c, "v", head)[:, quarter(WORD, D)] = words * torch.eye(D)
         block.out.weight[:, quarter(head, D)] = 0
         block.out.weight[quarter(note, D), quarter(head, D)] = torch.eye(D)
 
 
 def init_lookups(block, c, heads):
-    """Layers 1 to 3: four heads, each of which finds one quarter in another and copies a third."""
+    """Layers 1 to 3: four heads, each of which finds quarters in others and copies one."""
     D = c.head_dim
     slow = torch.nonzero(rotations(c) < .005)[:, 0]         # pairs that hardly rotate
     slow = torch.cat((slow, slow + D // 2))                 # both channels of each pair
-    for head, (query, key, copied) in enumerate(heads):
-        head_rows(block, c, "q", head)[slow, D * query + slow] = 1.75
+    for head, (queries, key, copied) in enumerate(heads):
+        q = head_rows(block, c, "q", head)
+        for query in queries if isinstance(queries, tuple) else (queries,):
+            q[slow, D * query + slow] = 1.75
         head_rows(block, c, "k", head)[slow, D * key + slow] = 1.75
         head_rows(block, c, "v", head)[:, quarter(copied, D)] = torch.eye(D)
         block.out.weight[:, quarter(head, D)] = 0

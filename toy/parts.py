@@ -15,6 +15,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 
 import torch
 
@@ -26,12 +27,14 @@ from formats.export import save_tokenizer
 from kernels import linear_cross_entropy
 from llama import Config as LlamaConfig
 from llama import Llama
+from toy.augment import draw_augmented, recolour
 from toy.induction import init_induction_heads
 from toy.phrases import is_true_of, notes, phrases, word_picture
-from toy.texts import captions, DESCRIBE, description, dialogue, web_caption
+from toy.texts import article, captions, DESCRIBE, description, dialogue, listed, web_caption
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
+    confusable_scene,
     draw,
     hard_negative_scene,
     make_scene,
@@ -55,6 +58,8 @@ def muon(model, lr, rest_lr, betas):
 
 AUGMENTED = .4                  # share of the pictures that are not drawn by toy.world.draw
 UNNAMED = .3                    # share of those whose colours have no name
+EASY_STEPS = 500                # without either; then as many steps until there are that many. With
+                                # all of them from the first step shapes were learned far later
 
 def clip_tokenizer(folder):
     """Write a word-level tokenizer.json of the toy captions; returns the number of its tokens.
@@ -92,17 +97,18 @@ def normalize_output_scale(vision, pixels):
         layer.bias.mul_(factor)
 
 
-def clip_pictures(first, pairs, rng):
-    """[(scene, picture)] of scenes `first` and after, each followed by its hard negative.
+def clip_pictures(step, pairs):
+    """[(scene, picture)] of one step: each scene is followed by its hard negative.
 
     The hard negative differs in one attribute of each object, so that colours or places alone
     cannot tell which phrase belongs to which picture. Some are drawn as others would draw them."""
-    found = []
-    for i in range(first, first + pairs):
+    found, rng = [], random.Random(f"wild:{step}")
+    ramp = min(1, max(0, (step - EASY_STEPS) / EASY_STEPS))
+    for i in range(step * pairs, (step + 1) * pairs):
         twins = [make_scene(i), hard_negative_scene(make_scene(i), i)]
-        if rng.random() < UNNAMED:
+        if rng.random() < UNNAMED * ramp:
             twins = [recolour(scene, i) for scene in twins]
-        augmented = rng.random() < AUGMENTED
+        augmented = rng.random() < AUGMENTED * ramp
         for scene in twins:
             picture, kept = draw_augmented(scene, rng) if augmented else (draw(scene), True)
             if not kept:
@@ -121,7 +127,7 @@ def clip_caption(scene):
 def clip_batch(step, pairs, encode):
     """One micro-batch: pixels, phrases and which are true of which picture, captions the same way.
     """
-    shown = clip_pictures(step * pairs, pairs, random.Random(f"wild:{step}"))
+    shown = clip_pictures(step, pairs)
     scenes = [scene for scene, _ in shown]
     rng, facts, links = random.Random(f"phrases:{step}"), {}, []
     for b, scene in enumerate(scenes):
@@ -142,17 +148,22 @@ def clip_job(out):
     torch.manual_seed(0)
     model = CLIP(TowerConfig(128, 5, 4, 512, image_size=SIDE, patch_size=8),
                  TowerConfig(128, 2, 4, 512, vocab=vocab, context=64, eos_id=vocab - 1), 128)
-    steps, pairs = 2400, 64
+    steps, pairs = 2800, 64
+    patches = torch.compile(model.patches, dynamic=False)
 
     def batch(step):
         return [clip_batch(step, pairs, encode)]
 
     def loss(micro):
         pixels, texts, is_true, links, first, same = micro
-        image, scale = model.patches(pixels), model.logit_scale.clamp(max=math.log(100)).exp()
-        fine = contrastive_loss(filip_scores(image[:, 1:], model.encode_text(texts)) * scale,
-                                is_true, links)
-        whole = contrastive_loss(image[:, 0] @ model.encode_text(first).T * scale, same,
+        # on a CPU with bf16 instructions a step takes two thirds of the time
+        with torch.autocast("cpu", torch.bfloat16):
+            image, phrase = patches(pixels), model.encode_text(texts)
+            caption = model.encode_text(first)
+        image, phrase, caption = image.float(), phrase.float(), caption.float()
+        scale = model.logit_scale.clamp(max=math.log(100)).exp()
+        fine = contrastive_loss(filip_scores(image[:, 1:], phrase) * scale, is_true, links)
+        whole = contrastive_loss(image[:, 0] @ caption.T * scale, same,
                                  torch.arange(len(pixels))[:, None].expand(-1, 2))
         return {"loss": fine + .25 * whole}
 
@@ -168,6 +179,9 @@ def clip_job(out):
 
 
 # ----------------------------------------------------------------------------------- LLaMA
+
+SWAPPED = .15                   # share of the rows whose colours and shapes are other tokens
+PICTURES = 5                    # of 8 rows are word pictures
 
 def tokenizer_texts():
     """The texts whose words become tokens."""
@@ -224,17 +238,45 @@ def loss_weights(labels):
     return [.05 if label == data.IGNORE else 1. for label in labels]
 
 
+def swap_words(row, tokenizer, rng):
+    """The same (ids, loss weights), most of its colours and shapes replaced by other tokens.
+
+    What a "blarg" is can only be copied from the picture: so the model does not learn which shape
+    goes with which colour, and a pair that it has never seen is no worse than any other."""
+    ids, weights = row
+    swapped = {}
+    for word in (*COLOURS, *SHAPES):
+        if rng.random() < .7:
+            swapped[tokenizer.encode(word, bos=False)[0]] = rng.randrange(259, len(tokenizer))
+    found = []
+    for entry in ids:
+        if isinstance(entry, tuple):
+            found.append(tuple(swapped.get(i, i) for i in entry))
+        else:
+            found.append(swapped.get(entry, entry))
+    return found, weights
+
+
+def conversation(pairs):
+    """[(question, answer)] as turns in LLaVA's layout."""
+    turns = []
+    for question, answer in pairs:
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return turns
+
+
 def notes_row(i, tokenizer):
     """(ids, loss weights) of scene i as notes, then questions about it or another description."""
-    scene, rng = make_scene(i), random.Random(f"row:{i}")
-    known = notes(scene, rng)
-    if rng.random() < .12:
-        text = rng.choice(captions(scene) + [description(scene)] * 3)
+    scene, rng = confusable_scene(i), random.Random(f"row:{i}")
+    known, swap = notes(scene, rng), rng.random() < SWAPPED
+    if swap or rng.random() < .2:
+        text = description(scene)
+        if not swap:
+            text = rng.choice(captions(scene) + [text] * 5)
         first, second = tokenizer.encode(known + "\n"), tokenizer.encode(text + "\n", bos=False)
-        return first + second, [.05] * len(first) + [1.] * len(second)
-    talk = []
-    for question, answer in dialogue(scene, rng, 8):
-        talk += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        row = first + second, [.05] * len(first) + [1.] * len(second)
+        return swap_words(row, tokenizer, rng) if swap else row
+    talk = conversation(dialogue(scene, rng, 8))
     talk[0]["value"] = f"{known}\n{talk[0]['value']}"
     ids, labels = data.encode(talk, "v1", tokenizer, has_image=False)
     return ids, loss_weights(labels)
@@ -245,21 +287,22 @@ def word_picture_row(i, tokenizer):
 
     In place of a picture stand 64 tuples, each with the ids of one patch's words. The model reads
     the sum of their embeddings, and has no loss there."""
-    scene, rng = make_scene(i), random.Random(f"blend:{i}")
+    scene, rng = confusable_scene(i), random.Random(f"blend:{i}")
     patches = [tuple(tokenizer.encode(text, bos=False)) for text in word_picture(scene, rng)]
-    if rng.random() < .35:
-        text = rng.choice([description(scene)] * 5 + captions(scene))
+    swap = rng.random() < SWAPPED
+    if swap or rng.random() < .4:
+        text = description(scene)
+        if not swap:
+            text = rng.choice(captions(scene) + [text] * 5)
         pairs, template = [("<image>", text)], "plain"
     else:
         pairs, template = dialogue(scene, rng, 7), "v1"
         pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
-    turns = []
-    for question, answer in pairs:
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    ids, labels = data.encode(turns, template, tokenizer)
+    ids, labels = data.encode(conversation(pairs), template, tokenizer)
     at, weights = ids.index(data.IMAGE), loss_weights(labels)
-    return (ids[:at] + patches + ids[at + 1:],
-            weights[:at] + [0.] * len(patches) + weights[at + 1:])
+    row = (ids[:at] + patches + ids[at + 1:],
+           weights[:at] + [0.] * len(patches) + weights[at + 1:])
+    return swap_words(row, tokenizer, rng) if swap else row
 
 
 MOST_WORDS = 5                              # of a patch: size, colour, shape, row, column
@@ -286,7 +329,7 @@ def stack_rows(rows):
 def llama_job(out):
     """The language model: it reads a scene in words and answers questions about it.
 
-    From step `blends_from` on, half of the scenes are word pictures. A 1M-parameter model trained
+    From step `blends_from` on, PICTURES of 8 scenes are word pictures. A 1M-parameter model trained
     on text alone relies on one word per position, and no projector we trained could feed it
     pictures. Vicuna-sized models do not need this step."""
     llama_tokenizer(out)
@@ -295,7 +338,7 @@ def llama_job(out):
     vocab = math.ceil(len(words) / 64) * 64
     model = Llama(LlamaConfig(vocab, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
     init_induction_heads(model)
-    steps, size, blends_from = 4500, 16, 200
+    steps, size, blends_from = 6000, 16, 200
     pool = []                               # [number of a group, its rows sorted by length]
 
     def batch(step):
@@ -304,7 +347,8 @@ def llama_job(out):
         if not pool or pool[0] != group:
             first, rows = 4 * group * size, []
             for i in range(first, first + 4 * size):
-                make_row = word_picture_row if step >= blends_from and i % 2 else notes_row
+                shown = step >= blends_from and i * PICTURES % 8 < PICTURES
+                make_row = word_picture_row if shown else notes_row
                 rows.append(make_row(i, words))
             pool[:] = [group, sorted(rows, key=lambda row: len(row[0]))]
         return [stack_rows(pool[1][part * size:(part + 1) * size])]
@@ -312,8 +356,7 @@ def llama_job(out):
     torch._dynamo.config.recompile_limit = 32           # one compilation a length; 8 allowed else
 
     @torch.compile(dynamic=False)           # 40 s to start, twice as fast after
-    def loss(micro):
-        ids, weights = micro                            # (B, T, 5), (B, T)
+    def compiled_loss(ids, weights):
         present, weights = (ids >= 0)[:, :-1, :, None], weights[:, 1:]
         embeds = model.embed(ids[:, :-1].clamp(min=0)) * present        # (B, T-1, 5, C)
         # a sum of n random vectors is sqrt(n) long: divided by that, it is as long as one word's
@@ -321,7 +364,11 @@ def llama_job(out):
         value = linear_cross_entropy(
             model.hidden(x).flatten(0, 1), model.head.weight, ids[:, 1:, 0].clamp(min=0).flatten(),
             (weights / weights.sum()).flatten())
-        return {"loss": value}
+        return value
+
+    def loss(micro):
+        with torch.autocast("cpu", torch.bfloat16):     # two thirds of the time, as for CLIP
+            return {"loss": compiled_loss(*micro)}      # of ids (B, T, 5), weights (B, T)
 
     def save_model(folder):
         model.save_pretrained(folder)

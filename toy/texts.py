@@ -14,6 +14,7 @@ import random
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
+    confusable_scene,
     draw,
     HELD_OUT_PAIRS,
     make_scene,
@@ -340,7 +341,7 @@ def training_sample(seed, stage, index, caption_style):
     if caption_style == "details":
         index %= CURATED                                # the same few pictures again and again
     name = f"{seed}-{stage}-{index}"
-    scene, rng = make_scene(name), random.Random(name)
+    scene, rng = confusable_scene(name), random.Random(name)
     return draw(scene), talk_of(CAPTION_STYLES[caption_style](scene, rng))
 
 
