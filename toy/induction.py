@@ -33,20 +33,21 @@ WORD, NOTE1, NOTE2, NOTE3 = range(4)
 ALL = (WORD, NOTE1, NOTE2, NOTE3)
 # distance in tokens, the note it goes into, how many words that distance is the mean of
 DISTANCES = ((1, NOTE1, 1), (2, NOTE2, 1), (3, NOTE3, 1), (4.5, NOTE3, 2))
-# (queries, keys, copied) quarters of the heads of layers 1 to 3, for notes like "large red star top
-# left; ..."
-HEADS = (((NOTE1, NOTE1, WORD),         # "red star is" -> top: where the same words stood before
-          (NOTE2, NOTE2, WORD),
-          (WORD, NOTE1, WORD),          # "large red" -> star: the induction head, by two words
+BEFORE = (NOTE1, NOTE2, NOTE3)
+# (queries, keys, copied) quarters of the heads of layers 1 to 3, for notes like "top left large red
+# star; ...". Several queries or keys are added up: what agrees in the most words wins.
+HEADS = (((ALL, BEFORE, WORD),          # what followed the same words: "top left is a large" -> red
+          (NOTE1, NOTE1, WORD),
+          (WORD, NOTE1, WORD),          # the induction head, "red" -> star
           (NOTE1, NOTE2, WORD)),
-         ((NOTE1, WORD, NOTE1),         # "star is" -> red, and -> large
+         ((ALL, BEFORE, WORD),
+          (NOTE1, WORD, NOTE1),         # "star is" -> red, and -> large
           (NOTE1, WORD, NOTE2),
-          (NOTE2, WORD, NOTE3),         # "top left is a" -> large red: one note, by both words
-          (NOTE3, NOTE1, NOTE3)),
+          (ALL, (WORD, NOTE1, NOTE2), NOTE3)),      # "red star is" -> top left
          ((WORD, WORD, WORD),           # the same among vectors that hold all words of a note in
           (NOTE1, WORD, WORD),          # one position, as an image's do: find it, copy it
           (ALL, WORD, WORD),            # "top left is a small orange" -> square: by all words
-          ((NOTE2, NOTE3), WORD, WORD)))
+          (BEFORE, WORD, WORD)))
 
 
 @torch.no_grad()
@@ -117,11 +118,11 @@ def init_lookups(block, c, heads):
     D = c.head_dim
     slow = torch.nonzero(rotations(c) < .005)[:, 0]         # pairs that hardly rotate
     slow = torch.cat((slow, slow + D // 2))                 # both channels of each pair
-    for head, (queries, key, copied) in enumerate(heads):
-        q = head_rows(block, c, "q", head)
-        for query in queries if isinstance(queries, tuple) else (queries,):
-            q[slow, D * query + slow] = 1.75
-        head_rows(block, c, "k", head)[slow, D * key + slow] = 1.75
+    for head, (queries, keys, copied) in enumerate(heads):
+        for part, quarters in (("q", queries), ("k", keys)):
+            rows = head_rows(block, c, part, head)
+            for i in quarters if isinstance(quarters, tuple) else (quarters,):
+                rows[slow, D * i + slow] = 1.75
         head_rows(block, c, "v", head)[:, quarter(copied, D)] = torch.eye(D)
         block.out.weight[:, quarter(head, D)] = 0
         block.out.weight[quarter(WORD, D), quarter(head, D)] = torch.eye(D)

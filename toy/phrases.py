@@ -19,8 +19,11 @@ SPOTS = ("top left", "top middle", "top right", "middle left", "centre", "middle
 
 
 def notes(scene, rng):
-    """The objects as terse notes in reading order: "large red star top left; plain background."."""
-    parts = [f"{t.full} {t.where}" for t in scene.things]
+    """The objects as terse notes in reading order: "top left large red star; plain background.".
+
+    The words come in the order of `description`: what stands before a word there stands before it
+    here, so that a lookup by the words before it finds the right object."""
+    parts = [f"{t.where} {t.full}" for t in scene.things]
     parts.insert(rng.choice((0, len(parts))), f"{scene.background} background")
     return "; ".join(parts) + "."
 

@@ -156,13 +156,27 @@ def ask_where(scene, rng):
     return ask.format(t.name), f"The {t.name} is {t.where}.", t.where
 
 
-def count_aloud(things, what=""):
-    """"One star top left, one star bottom right, so two": counting by pointing.
+def count_aloud(things, removed=None):
+    """"One top left, not middle left, one bottom right, so two": counting by pointing.
 
-    The reason comes before the number, so that each new token follows from the ones before it."""
-    each = f"one {what}".strip()
-    text = ", ".join(f"{each} {t.where}" for t in things) or f"no {what}".strip()
-    return f"{text[0].upper()}{text[1:]}, so {NUMBERS[len(things)]}"
+    The reason comes before the number, and it goes through all objects in reading order, so that
+    each new token follows from the ones before it."""
+    parts = [f"{'not' if t is removed else 'one'} {t.where}" for t in things]
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}, so {NUMBERS[len(things) - (removed is not None)]}"
+
+
+def count_those(things, attribute, what):
+    """"Top left star one, middle left circle, bottom right star two, so two": the stars."""
+    number, parts = 0, []
+    for t in things:
+        text = f"{t.where} {getattr(t, attribute)}"
+        if getattr(t, attribute) == what:
+            number += 1
+            text += f" {NUMBERS[number]}"
+        parts.append(text)
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}, so {NUMBERS[number]}"
 
 
 def ask_count(scene, rng):
@@ -173,15 +187,15 @@ def ask_count(scene, rng):
 
 def ask_count_of(scene, rng):
     if rng.random() < .5:
-        what = rng.choice([t.colour for t in scene.things] + [rng.choice(list(COLOURS))])
-        found, many = [t for t in scene.things if t.colour == what], what + " objects"
+        attribute, values, many = "colour", list(COLOURS), "{} objects"
     else:
-        what = rng.choice([t.shape for t in scene.things] + [rng.choice(SHAPES)])
-        found = [t for t in scene.things if t.shape == what]
-        many = "crosses" if what == "cross" else what + "s"
+        attribute, values, many = "shape", SHAPES, "{}s"
+    what = rng.choice([getattr(t, attribute) for t in scene.things] + [rng.choice(values)])
+    many = "crosses" if what == "cross" else many.format(what)
     ask = rng.choice((f"How many {many} are there?", f"How many {many} do you see?",
                       f"Count the {many}."))
-    return ask, count_aloud(found, what) + ".", NUMBERS[len(found)]
+    number = sum(getattr(t, attribute) == what for t in scene.things)
+    return ask, count_those(scene.things, attribute, what) + ".", NUMBERS[number]
 
 
 def ask_exist(scene, rng):
@@ -233,8 +247,7 @@ def ask_reasoning(scene, rng):
         t = rng.choice(scene.things)
         ask = rng.choice((f"If the {t.name} were removed, how many objects would be left?",
                           f"How many objects would remain without the {t.name}?"))
-        rest = [other for other in scene.things if other is not t]
-        return ask, count_aloud(rest) + " would remain.", NUMBERS[n - 1]
+        return ask, count_aloud(scene.things, t) + " would remain.", NUMBERS[n - 1]
     wanted = rng.random() < .5
     # a question about a colour must not name the colour: it names the shape, if that is unique
     named, things = "name", list(scene.things)
