@@ -9,8 +9,10 @@ to combine the place with the colour. One that looks up the colour alone is righ
 objects share it, so the fault hides in a mean over all scenes: here it has columns of its own.
 
     python -m evaluate.binding FOLDER ... [--out binding.png]       folders of LLaMAs
+    python -m evaluate.binding FOLDER --before tests/binding_before.json --out tests/binding.png
 """
 import argparse
+import json
 import os
 import random
 import statistics
@@ -113,8 +115,8 @@ def attention_before_shape(llm, tokenizer, scenes):
         for colour in sorted({c for c in colours if colours.count(c) == 2}):
             weights = attention_to_all(llm, ids)
             asked = positions(ids, colour, tokenizer, len(prompt), len(ids))
-            # "small red star top left": the note begins one word before its colour
-            notes_at = [i - 1 for i in positions(ids, colour, tokenizer, 0, len(prompt))]
+            # "top left small red star": the note begins three words before its colour
+            notes_at = [i - 3 for i in positions(ids, colour, tokenizer, 0, len(prompt))]
             for at, right, other in zip(asked, notes_at, reversed(notes_at)):
                 found.append(torch.stack([weights[:, at, start:start + 5].sum(1)
                                           for start in (right, other)], 1))
@@ -172,9 +174,10 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument("folders", nargs="+", help="of language models")
     parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--before", help="JSON of figures measured earlier: {name: figures}")
     parser.add_argument("--out", help="a PNG to draw")
     args = parser.parse_args()
-    measured = {}
+    measured = json.loads(Path(args.before).read_text()) if args.before else {}
     for folder in args.folders:
         measured[Path(folder).name] = figures = measure(folder, args.scenes)
         print(folder)

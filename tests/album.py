@@ -1,4 +1,4 @@
-"""Forty pictures that toy.world.draw did not make, and what is in them: [(file, {(colour, shape)})].
+"""Forty pictures that toy.world.draw did not make: [(file, {(colour, shape)})], what is in them.
 
 Twelve of other sizes, aspects and file formats; 28 with outlines, gradients, photographs behind
 them, coarse JPEG, turned, or as a scanner sees a drawing. The shapes are drawn by the code below.

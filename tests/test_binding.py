@@ -1,4 +1,4 @@
-"""Whose shape is it? Scenes that need an answer, what the parts learn from them, how it is scored."""
+"""Whose shape is it? Scenes that ask for it, what the parts learn from them, how it is scored."""
 import colorsys
 import hashlib
 import random
