@@ -51,6 +51,7 @@ class Stage:
     warm_lr: float = 0.0            # where the warm-up begins
     min_lr: float = 0.0             # where the cosine ends
     projector_lr: float = 0.0       # of the projector alone; 0: lr
+    muon: float = 0.0               # the toy's rate for matrices under Muon, which decay; 0: AdamW
     losses: tuple = ()              # BLIP-2's itc, itm, itg: qformer.py; (): the next token's
     loss_groups: int = 8            # mean of each group's mean loss; officially one group a GPU
     order: str = "shuffled"         # of the samples in --data; or modality: data.modality_order
@@ -137,7 +138,7 @@ import data
 from formats.errors import exit_status
 from generate import build_prompt, generate
 from kernels.adamw import AdamW
-from toy.parts import clip_job, llama_job
+from toy.parts import clip_job, llama_job, muon
 from toy.texts import description
 from toy.world import draw, make_scene
 from trainer.allocator import reserve
@@ -196,7 +197,10 @@ def adamw(groups):
 
 
 def make_optimizers(trained, row, args):
-    """[AdamW], or an 8-bit AdamW for each weight, which can step while backward still runs."""
+    """[AdamW]; the toy's Muon and AdamW; or an 8-bit AdamW for each weight, which can step while
+    backward still runs."""
+    if row.muon:
+        return muon(trained, row.muon, row.lr, decay=row.decay)
     groups = parameter_groups(trained, row)
     if args.optimizer == "adamw":
         return [adamw(groups)]
@@ -245,7 +249,7 @@ def vlm_job(args, out, device):
     model = start_model(args, out).to(device)               # new, or the result of the stage before
     model.llm.checkpoint, model.llm.offload = args.checkpoint, args.offload
     set_trainable(model, row.train, args.lora)
-    local_params = shard_model(model)                       # one GPU: the parameters themselves
+    local_params = shard_model(model, whole=row.muon)       # one GPU: the parameters themselves
     reserve(model, args)                                    # does the largest step fit the GPU?
 
     def loss(batch):

@@ -105,13 +105,15 @@ class StopSignal:
 
 # ------------------------------------------------------------------------------------ the weights
 
-def shard_model(model):
+def shard_model(model, whole=False):
     """Shard every matrix by rows, if the rows divide by the number of ranks and a shard is whole
     quantization blocks. All other parameters are replicated; `GradientStep` sums their gradients.
+    whole: what trains is replicated, too. Muon needs whole matrices.
 
     Returns {name: what this rank's optimizer steps}, of the parameters that train."""
     if world_size() > 1:
-        replicated = {p for p in model.parameters() if not divides(p)}
+        replicated = {p for p in model.parameters()
+                      if not divides(p) or whole and p.requires_grad}
         mesh = init_device_mesh(model.llm.embed.weight.device.type, (world_size(),))
         for part in (*model.llm.blocks, model):
             fully_shard(part, mesh=mesh, ignored_params=replicated)

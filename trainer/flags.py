@@ -168,6 +168,8 @@ def recipe_row(args, RECIPES, TOY, given):
         given["loss_groups"] = 1
     if args.lora:                               # official: 2e-4 beside 2e-5 for the projector
         row = replace(row, lr=10 * row.lr, projector_lr=row.lr)
+    if args.lora or args.optimizer == "adamw8":
+        row = replace(row, muon=0.0)            # the toy's Muon is for whole matrices beside AdamW
     return replace(row, **given)
 
 
@@ -198,11 +200,11 @@ def set_defaults(args):
 def faults_of_row(args, row):
     in_range = (0 <= row.lr < 10 and row.batch >= 1 and 0 < row.epochs < 1e6
                 and 0 <= row.warmup < 10 ** 6 and 0 <= row.steps < 10 ** 6
-                and 0 <= row.clip < math.inf and 0 <= row.decay < math.inf
+                and 0 <= row.muon < 10 and 0 <= row.clip < math.inf and 0 <= row.decay < math.inf
                 and 0 <= row.warm_lr < 10 and 0 <= row.min_lr < 10 and 0 <= row.projector_lr < 10
                 and args.seed < 2 ** 32
                 and (row.lr or row.schedule == "llava"))    # the others divide by lr
-    yield not in_range, ("lr, batch, epochs, steps, warmup, decay, clip, warm-lr, min-lr, "
+    yield not in_range, ("lr, muon, batch, epochs, steps, warmup, decay, clip, warm-lr, min-lr, "
                          "projector-lr or seed is out of range")
     types = ("linear", "mlp")
     if args.recipe in ("blip2", "minigpt4"):
@@ -256,6 +258,8 @@ def faults_of_batch(args, row):
         f"--order {row.order!r} must be shuffled or modality")
     yield args.pack and (args.accum > 1 or row.losses), (
         "--pack makes micro-batches of its own, of texts that a LLaMA reads; give --pack 0")
+    yield row.muon and args.optimizer != "adamw", (
+        "--muon takes the place of AdamW for some weights: give --optimizer adamw, or --muon 0")
     yield args.lora and "llm" not in row.train, (
         "--lora is for a stage that trains the LLaMA: stage 2 of llava and llava-1.5")
     yield args.plan and (args.stage == 0 or row.losses), "--plan is for stages with a LLaMA"
