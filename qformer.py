@@ -371,15 +371,15 @@ class Blip2Stage1(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, vision=None):
-        """From a folder or hub id: Blip2ForImageTextRetrieval of transformers, or LAVIS. dtype: of
-        the vision tower; the rest is fp32, because its losses overflow in fp16 (LAVIS issue 267).
-        vision: folder of the tower, for a LAVIS file without it."""
+        """From a folder or hub id of transformers or LAVIS. dtype: of the vision tower; the rest is
+        fp32, as fp16 overflows (LAVIS issue 267). vision: the tower's folder, if elsewhere."""
         folder = checkpoints.resolve(folder)
         weights = checkpoints.load_weights(folder)
         vit, config, shared, eps = configs.read_stage1(folder, weights)
         with torch.device("meta"):                      # shapes without memory
             model = cls(clip.Config(**vit), Config(**config), shared, eps)
         model.tokenizer = BertTokenizer(folder).check_fits(model.qformer.config.vocab)
+        vision = vision or folders.tower_folder(folder)
         tower = None if vision is None else clip.ViT.from_pretrained(vision, dtype)
         return folders.load_stage1(model, folder, weights, dtype, tower).eval()
 
@@ -408,7 +408,7 @@ def main():
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("image", nargs="?")
     parser.add_argument("captions", nargs="*")
-    parser.add_argument("--model", help="default: what train.py --recipe blip2 --stage 1 writes")
+    parser.add_argument("--model", help="default: toy/weights/qformer")
     args = parser.parse_args()
     if args.image is None:
         return print_masks()

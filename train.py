@@ -5,14 +5,16 @@
     python train.py --stage 1 --show-batch 2      print two samples, the tokens with loss in colour
     python train.py --stage 2 --plan --base 7b    print the memory and the hours that it would need
     python train.py --stage 0                     train the toy's CLIP and LLaMA from nothing
+    python train.py --stage 0 --part qformer      train its Q-Former on these two
 
     recipe      stage   starts from                     trains              learns to
-                0       nothing                         CLIP; LLaMA         see; read and answer
+                0       nothing                         CLIP; LLaMA; and    see; read and answer;
+                                                        Q-Former            ask a picture
     llava and   1       CLIP + LLaMA + new projector    projector           turn patches into words
     llava-1.5   2       stage 1                         projector + LLaMA   answer about pictures
     blip2       1       ViT + new Q-Former, no LLaMA    Q-Former            match and write captions
                 2       stage 1 + LLaMA, OPT or FlanT5  Q-Former, linear    turn queries into words
-    minigpt4    1       blip2's Q-Former + LLaMA        linear              caption
+    minigpt4    1       BLIP-2's Q-Former + LLaMA       linear              caption
                 2       stage 1                         linear              describe at length
     sharegpt4v  1       llava-1.5's stage 1             half the ViT, rest  describe at length
                 2       stage 1                         projector + LLaMA   answer about pictures
@@ -150,6 +152,7 @@ from trainer.loader import MicroBatches, Samples
 from trainer.lora import merge_lora
 from trainer.machine import prepare
 from trainer.plan import print_plan
+from trainer.qformer_job import qformer_job
 from trainer.run_folder import output_folders, Run
 from trainer.schedules import lr_schedule
 from trainer.show import show_batch
@@ -280,7 +283,7 @@ def blip2_stage1_job(args, out, device):
     row, samples = args.row, Samples(args, out)
     steps = samples.steps()
     model = build_blip2_stage1(args).to(device)
-    optimizer = adamw(parameter_groups(set_trainable(model, row.train), row))
+    optimizers = make_optimizers(set_trainable(model, row.train), row, args)
 
     def loss(batch):
         # seed: of ITM's negatives. With --accum they come from one micro-batch only
@@ -289,7 +292,7 @@ def blip2_stage1_job(args, out, device):
         return {name: value / args.accum for name, value in losses.items()}
 
     return TrainJob(
-        model, [optimizer], steps, batches=CaptionBatches(samples, model, args, device), loss=loss,
+        model, optimizers, steps, batches=CaptionBatches(samples, model, args, device), loss=loss,
         lr_scale=lr_schedule(row, steps), save_model=model.save_pretrained, clip=row.clip,
         batch=row.batch, samples=samples)
 
@@ -346,7 +349,7 @@ def train_loop(job, run):
 def make_job(args, out, device):
     """The stage that the flags name."""
     if args.stage == 0:
-        make = {"clip": clip_job, "llama": llama_job}[out.name]
+        make = {"clip": clip_job, "llama": llama_job, "qformer": qformer_job}[out.name]
         return TrainJob(**make(out))
     if args.row.losses:
         return blip2_stage1_job(args, out, device)

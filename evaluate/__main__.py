@@ -1,6 +1,6 @@
 """evaluate: score a model, with the figures beside it that say what the score is worth.
 
-    python -m evaluate parts                        the gates of the shipped CLIP and LLaMA
+    python -m evaluate parts                        the gates of the shipped CLIP, LLaMA, Q-Former
     python -m evaluate toy --model FOLDER [...]     questions and descriptions of unseen scenes
     python -m evaluate retrieval --model FOLDER     pictures for texts and texts for pictures
     python -m evaluate claims --only llava,blip2    what the papers claim, in the toy world
@@ -44,9 +44,9 @@ from evaluate.flags import BENCHMARKS, parse
 
 def main(args):
     """Run one command and write its figures, if --out says where."""
-    from evaluate import benchmarks, captions, claims, judge, retrieval, toy, vqa
+    from evaluate import benchmarks, captions, claims, judge, qformer_parts, retrieval, toy, vqa
     from formats.files import atomic_write
-    commands = {"parts": toy.eval_parts, "toy": toy.eval_toy,
+    commands = {"parts": qformer_parts.eval_all_parts, "toy": toy.eval_toy,
                 "retrieval": retrieval.eval_retrieval, "claims": claims.main,
                 "scienceqa": benchmarks.scienceqa, "pope": benchmarks.pope,
                 "llava-bench": judge.llava_bench, "vqa": vqa.vqa, "caption": captions.caption}

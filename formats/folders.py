@@ -6,9 +6,14 @@
 
 and BLIP-2's first stage read back (load_stage1), whose files come in two layouts. A whole VLM is
 written by formats/export.py.
+
+toy/weights/qformer has no vision tower of its own: its config.json names the folder that has it,
+and the SHA-256 of the file there (leave_out_tower, tower_folder).
 """
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,7 +25,11 @@ from formats.checkpoints import dtype_name, export, load_into, load_weights, sav
 from formats.errors import BadModel, UsageError
 from formats.files import atomic_write
 from formats.processors import MEAN, STD
+from formats.strict_json import read_config
 
+ROOT = Path(__file__).parents[1]
+SHIPPED_QFORMER = "toy/weights/qformer"     # relative to ROOT
+TOWER = r"vision_model\.(?!post_layernorm\.).*"      # its tensors; ln_vision is none of them
 PRETRAINING = "pretraining.safetensors"     # what transformers has no place for
 
 
@@ -66,14 +75,21 @@ def init_weights(module, width, seed=0):
 
 def load_stage1(model, folder, weights, dtype=None, tower=None):
     """Fill a qformer.Blip2Stage1 on the meta device; returns it. dtype: of the vision tower. tower:
-    the vision tower, where a LAVIS file was saved without it. Raises BadModel."""
+    the vision tower, where the file was saved without it, or has another. Raises BadModel."""
+    table, ignore = names.stage1(model.vision.config), unused.STAGE1
+    if tower is not None:
+        model.vision = None                             # not of the file
+        ignore = {**ignore, TOWER: "another vision tower was given"}
     if names.is_lavis(weights):
-        load_lavis(model, folder, weights, dtype, tower)
+        load_lavis(model, folder, weights, dtype)
     else:
         lm_head, temp = starting_head(model, folder)
         model.lm_head = model.temp = None               # not in the main file
-        load_into(model, names.stage1(model.vision.config), weights, unused.STAGE1, dtype)
+        load_into(model, table, weights, ignore, dtype)
         model.lm_head, model.temp = lm_head, temp
+    if tower is not None:
+        model.vision = tower.without_final_block().requires_grad_(False)
+        configs.check_stage1(model.vision.config, model.qformer.config)
     for name, p in model.named_parameters():
         if not name.startswith("vision."):
             p.data = p.data.float()
@@ -92,17 +108,54 @@ def starting_head(model, folder):
     return extra.lm_head, extra.temp
 
 
-def load_lavis(model, folder, weights, dtype, tower):
+def load_lavis(model, folder, weights, dtype):
     """LAVIS' tensors; all but the vision tower's are in one spelling."""
-    if tower is not None:
-        model.vision = None                             # not in the file
-    elif not any(name.startswith("visual_encoder.") for name in weights):
+    if model.vision is not None and not any(name.startswith("visual_encoder.") for name in weights):
         raise BadModel(f"{folder}: saved without its frozen vision tower; name the tower's folder "
                        "as well (vision=)")
     load_into(model, names.STAGE1_LAVIS, weights, unused.STAGE1, dtype)
-    if tower is not None:
-        model.vision = tower.without_final_block().requires_grad_(False)
-        configs.check_stage1(model.vision.config, model.qformer.config)
+
+
+def leave_out_tower(folder, tower):
+    """Take the vision tower out of a saved first stage, if it is that of `tower`, a folder relative
+    to ROOT: the config then names it. Two megabytes in place of six. Raises BadModel."""
+    weights, theirs, kept = load_weights(folder), load_weights(ROOT / tower), {}
+    for name in weights:
+        if not re.fullmatch(TOWER, name):
+            kept[name] = weights[name]
+        elif name not in theirs or not torch.equal(weights[name], theirs[name]):
+            raise BadModel(f"{folder}: tensor {name} of its vision tower is not that of {tower}; "
+                           "keep the tower in the folder")
+    save_weights(folder, kept)
+    write_json(folder, "config.json", {**read_config(folder), "vision_tower": {
+        "folder": tower, "sha256": sha256(ROOT / tower / "model.safetensors")}})
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tower_folder(folder):
+    """The folder that has the vision tower of a model saved without it; None: its own. Raises
+    BadModel if it is not there, or holds another tower than the model was trained with."""
+    named = read_config(folder).get("vision_tower")
+    if named is None:
+        return None
+    if type(named) is not dict or {type(named.get(k)) for k in ("folder", "sha256")} != {str}:
+        raise BadModel(f"{folder}: config.json says vision_tower {named!r:.60}; it must give the "
+                       "folder and the sha256 of its model.safetensors")
+    tower = (ROOT / named["folder"]).resolve()
+    if ROOT.resolve() not in tower.parents:
+        raise BadModel(f"{folder}: config.json says that its vision tower lies in "
+                       f"{named['folder']}, outside this program's folder; give --vision FOLDER")
+    if not (tower / "model.safetensors").exists():
+        raise BadModel(f"{folder}: its vision tower lies in {tower}, and there is none; restore "
+                       "that folder, or give --vision FOLDER")
+    if sha256(tower / "model.safetensors") != named["sha256"]:
+        raise BadModel(f"{folder}: was trained with another vision tower than {tower} holds now; "
+                       "restore that folder, or train this one again: python train.py --stage 0 "
+                       "--part qformer")
+    return tower
 
 
 def scoring_model(args):
@@ -112,11 +165,7 @@ def scoring_model(args):
         raise UsageError('no caption: give one or more behind the image, each "in quotes"')
     if args.model is not None:
         return args.model
-    folder = Path(__file__).parents[1] / "runs/toy/blip2/stage1/model"
-    if not folder.exists():
-        raise BadModel(f"{folder}: no such folder; make it by python train.py --recipe blip2 "
-                       "--stage 1, or give --model FOLDER_OR_HUB_ID")
-    return folder
+    return ROOT / SHIPPED_QFORMER
 
 
 def save_stage1(model, folder):

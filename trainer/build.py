@@ -3,9 +3,10 @@
     recipe                   parts                                        new
     llava, llava-1.5, ...    CLIP, LLaMA                                  the projector
     blip2 stage 1            EVA (or a CLIP), BERT                        the rest of the Q-Former
-    blip2 stage 2            the Q-Former and tower of stage 1; LLaMA,    the projection
-                             OPT or FlanT5
-    minigpt4                 BLIP-2's Q-Former and tower, LLaMA           the projection
+    blip2 stage 2            the Q-Former and tower of stage 1, or the    the projection
+                             toy's shipped ones; LLaMA, OPT or FlanT5
+    minigpt4                 BLIP-2's Q-Former and tower (the toy's are   the projection
+                             shipped), LLaMA
 
 What is new is drawn from the run's seed. A run may also start from a whole model: `start_model`.
 Sources: [LLaVA] 2304.08485 4.2; [BLIP-2] 2301.12597 3.1 and 3.2; [MiniGPT4] 2304.10592 3.
@@ -24,9 +25,9 @@ from clip import LayerNorm, ViT
 from formats import configs, language_models, names
 from formats.bert import BertTokenizer
 from formats.checkpoints import load_into
-from formats.errors import UsageError
+from formats.errors import note, UsageError
 from formats.families import ln_vision_eps
-from formats.folders import init_weights
+from formats.folders import init_weights, SHIPPED_QFORMER, tower_folder
 from formats.hub import resolve
 from formats.strict_json import read_config
 from formats.templates import caption_end
@@ -70,12 +71,17 @@ def build_blip2_stage1(args):
         bert = args.qformer or BERT
         tokenizer = BertTokenizer(resolve(bert))
         return new_blip2_stage1(vision, tokenizer, QFormerConfig(), args.seed, bert=bert)
+    return new_toy_stage1(vision, args.seed)
+
+
+def new_toy_stage1(vision, seed=0):
+    """The toy's BLIP-2 before its first step, which knows the words of the toy world."""
     texts = []
     for scene in map(make_scene, range(2000)):
         texts += [*toy_texts.captions(scene), toy_texts.description(scene)]
     tokenizer = BertTokenizer.build(texts)
     config = QFormerConfig(**TOY_QFORMER, vision_width=TOY_QFORMER["width"], vocab=len(tokenizer))
-    return new_blip2_stage1(vision, tokenizer, config, args.seed)
+    return new_blip2_stage1(vision, tokenizer, config, seed)
 
 
 def new_blip2_stage1(vision, tokenizer, config, seed=0, bert=None, shared=256):
@@ -122,7 +128,7 @@ def init_from_bert(model, folder):
 
 # ------------------------------------------------------------------------------------ VLMs
 
-def build_vlm(args, start, out):
+def build_vlm(args, start):
     """A VLM with a new projector. start: BLIP-2's first stage, a model or its folder, or "none"."""
     row, (vision, llm) = args.row, base_models(args)
     if row.projector_type != "qformer":
@@ -130,13 +136,8 @@ def build_vlm(args, start, out):
                        weight_dtype(args))
     if args.recipe == "blip2":
         qformer = build_blip2_stage1(args) if start == "none" else start
-    elif args.qformer or args.base != "toy":
-        qformer = args.qformer or FLAN
     else:
-        qformer = out.absolute().parents[1] / "blip2/stage2/model"
-        if not qformer.exists():
-            raise data.BadModel(f"{qformer}: MiniGPT-4 starts from BLIP-2's Q-Former and there is "
-                                "none; run --recipe blip2, stages 1 and 2, or give --qformer")
+        qformer = args.qformer or (HERE / SHIPPED_QFORMER if args.base == "toy" else FLAN)
     # the tower stays the Q-Former's, unless another was asked for
     return new_vlm(args.vision, llm, row.projector_type, row.template, row.image_aspect, args.seed,
                    weight_dtype(args), qformer=qformer)
@@ -198,8 +199,12 @@ def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
         raise data.BadModel(f"the Q-Former reads features of width {qformer.config.vision_width}, "
                             f"the vision tower's have {tower.config.width}; take both from one "
                             "model")
-    qformer_tokenizer = None
-    if qformer.config.vocab:
+    qformer_tokenizer, vocab = None, qformer.config.vocab
+    if vocab and template != "instructblip":
+        raise data.BadModel(f"{source}: its Q-Former reads questions of {vocab:,} tokens, and that "
+                            f"of template {template!r} reads 0; give a BLIP-2's, not an "
+                            "InstructBLIP's")
+    if vocab:
         qformer_tokenizer = BertTokenizer(resolve(source) / "qformer_tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -246,7 +251,8 @@ def load_qformer_parts(source, vision, dtype):
         norm = LayerNorm(tower.config.width, tower.config.eps)
         return tower, norm, drop_text_branch(source)
     folder = resolve(source)
-    tower = ViT.from_pretrained(vision or folder, dtype).without_final_block()
+    tower = vision or tower_folder(folder) or folder
+    tower = ViT.from_pretrained(tower, dtype).without_final_block()
     weights, c = data.load_weights(folder), read_config(folder)
     with_text = c.get("model_type") == "instructblip"
     qformer = QFormer.from_pretrained(folder, dtype, text=with_text)
@@ -309,6 +315,17 @@ def load_projector(model, path):
 
 # ------------------------------------------------------------------------ what a run starts with
 
+def set_start(args, out):
+    """The toy's stage 2 of blip2 starts from the shipped Q-Former where its own folder has no
+    stage 1 beside it. Set before the flags are written down: a resumed run then starts from the
+    same one, or is refused."""
+    before = out.parent / "stage1/model"
+    if (args.recipe, args.stage, args.base) == ("blip2", 2, "toy") and args.start is None:
+        if not before.exists():
+            args.start = SHIPPED_QFORMER
+            note(f"starts from the shipped Q-Former, {SHIPPED_QFORMER}: there is no {before}")
+
+
 def start_model(args, out):
     """The VLM that a stage starts from: new parts, or the finished model of the stage before.
 
@@ -325,8 +342,10 @@ def start_model(args, out):
         raise data.BadModel(f"{start}: this stage starts from that model, beside its own folder, "
                             f"and there is none; run {first}--stage 1 first, or give --from FOLDER "
                             "or --from none")
+    if start == SHIPPED_QFORMER:
+        start = HERE / start
     if start == "none" or args.recipe == "blip2":
-        model = build_vlm(args, start, out)
+        model = build_vlm(args, start)
         if args.projector:
             load_projector(model, args.projector)
     else:

@@ -61,7 +61,8 @@ FLAGS = {
         flag("--device", "cpu, cuda, or auto", default="auto"),
         flag("--dtype", "what the forward computes in; auto: bf16 where it is faster",
              choices=("auto", "fp32", "bf16"), default="auto"),
-        flag("--part", "of stage 0", choices=("both", "clip", "llama"), default="both"),
+        flag("--part", "of stage 0; both: CLIP and LLaMA", default="both",
+             choices=("both", "clip", "llama", "qformer")),
         flag("--debug", "tracebacks", action="store_true")),
     "the parts": (
         flag("--vision", "CLIP folder or hub id, instead of the base's"),

@@ -9,8 +9,9 @@ import torch
 
 import data
 from formats.errors import UsageError
-from trainer.build import blip2_template
+from trainer.build import blip2_template, set_start
 from trainer.forecast import fit_to_card
+from trainer.run_folder import output_folders
 
 
 def prepare(args, set_trainable):
@@ -31,6 +32,7 @@ def prepare(args, set_trainable):
     if args.base != "toy" and not args.data and args.stage:
         raise UsageError(f"--base {args.base} learns from your data: give --data FILE and --images "
                          "FOLDER")
+    set_start(args, output_folders(args)[0])
     device = choose_device(args.device)
     trains_llama = args.stage and not args.row.losses
     if device.startswith("cuda") and trains_llama and not args.show_batch:

@@ -54,7 +54,9 @@ def output_folders(args):
     """The folders that the command writes, one after the other: stage 0 has one for each part."""
     if args.stage == 0:
         top = Path(args.output_dir or "runs/toy/stage0")
-        return [top / part for part in ("clip", "llama") if args.part in ("both", part)]
+        # the Q-Former is trained on the two that are shipped
+        parts = ("clip", "llama") if args.part == "both" else (args.part,)
+        return [top / part for part in parts]
     return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")]
 
 

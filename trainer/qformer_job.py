@@ -1,0 +1,144 @@
+"""trainer/qformer_job.py: the toy's own Q-Former, trained from nothing on the toy world (stage 0).
+
+    python train.py --stage 0 --part qformer      writes runs/toy/stage0/qformer/, shipped as
+                                                  toy/weights/qformer/
+
+It stands in for Salesforce's checkpoint, which has been through both stages of BLIP-2. Here they
+run side by side on the shipped CLIP and LLaMA, which stay frozen:
+
+    itc, itm, itg    stage 1: captions of scenes beside their twins (toy/twins.py), descriptions
+    lm               stage 2: the LLaMA describes the scene from the queries' outputs
+
+The last one is needed. ITG reads the queries' keys and values, of which the last block's are made
+from that block's *input*; ITC wants one good query, and ITM a mean over all. Nothing in the three
+asks the outputs for all objects, and the outputs are all that a language model gets.
+
+[BLIP-2] 2301.12597.  Next: evaluate/qformer_parts.py, the gates that the result must pass.
+"""
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from kernels import linear_cross_entropy
+from llama import Llama
+from projector import splice
+from qformer import hard_negatives, itc, itc_loss, similarities
+from toy.parts import conversation, muon
+from toy.texts import description
+from toy.twins import caption_of, is_true, pair_of
+from toy.world import confusable_scene, draw
+from trainer.build import match_embedding_scale, new_toy_stage1
+
+WEIGHTS = Path(__file__).parents[1] / "toy/weights"
+PAIRS = 24                      # scenes of a step, each with its twin
+STEPS = 3000
+SHARED = .4                     # share of the scenes whose objects share a colour or a shape
+SHORT, LONG = 35, 56            # text tokens, padded: fixed shapes, so that each compiles once
+
+
+def pad_to(ids, mask, length, pad):
+    """ids and mask (B, T) -> (B, length)."""
+    more = (0, length - ids.shape[1])
+    return F.pad(ids, more, value=pad), F.pad(mask, more, value=False)
+
+
+class Batches:
+    """step -> [one micro-batch]: a dict of tensors of 2 * PAIRS pictures and their texts.
+
+    pixels (B, 3, S, S); caption, told: (ids, mask) of the captions (B, SHORT), which ITC and ITM
+    compare, and of what ITG writes (B, LONG), descriptions and captions in turn; is_true (B, B):
+    text k is true of picture b; described: (indices of PAIRS pictures, ids, labels) for the
+    LLaMA."""
+
+    def __init__(self, model, words):
+        self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
+
+    def encode(self, texts, length):
+        return pad_to(*self.tokenizer.encode(texts, length=length), length, self.tokenizer.pad)
+
+    def __call__(self, step):
+        shown = []
+        for i in range(step * PAIRS, (step + 1) * PAIRS):
+            shown += pair_of(confusable_scene(f"qformer:{i}", SHARED), i)
+        texts = [caption_of(fact) for _, fact in shown]
+        told = []
+        for i, (scene, _) in enumerate(shown):
+            told.append(description(scene) if (i // 2 + step) % 2 else texts[i])
+        pixels = [data.preprocess(draw(scene), self.image_size, "squash") for scene, _ in shown]
+        truth = [[is_true(fact, scene) for _, fact in shown] for scene, _ in shown]
+        return [{"pixels": torch.cat(pixels), "caption": self.encode(texts, SHORT),
+                 "told": self.encode(told, LONG), "is_true": torch.tensor(truth),
+                 "described": self.described(shown, step), "seed": step}]
+
+    def described(self, shown, step):
+        """One picture of each pair, and its description as the LLaMA's stage 0 laid it out."""
+        rng, rows = random.Random(f"described:{step}"), []
+        chosen = [2 * i + rng.randrange(2) for i in range(PAIRS)]
+        for i in chosen:
+            talk = conversation([("<image>", description(shown[i][0]))])
+            rows.append(data.encode(talk, "plain", self.words))
+        return torch.tensor(chosen), *data.collate(rows, self.words.pad)
+
+
+class Lessons(nn.Module):
+    """The four losses of one micro-batch. `proj` is thrown away when training ends: what comes
+    after has a layer of its own, as in MiniGPT-4."""
+
+    def __init__(self, model, llm):
+        super().__init__()
+        self.model, self.llm = model, llm.requires_grad_(False)
+        self.proj = nn.Linear(model.qformer.config.width, llm.config.width)
+        match_embedding_scale(self.proj, self.proj, model.qformer.config.width, llm)
+
+    def forward(self, micro):
+        model, (ids, mask), is_true = self.model, micro["caption"], micro["is_true"]
+        queries_kv, out = [], {}
+        # on a CPU with bf16 instructions a step takes two thirds of the time
+        with torch.autocast("cpu", torch.bfloat16):
+            vision = model.encode_vision(micro["pixels"])
+            features = model.ln_vision(vision)                                  # (B, P, Cv)
+            outputs = model.qformer(features, allow=itc, store=queries_kv)      # (B, Q, C)
+            image, text = model.vision_proj(outputs), model.encode_text(ids, mask)
+            out["itg"] = model.caption_loss(*micro["told"], queries_kv)
+            out["lm"] = self.describing_loss(outputs, *micro["described"])
+        image, text = F.normalize(image.float(), dim=-1), text.float()
+        # unlike the published loss both sides learn from both rows: there is one process
+        to_text, to_image = similarities(image, text, image, text, model.temp)  # (B, B) each
+        out["itc"] = (itc_loss(to_text, to_text, is_true)
+                      + itc_loss(to_image, to_image, is_true.T)) / 2
+        # a text that is true of another picture, too, is no negative of it
+        own = torch.eye(len(ids), dtype=torch.bool)
+        negatives = hard_negatives(to_text.masked_fill(is_true & ~own, -torch.inf),
+                                   to_image.masked_fill(is_true.T & ~own, -torch.inf), own,
+                                   micro["seed"])
+        with torch.autocast("cpu", torch.bfloat16):
+            out["itm"] = model.matching_loss(vision, features, ids, mask, 0, negatives)
+        return out
+
+    def describing_loss(self, outputs, chosen, ids, labels):
+        """The LLaMA's next token. outputs (B, Q, C) of the queries; chosen (b) of them; ids and
+        labels (b, T), with IMAGE where the Q vectors go."""
+        embeds = self.proj(outputs[chosen])                                     # (b, Q, C')
+        x, labels, _ = splice(ids, self.llm.embed(ids.clamp(min=0)), list(embeds), labels)
+        hidden, targets = self.llm.predictions(x, labels)
+        return linear_cross_entropy(hidden, self.llm.head.weight, targets)
+
+
+def qformer_job(out):
+    """The arguments of train.TrainJob. out: the run's folder, where nothing is needed."""
+    torch.manual_seed(0)
+    words = data.Tokenizer(WEIGHTS / "llama")
+    model = new_toy_stage1(WEIGHTS / "clip")
+    lessons = Lessons(model, Llama.from_pretrained(WEIGHTS / "llama"))
+
+    def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
+        return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / STEPS)) / 2
+    trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
+    return dict(model=lessons, optimizers=muon(trained, .015, 1.5e-3), steps=STEPS,
+                batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
+                save_model=model.save_pretrained, clip=1.0, batch=2 * PAIRS)
