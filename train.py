@@ -111,8 +111,10 @@ RECIPES = {
 LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
 TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
-       "blip2": (dict(lr=1e-3, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0., min_lr=1e-4),
-                 dict(lr=2e-3, batch=16, steps=400, warmup=.05, clip=1.0, warm_lr=0., min_lr=2e-4)),
+       "blip2": (dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0.,
+                      min_lr=1e-4),
+                 dict(lr=2e-3, muon=.01, batch=16, steps=400, warmup=.05, clip=1.0, warm_lr=0.,
+                      min_lr=2e-4)),
        "minigpt4": (dict(lr=1e-2, batch=16, steps=300, warmup=.05, clip=1.0, warm_lr=0.,
                          min_lr=8e-3),
                     dict(lr=3e-3, batch=12, steps=100, warmup=.05, clip=1.0, warm_lr=0.,

@@ -94,6 +94,8 @@ def add_toy_commands(sub):
     parts.add_argument("--qformer", default="toy/weights/qformer")
     toy = sub.add_parser("toy", help="questions about the toy world", allow_abbrev=False)
     toy.add_argument("--model", nargs="+", default=["runs/toy/llava-1.5/stage2/model"])
+    toy.add_argument("--descriptions", action="store_true",
+                     help="score descriptions alone: all that a BLIP-2 can be asked for")
     toy.add_argument("--no-controls", dest="controls", action="store_false",
                      help="the model with the right pictures only")
     find = sub.add_parser("retrieval", help="texts for pictures, and back", allow_abbrev=False)

@@ -23,7 +23,7 @@ from toy.world import draw, make_scene
 def cross_attention(model, pixels):
     """(Q, P): each query's attention to the patches of one picture, in the last block that looks.
 
-    model: a Blip2Stage1; pixels (1, 3, S, S). The class token's share is taken out, so a row adds up
+    model: a Blip2Stage1; pixels (1, 3, S, S). The class token is left out, so a row sums
     to less than 1."""
     cross = [block.cross for block in model.qformer.blocks if block.cross is not None][-1]
     seen = []

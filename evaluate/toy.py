@@ -201,14 +201,29 @@ def description_scores(model, scenes, pixels, **settings):
     return object_scores(scenes, descriptions(model, scenes, pixels, **settings))
 
 
-def score(model, split, count, picture):
-    """{kind: accuracy} and description scores; picture: "right", "other" scene's, or "grey"."""
+def shown(model, split, count, picture):
+    """(scenes, pixels of the pictures that the model is shown); picture: see `score`."""
     scenes = held_out_scenes(count, split)
     pixels = scene_pixels(scenes, model.image_size, model.aspect)
     if picture == "other":
         pixels = pixels.roll(count // 2 | 1, 0)         # an odd step: another number of objects too
     if picture == "grey":
         pixels = torch.zeros_like(pixels)               # zero after normalising is CLIP's mean
+    return scenes, pixels
+
+
+def score_descriptions(model, split, count, picture):
+    """Description scores; "breaks off": the share of texts without a full stop at their end."""
+    scenes, pixels = shown(model, split, count, picture)
+    texts = descriptions(model, scenes, pixels)
+    broken = sum(not text.split("###")[0].strip().endswith(".") for text in texts) / count
+    return (object_scores(scenes, texts) | {"breaks off": broken}
+            | description_errors(scenes, texts))
+
+
+def score(model, split, count, picture):
+    """{kind: accuracy} and description scores; picture: "right", "other" scene's, or "grey"."""
+    scenes, pixels = shown(model, split, count, picture)
     asked = questions(split, count)
     texts = answers(model, [text for _, _, text, _ in asked], pixels[[i for i, *_ in asked]], 60)
     hits, total = Counter(), Counter()
@@ -247,21 +262,29 @@ def print_table(runs, majority):
         print(line)
 
 
+def is_captioner(model):
+    """Was it trained on captions alone, by a template that throws a question away?"""
+    style = data.template_of(model.template).style
+    return model.template != "plain" and style == "plain"
+
+
 def eval_toy(args):
     """Print the table: one row a kind, one column a picture; several models are averaged."""
-    runs = []
+    runs, measure, only_descriptions = [], score, getattr(args, "descriptions", False)
+    if only_descriptions:
+        measure = score_descriptions
     for folder in args.model:
         model = VLM.from_pretrained(folder)
-        if model.template != "plain" and data.template_of(model.template).style == "plain":
+        if not only_descriptions and is_captioner(model):
             raise UsageError(f"{folder}: writes captions and would not read the questions: take "
-                             "MiniGPT-4's second stage, or python -m evaluate claims")
-        columns = {"right": score(model, "test", args.scenes, "right")}
+                             "MiniGPT-4's second stage, or give --descriptions")
+        columns = {"right": measure(model, "test", args.scenes, "right")}
         if args.controls:
             for picture in ("other", "grey"):
-                columns[picture] = score(model, "test", args.scenes, picture)
-            columns["held-out pairs"] = score(model, "novel", args.scenes, "right")
+                columns[picture] = measure(model, "test", args.scenes, picture)
+            columns["held-out pairs"] = measure(model, "novel", args.scenes, "right")
         runs.append(columns)
-    majority = majority_baseline("test", args.scenes)
+    majority = {} if only_descriptions else majority_baseline("test", args.scenes)
     print(f"{args.scenes} held-out scenes, {len(runs)} model(s)")
     print_table(runs, majority)
     return {"models": args.model, "scenes": args.scenes, "runs": runs, "majority": majority}

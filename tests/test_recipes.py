@@ -59,7 +59,10 @@ def chain(tmp_path_factory):
     top = tmp_path_factory.mktemp("toy")
     for recipe in ("blip2", "minigpt4"):
         for stage in (1, 2):
-            assert run(top / recipe / f"stage{stage}", recipe, stage) == 0
+            own = ()
+            if (recipe, stage) == ("minigpt4", 1):      # else it takes the shipped one
+                own = "--qformer", top / "blip2/stage2/model"
+            assert run(top / recipe / f"stage{stage}", recipe, stage, *own) == 0
     build.TOY_QFORMER, train.generate = sizes, generate
     return top
 
@@ -184,9 +187,9 @@ def test_what_decays():
 
 def test_parts_that_are_not_there_are_named(tmp_path):
     with pytest.raises(data.BadModel, match="stage 1 first"):
-        run(tmp_path / "blip2/stage2", "blip2", 2)
-    with pytest.raises(data.BadModel, match="run --recipe blip2"):
-        run(tmp_path / "minigpt4/stage1", "minigpt4", 1)
+        run(tmp_path / "minigpt4/stage2", "minigpt4", 2)
+    with pytest.raises(data.BadModel, match="not a model folder"):
+        run(tmp_path / "minigpt4/stage1", "minigpt4", 1, "--qformer", tmp_path / "none")
     with pytest.raises(UsageError, match="no such part"):
         run(tmp_path / "run", "blip2", 1, "--train", "qformer,ear")
 
@@ -225,3 +228,90 @@ def test_odd_captions(tmp_path, captions, why):
 def test_a_batch_of_one_has_no_negatives(tmp_path):
     with pytest.raises(data.BadData, match="no negatives"):
         run(tmp_path / "run", "blip2", 1, "--batch", 1)
+
+
+# ------------------------------------------------------------------------- the shipped Q-Former
+
+ASKS = "qformer.encoder.layer.0.attention.attention.query.weight"
+
+
+def shipped():
+    return data.load_weights(TOY_PARTS / "qformer")
+
+
+def test_minigpt4_starts_from_the_shipped_qformer(tmp_path, chain):
+    """With nothing before it, and also beside a BLIP-2 of the user's own, which --qformer names."""
+    (tmp_path / "blip2").symlink_to(chain / "blip2")
+    assert run(tmp_path / "minigpt4/stage1", "minigpt4", 1) == 0
+    found = weights(tmp_path / "minigpt4/stage1")
+    assert torch.equal(found[ASKS], shipped()[ASKS])
+    assert found["query_tokens"].shape[1] == 16 and weights(chain / "minigpt4/stage1")[
+        "query_tokens"].shape[1] == 3
+
+
+def test_blip2s_second_stage_starts_from_the_shipped_one_or_from_the_first(tmp_path, chain, capsys):
+    assert run(tmp_path / "blip2/stage2", "blip2", 2, steps=2) == 0
+    assert "toy/weights/qformer" in capsys.readouterr().err
+    found = weights(tmp_path / "blip2/stage2")
+    assert found["query_tokens"].shape[1] == 16
+    config = json.loads((tmp_path / "blip2/stage2/config.json").read_text())
+    assert config["start"] == "toy/weights/qformer"
+    # near the shipped one, and no copy of it: the rate of the first step is 0
+    gap = (found[ASKS] - shipped()[ASKS]).abs().max()
+    assert 0 < gap < .05
+    # beside a stage 1 it goes on from there, without a word: `chain` did
+    assert weights(chain / "blip2/stage2")["query_tokens"].shape[1] == 3
+    config = json.loads((chain / "blip2/stage2/config.json").read_text())
+    assert config["start"] is None
+    # told otherwise
+    assert run(tmp_path / "told", "blip2", 2, "--from", chain / "blip2/stage1/model", steps=1) == 0
+    assert weights(tmp_path / "told")["query_tokens"].shape[1] == 3
+    assert "shipped" not in capsys.readouterr().err
+
+
+def test_a_stage_one_that_came_later_does_not_change_a_run(tmp_path, chain):
+    """Begun from the shipped one, it is refused, not resumed from something else."""
+    out = tmp_path / "blip2/stage2"
+    assert run(out, "blip2", 2, steps=1) == 0
+    (tmp_path / "blip2/stage1").symlink_to(chain / "blip2/stage1")
+    with pytest.raises(data.BadData, match="--from"):
+        run(out, "blip2", 2, "--resume", "auto", steps=1)
+    assert run(out, "blip2", 2, "--resume", "auto", "--from", "toy/weights/qformer", steps=1) == 0
+
+
+def test_the_start_does_not_depend_on_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("blip2/stage2", "blip2", 2, steps=1) == 0
+    assert run("minigpt4/stage1", "minigpt4", 1, steps=1) == 0
+
+
+def test_qformers_that_do_not_fit(tmp_path, chain):
+    """One line, with both numbers: the width of the features; words where none are read."""
+    narrow = tmp_path / "narrow"
+    model = build.new_blip2_stage1(
+        TOY_PARTS / "clip", build.build_blip2_stage1(parse(["--stage", "1", "--recipe", "blip2"]))
+        .tokenizer, build.QFormerConfig(**SMALL, vision_width=128, vocab=200))
+    model.save_pretrained(narrow)
+    tower = tmp_path / "tower"
+    save_clip_of_width(tower, 64)
+    with pytest.raises(data.BadModel, match="128.*64") as info:
+        run(tmp_path / "a", "minigpt4", 1, "--qformer", narrow, "--vision", tower)
+    assert "\n" not in str(info.value)
+    with pytest.raises(data.BadModel, match="128.*64"):
+        run(tmp_path / "b", "blip2", 2, "--from", narrow, "--vision", tower)
+    asking = build.new_vlm(None, TOY_PARTS / "llama", "qformer", "minigpt4", "squash",
+                           qformer=narrow)
+    words = replace(asking.projector.qformer.config, vocab=200)
+    asking.projector.qformer = build.QFormer(words)
+    asking.qformer_tokenizer = model.tokenizer
+    asking.template = "instructblip"
+    asking.save_pretrained(tmp_path / "instructblip")
+    with pytest.raises(data.BadModel, match="200 tokens.*reads 0") as info:
+        run(tmp_path / "c", "minigpt4", 1, "--qformer", tmp_path / "instructblip")
+    assert "\n" not in str(info.value)
+
+
+def save_clip_of_width(folder, width):
+    from clip import CLIP, Config
+    tower = Config(width, 2, 2, 2 * width, image_size=64, patch_size=8)
+    CLIP(tower, Config(32, 1, 2, 64, vocab=9, context=8, eos_id=8), 16).save_pretrained(folder)

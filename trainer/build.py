@@ -201,7 +201,7 @@ def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
                             "model")
     qformer_tokenizer, vocab = None, qformer.config.vocab
     if vocab and template != "instructblip":
-        raise data.BadModel(f"{source}: its Q-Former reads questions of {vocab:,} tokens, and that "
+        raise data.BadModel(f"{source}: its Q-Former reads text of {vocab:,} tokens, and that "
                             f"of template {template!r} reads 0; give a BLIP-2's, not an "
                             "InstructBLIP's")
     if vocab:

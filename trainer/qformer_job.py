@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+from formats.folders import leave_out_tower
 from kernels import linear_cross_entropy
 from llama import Llama
 from projector import splice
@@ -82,7 +83,10 @@ class Batches:
         for i in chosen:
             talk = conversation([("<image>", description(shown[i][0]))])
             rows.append(data.encode(talk, "plain", self.words))
-        return torch.tensor(chosen), *data.collate(rows, self.words.pad)
+        ids, labels = data.collate(rows, self.words.pad)
+        more = (0, LONG - ids.shape[1])
+        return (torch.tensor(chosen), F.pad(ids, more, value=self.words.pad),
+                F.pad(labels, more, value=data.IGNORE))
 
 
 class Lessons(nn.Module):
@@ -136,9 +140,13 @@ def qformer_job(out):
     model = new_toy_stage1(WEIGHTS / "clip")
     lessons = Lessons(model, Llama.from_pretrained(WEIGHTS / "llama"))
 
+    def save_model(folder):
+        model.save_pretrained(folder)
+        leave_out_tower(folder, "toy/weights/clip")
+
     def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
         return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / STEPS)) / 2
     trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
     return dict(model=lessons, optimizers=muon(trained, .015, 1.5e-3), steps=STEPS,
                 batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
-                save_model=model.save_pretrained, clip=1.0, batch=2 * PAIRS)
+                save_model=save_model, clip=1.0, batch=2 * PAIRS)
