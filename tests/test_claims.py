@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 
 import train
-from evaluate import claims
+from evaluate import claims, toy
 from evaluate.__main__ import main
 from evaluate.claims import (is_better, is_degenerate, llava, llava_scores, run_script,
                              share_captioner, sharegpt4v)
 from evaluate.figure import draw
 from evaluate.flags import parse
 from evaluate.retrieval import hard_negative_pairs, pairwise_accuracy, recall_at_k
-from evaluate.toy import answers, eval_toy, scene_pixels
+from evaluate.toy import answers, eval_toy, held_out_scenes, scene_pixels
 from formats.errors import UsageError
 from projector import VLM
-from toy.texts import DESCRIBE, KINDS, article, training_sample
+from toy.texts import DESCRIBE, KINDS, article, description, training_sample
 from toy.world import HELD_OUT_PAIRS, SIDE, make_scene
 
 SCENES = [make_scene(i, "test", 1 + i % 4) for i in range(60)]
@@ -267,11 +267,72 @@ def test_captioners_are_not_asked_questions(monkeypatch):
     made = SimpleNamespace(template="blip2", aspect="squash")
     monkeypatch.setattr(VLM, "from_pretrained", lambda folder: made)
     args = SimpleNamespace(model=["m"], scenes=20, controls=False)
-    with pytest.raises(UsageError, match="would not read the questions"):
+    with pytest.raises(UsageError, match="would not read the questions.*--descriptions"):
         eval_toy(args)
     made.template, made.aspect, made.image_size = "v1", "anyres", 64
     with pytest.raises(UsageError, match="not cut in tiles"):
         answers(made, ["x"], torch.zeros(1), 5)
+
+
+def test_descriptions_alone_are_scored_of_captioners_too(monkeypatch, capsys):
+    """True descriptions, true ones of other scenes, and cut ones: each figure says which."""
+    made = SimpleNamespace(template="blip2", aspect="squash", image_size=SIDE)
+    monkeypatch.setattr(VLM, "from_pretrained", lambda folder: made)
+    told = {"true": [description(s) for s in held_out_scenes(20)]}
+    told["other"] = told["true"][11:] + told["true"][:11]
+    told["cut"] = [text[:-3] for text in told["true"]]
+    found = {}
+    for name, texts in told.items():
+        monkeypatch.setattr(toy, "descriptions", lambda *_, texts=texts: texts)
+        args = parse(["toy", "--descriptions", "--no-controls", "--scenes", "20", "--model", "m"])
+        found[name] = eval_toy(args)["runs"][0]["right"]
+        assert "breaks off" in capsys.readouterr().out
+    perfect = {"precision": 1, "recall": 1, "hallucinated": 0, "repeated": 0, "breaks off": 0}
+    assert {k: found["true"][k] for k in perfect} == perfect
+    assert found["other"]["precision"] < .5 and found["other"]["breaks off"] == 0
+    assert found["cut"]["breaks off"] == 1 and found["cut"]["precision"] == 1
+
+
+def test_a_loss_is_called_flat_by_its_last_quarters(tmp_path):
+    """1 - last quarter / the one before: .5 of a line that halves, 0 of one that stands still."""
+    for losses, falls in (([4] * 4 + [3] * 4 + [2] * 4 + [1] * 4, .5), ([1] * 16, 0),
+                          ([9] * 8 + [1] * 8, 0), ([1] * 12 + [2] * 4, -1)):
+        rows = "".join(json.dumps({"loss": x}) + "\n" for x in losses)
+        (tmp_path / "metrics.jsonl").write_text(rows)
+        assert claims.falls_by(tmp_path / "model") == pytest.approx(falls)
+
+
+def test_blip2_and_minigpt4_are_tried_at_two_budgets_from_the_right_starts(monkeypatch):
+    """Equal steps in all for Figure 5; MiniGPT-4 starts from what is shipped."""
+    asked = {}
+
+    def trained(args, name, seed, *flags):
+        asked[name] = dict(zip(flags[::2], flags[1::2]))
+        return name
+    monkeypatch.setattr(claims, "train_if_missing", trained)
+    monkeypatch.setattr(claims, "falls_by", lambda folder: .01)
+    monkeypatch.setattr(VLM, "from_pretrained", lambda folder: folder)
+    monkeypatch.setattr(claims.Blip2Stage1, "from_pretrained", lambda folder: folder)
+    recall = {"blip2-short/stage2": .5, "no-stage1-short/stage2": .6, "blip2-long/stage2": .9,
+              "no-stage1-long/stage2": .8}
+    monkeypatch.setattr(claims, "description_scores", lambda model, *_: {
+        "precision": 1, "recall": recall[model]})
+    monkeypatch.setattr(claims, "pairwise_accuracy", lambda *_: {
+        "attribute": {"itc": .8, "itm": .9}, "left or right": {"itc": .7, "itm": .9}})
+    monkeypatch.setattr(claims, "recall_at_k", lambda model, scenes, itm=True: {
+        "image to text 1": .9 - .1 * ("no-itg" in model), "text to image 1": .9})
+    found = claims.blip2(None, 0, SCENES[:4])
+    assert [claim["holds"] for claim in found.values()] == [False, True, False, True]
+    for budget, (one, two) in claims.BUDGETS.items():
+        assert asked[f"blip2-{budget}/stage1"]["--steps"] == one
+        assert asked[f"no-stage1-{budget}/stage2"]["--steps"] == one + two
+        assert asked[f"no-stage1-{budget}/stage2"]["--from"] == "none"
+        assert asked[f"blip2-{budget}/stage2"]["--from"] == f"blip2-{budget}/stage1"
+    assert claims.BUDGETS["long"] > claims.BUDGETS["short"]
+    monkeypatch.setattr(claims, "degeneration_rates", lambda model, scenes: {
+        "fails": .9 if "stage1" in model else .1})
+    found, = claims.minigpt4(None, 0, SCENES[:4]).values()
+    assert found["holds"] and "--qformer" not in asked["minigpt4/stage1"]
 
 
 def test_places_to_write_are_looked_at_before_the_training(tmp_path, capsys):

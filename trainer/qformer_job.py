@@ -39,28 +39,18 @@ WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 24                      # scenes of a step, each with its twin
 STEPS = 3000
 SHARED = .4                     # share of the scenes whose objects share a colour or a shape
-SHORT, LONG = 35, 56            # text tokens, padded: fixed shapes, so that each compiles once
-
-
-def pad_to(ids, mask, length, pad):
-    """ids and mask (B, T) -> (B, length)."""
-    more = (0, length - ids.shape[1])
-    return F.pad(ids, more, value=pad), F.pad(mask, more, value=False)
+MOST_TOKENS = 64                # more than any caption or description has
 
 
 class Batches:
     """step -> [one micro-batch]: a dict of tensors of 2 * PAIRS pictures and their texts.
 
-    pixels (B, 3, S, S); caption, told: (ids, mask) of the captions (B, SHORT), which ITC and ITM
-    compare, and of what ITG writes (B, LONG), descriptions and captions in turn; is_true (B, B):
-    text k is true of picture b; described: (indices of PAIRS pictures, ids, labels) for the
-    LLaMA."""
+    pixels (B, 3, S, S); caption, told: (ids, mask) (B, T) of the captions, which ITC and ITM
+    compare, and of what ITG writes, descriptions and captions in turn; is_true (B, B): text k is
+    true of picture b; described: (indices of PAIRS pictures, ids, labels) for the LLaMA."""
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
-
-    def encode(self, texts, length):
-        return pad_to(*self.tokenizer.encode(texts, length=length), length, self.tokenizer.pad)
 
     def __call__(self, step):
         shown = []
@@ -72,8 +62,8 @@ class Batches:
             told.append(description(scene) if (i // 2 + step) % 2 else texts[i])
         pixels = [data.preprocess(draw(scene), self.image_size, "squash") for scene, _ in shown]
         truth = [[is_true(fact, scene) for _, fact in shown] for scene, _ in shown]
-        return [{"pixels": torch.cat(pixels), "caption": self.encode(texts, SHORT),
-                 "told": self.encode(told, LONG), "is_true": torch.tensor(truth),
+        return [{"pixels": torch.cat(pixels), "caption": self.tokenizer.encode(texts, MOST_TOKENS),
+                 "told": self.tokenizer.encode(told, MOST_TOKENS), "is_true": torch.tensor(truth),
                  "described": self.described(shown, step), "seed": step}]
 
     def described(self, shown, step):
@@ -83,10 +73,7 @@ class Batches:
         for i in chosen:
             talk = conversation([("<image>", description(shown[i][0]))])
             rows.append(data.encode(talk, "plain", self.words))
-        ids, labels = data.collate(rows, self.words.pad)
-        more = (0, LONG - ids.shape[1])
-        return (torch.tensor(chosen), F.pad(ids, more, value=self.words.pad),
-                F.pad(labels, more, value=data.IGNORE))
+        return torch.tensor(chosen), *data.collate(rows, self.words.pad)
 
 
 class Lessons(nn.Module):
@@ -102,7 +89,8 @@ class Lessons(nn.Module):
     def forward(self, micro):
         model, (ids, mask), is_true = self.model, micro["caption"], micro["is_true"]
         queries_kv, out = [], {}
-        # on a CPU with bf16 instructions a step takes two thirds of the time
+        # on a CPU with bf16 instructions a step takes two thirds of the time. Compiling gains a
+        # tenth more, and takes three minutes
         with torch.autocast("cpu", torch.bfloat16):
             vision = model.encode_vision(micro["pixels"])
             features = model.ln_vision(vision)                                  # (B, P, Cv)
