@@ -36,8 +36,8 @@ from toy.world import confusable_scene, draw
 from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
-PAIRS = 24                      # scenes of a step, each with its twin
-STEPS = 3000
+PAIRS = 16                      # scenes of a step, each with its twin
+STEPS = 3200
 SHARED = .4                     # share of the scenes whose objects share a colour or a shape
 MOST_TOKENS = 64                # more than any caption or description has
 
