@@ -14,7 +14,9 @@ from PIL import Image
 import data
 import llama
 import train
+from clip import CLIP, Config
 from formats.errors import UsageError
+from formats.folders import leave_out_tower
 from train import parse_args as parse
 from trainer import build, run_folder
 from trainer.checkpoint import save_checkpoint
@@ -235,29 +237,39 @@ def test_a_batch_of_one_has_no_negatives(tmp_path):
 ASKS = "qformer.encoder.layer.0.attention.attention.query.weight"
 
 
-def shipped():
-    return data.load_weights(TOY_PARTS / "qformer")
+@pytest.fixture
+def shipped(chain, monkeypatch):
+    """Weights of a Q-Former of 16 queries that stands for the shipped one: the same sizes."""
+    sizes = {**SMALL, "num_queries": 16}
+    monkeypatch.setattr(build, "TOY_QFORMER", sizes)
+    folder = chain / "shipped"
+    build.new_toy_stage1(TOY_PARTS / "clip", seed=9).save_pretrained(folder)
+    leave_out_tower(folder, "toy/weights/clip")
+    monkeypatch.setattr(build, "SHIPPED_QFORMER", str(folder))
+    monkeypatch.setattr(build, "TOY_QFORMER", SMALL)
+    return data.load_weights(folder)
 
 
-def test_minigpt4_starts_from_the_shipped_qformer(tmp_path, chain):
+def test_minigpt4_starts_from_the_shipped_qformer(tmp_path, chain, shipped):
     """With nothing before it, and also beside a BLIP-2 of the user's own, which --qformer names."""
     (tmp_path / "blip2").symlink_to(chain / "blip2")
     assert run(tmp_path / "minigpt4/stage1", "minigpt4", 1) == 0
     found = weights(tmp_path / "minigpt4/stage1")
-    assert torch.equal(found[ASKS], shipped()[ASKS])
+    assert torch.equal(found[ASKS], shipped[ASKS])
     assert found["query_tokens"].shape[1] == 16 and weights(chain / "minigpt4/stage1")[
         "query_tokens"].shape[1] == 3
 
 
-def test_blip2s_second_stage_starts_from_the_shipped_one_or_from_the_first(tmp_path, chain, capsys):
+def test_blip2s_second_stage_starts_from_the_shipped_one_or_from_the_first(tmp_path, chain, capsys,
+                                                                           shipped):
     assert run(tmp_path / "blip2/stage2", "blip2", 2, steps=2) == 0
-    assert "toy/weights/qformer" in capsys.readouterr().err
+    assert "starts from the shipped Q-Former" in capsys.readouterr().err
     found = weights(tmp_path / "blip2/stage2")
     assert found["query_tokens"].shape[1] == 16
     config = json.loads((tmp_path / "blip2/stage2/config.json").read_text())
-    assert config["start"] == "toy/weights/qformer"
+    assert config["start"] == build.SHIPPED_QFORMER
     # near the shipped one, and no copy of it: the rate of the first step is 0
-    gap = (found[ASKS] - shipped()[ASKS]).abs().max()
+    gap = (found[ASKS] - shipped[ASKS]).abs().max()
     assert 0 < gap < .05
     # beside a stage 1 it goes on from there, without a word: `chain` did
     assert weights(chain / "blip2/stage2")["query_tokens"].shape[1] == 3
@@ -269,20 +281,24 @@ def test_blip2s_second_stage_starts_from_the_shipped_one_or_from_the_first(tmp_p
     assert "shipped" not in capsys.readouterr().err
 
 
-def test_a_stage_one_that_came_later_does_not_change_a_run(tmp_path, chain):
+def test_a_stage_one_that_came_later_does_not_change_a_run(tmp_path, chain, shipped):
     """Begun from the shipped one, it is refused, not resumed from something else."""
     out = tmp_path / "blip2/stage2"
     assert run(out, "blip2", 2, steps=1) == 0
     (tmp_path / "blip2/stage1").symlink_to(chain / "blip2/stage1")
     with pytest.raises(data.BadData, match="--from"):
         run(out, "blip2", 2, "--resume", "auto", steps=1)
-    assert run(out, "blip2", 2, "--resume", "auto", "--from", "toy/weights/qformer", steps=1) == 0
+    assert run(out, "blip2", 2, "--resume", "auto", "--from", build.SHIPPED_QFORMER, steps=1) == 0
 
 
-def test_the_start_does_not_depend_on_the_current_folder(tmp_path, monkeypatch):
+def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Relative to the program, not to the current folder; if it is missing, its name is said."""
     monkeypatch.chdir(tmp_path)
-    assert run("blip2/stage2", "blip2", 2, steps=1) == 0
-    assert run("minigpt4/stage1", "minigpt4", 1, steps=1) == 0
+    missing = "toy/weights/no-such-qformer"
+    monkeypatch.setattr(build, "SHIPPED_QFORMER", missing)
+    for recipe, stage in (("blip2", 2), ("minigpt4", 1)):
+        with pytest.raises(data.BadModel, match=str(build.HERE / missing)):
+            run(f"{recipe}/stage{stage}", recipe, stage, steps=1)
 
 
 def test_qformers_that_do_not_fit(tmp_path, chain):
@@ -312,6 +328,5 @@ def test_qformers_that_do_not_fit(tmp_path, chain):
 
 
 def save_clip_of_width(folder, width):
-    from clip import CLIP, Config
     tower = Config(width, 2, 2, 2 * width, image_size=64, patch_size=8)
     CLIP(tower, Config(32, 1, 2, 64, vocab=9, context=8, eos_id=8), 16).save_pretrained(folder)
