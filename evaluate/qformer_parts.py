@@ -108,7 +108,7 @@ def eval_qformer(model, scenes):
     print_gates("Q-Former: a read-out of the queries' outputs, by place", places, GATES)
     print_gates(f"retrieval of {len(scenes)} scenes by ITC", itc_alone, RETRIEVAL_GATES)
     # by the published score it must not be worse
-    least = {name: (">=", itc_alone[name]) for name in RETRIEVAL_GATES}
+    least = {name: (">=", round(itc_alone[name], 3)) for name in RETRIEVAL_GATES}
     print_gates("the best 16 by ITC sorted again by match logit + cosine", reranked, least)
     by_itc = {kind: rates["itc"] for kind, rates in near.items()}
     by_itm = {kind: rates["itm"] for kind, rates in near.items()}

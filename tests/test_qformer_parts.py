@@ -12,9 +12,10 @@ import qformer
 import train
 from clip import CLIP, ViT
 from data import BadModel, IGNORE, IMAGE
-from evaluate.qformer_parts import (NOTHING, ReadOut, read_out_accuracy, train_read_out, truth_of)
+from evaluate.qformer_parts import (NOTHING, place_scores, read_out_accuracy, train_read_out,
+                                    truth_of)
 from evaluate.query_maps import cross_attention, most_different
-from evaluate.retrieval import MAX_TEXT_TOKENS
+from evaluate.retrieval import MAX_TEXT_TOKENS, pairwise_accuracy, recall_at_k
 from evaluate.toy import held_out_scenes, scene_pixels
 from formats import folders
 from formats.checkpoints import load_weights
@@ -231,6 +232,22 @@ def test_a_read_out_finds_what_the_queries_hold_and_nothing_else():
     blurred[..., 13:] = 0
     blind = train_read_out(blurred[:200], truth[:200], steps=300)
     assert read_out_accuracy(blind, blurred[200:], truth[200:])["place"] < .6
+
+
+@pytest.mark.skipif(not (TOY / "qformer").exists(), reason="toy/weights/qformer: not trained yet")
+def test_the_shipped_qformer_passes_its_gates(model):
+    """100 scenes, 250 objects: the gates, less three standard errors. An untrained one fails all."""
+    scenes = held_out_scenes(100)
+    shipped = Blip2Stage1.from_pretrained(TOY / "qformer")
+    places = place_scores(shipped, scenes)
+    near, recall = pairwise_accuracy(shipped, scenes), recall_at_k(shipped, scenes, itm=False)
+    blind = pairwise_accuracy(model, scenes)
+    assert min(places["colour"], places["shape"]) >= .91 and places["place"] >= .84, places
+    assert max(v for name, v in places.items() if "other" in name) < .5, places
+    assert min(recall["image to text 1"], recall["text to image 1"]) >= .88, recall
+    assert near["attribute"]["itm"] >= .88 and near["left or right"]["itm"] >= .79, near
+    for kind, rates in near.items():
+        assert abs(rates["itm, other picture"] - .5) < .2 and abs(blind[kind]["itm"] - .5) < .2
 
 
 def test_place_counts_false_alarms():
