@@ -109,7 +109,7 @@ def test_a_tower_of_its_own_is_not_left_out(model, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------ the job
+# ------------------------------------------------------------------------------------------- the job
 
 @pytest.fixture
 def few(monkeypatch):
@@ -204,7 +204,7 @@ def test_stage_0_trains_it_and_resumes_to_the_same_bits(few, tmp_path, monkeypat
         torch.use_deterministic_algorithms(False)
 
 
-# ------------------------------------------------------------------------------------------ the gates
+# ----------------------------------------------------------------------------------------- the gates
 
 SCENES = [make_scene(f"gates-{i}") for i in range(300)]
 

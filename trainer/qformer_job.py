@@ -9,9 +9,9 @@ run side by side on the shipped CLIP and LLaMA, which stay frozen:
     itc, itm, itg    stage 1: captions of scenes beside their twins (toy/twins.py), descriptions
     lm               stage 2: the LLaMA describes the scene from the queries' outputs
 
-The last one is needed. ITG reads the queries' keys and values, of which the last block's are made
-from that block's *input*; ITC wants one good query, and ITM a mean over all. Nothing in the three
-asks the outputs for all objects, and the outputs are all that a language model gets.
+Why the last one: ITG reads the queries' keys and values, of which the last block's are made from
+that block's *input*; ITC wants one good query, and ITM a mean over all. Nothing in the three asks
+the outputs for all objects, and the outputs are all that a language model gets.
 
 [BLIP-2] 2301.12597.  Next: evaluate/qformer_parts.py, the gates that the result must pass.
 """
@@ -89,8 +89,7 @@ class Lessons(nn.Module):
     def forward(self, micro):
         model, (ids, mask), is_true = self.model, micro["caption"], micro["is_true"]
         queries_kv, out = [], {}
-        # on a CPU with bf16 instructions a step takes two thirds of the time. Compiling gains a
-        # tenth more, and takes three minutes
+        # as for CLIP and LLaMA. Compiling, too, would gain a tenth and take three minutes
         with torch.autocast("cpu", torch.bfloat16):
             vision = model.encode_vision(micro["pixels"])
             features = model.ln_vision(vision)                                  # (B, P, Cv)
