@@ -118,7 +118,7 @@ def load_lavis(model, folder, weights, dtype):
 
 def leave_out_tower(folder, tower):
     """Take the vision tower out of a saved first stage, if it is that of `tower`, a folder relative
-    to ROOT: the config then names it. Two megabytes in place of six. Raises BadModel."""
+    to ROOT: its config names that instead, and no weight is shipped twice. Raises BadModel."""
     weights, theirs, kept = load_weights(folder), load_weights(ROOT / tower), {}
     for name in weights:
         if not re.fullmatch(TOWER, name):

@@ -200,7 +200,9 @@ def test_parts_that_are_not_there_are_named(tmp_path):
     ["--recipe", "blip2", "--projector-type", "mlp"], ["--recipe", "blip2", "--losses", "itc,itx"],
     ["--recipe", "llava", "--losses", "itc"], ["--recipe", "blip2", "--losses", ""],
     ["--recipe", "blip2", "--show-batch", "1"], ["--schedule", "flat"],
-    ["--caption-style", "lies"]])
+    ["--caption-style", "lies"], ["--recipe", "llava", "--qformer", "x"],
+    ["--recipe", "blip2", "--qformer", "x"],
+    ["--recipe", "blip2", "--stage", "2", "--qformer", "x", "--from", "y"]])
 def test_flags_that_do_not_fit_a_recipe(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         parse(["--stage", "1", *argv])
@@ -275,9 +277,12 @@ def test_blip2s_second_stage_starts_from_the_shipped_one_or_from_the_first(tmp_p
     assert weights(chain / "blip2/stage2")["query_tokens"].shape[1] == 3
     config = json.loads((chain / "blip2/stage2/config.json").read_text())
     assert config["start"] is None
-    # told otherwise
-    assert run(tmp_path / "told", "blip2", 2, "--from", chain / "blip2/stage1/model", steps=1) == 0
-    assert weights(tmp_path / "told")["query_tokens"].shape[1] == 3
+    # told otherwise, by either flag
+    capsys.readouterr()
+    for flag in ("--from", "--qformer"):
+        out = tmp_path / f"told{flag}"
+        assert run(out, "blip2", 2, flag, chain / "blip2/stage1/model", steps=1) == 0
+        assert weights(out)["query_tokens"].shape[1] == 3
     assert "shipped" not in capsys.readouterr().err
 
 

@@ -316,14 +316,16 @@ def load_projector(model, path):
 # ------------------------------------------------------------------------ what a run starts with
 
 def set_start(args, out):
-    """The toy's stage 2 of blip2 starts from the shipped Q-Former where its own folder has no
-    stage 1 beside it. Set before the flags are written down: a resumed run then starts from the
-    same one, or is refused."""
+    """Where stage 2 of blip2 starts: from --qformer; or the toy's from the shipped Q-Former, where
+    there is no stage 1 beside the run's folder. Set before the flags are written down: a resumed
+    run then starts from the same one, or is refused."""
+    if (args.recipe, args.stage) != ("blip2", 2):
+        return
     before = out.parent / "stage1/model"
-    if (args.recipe, args.stage, args.base) == ("blip2", 2, "toy") and args.start is None:
-        if not before.exists():
-            args.start = SHIPPED_QFORMER
-            note(f"starts from the shipped Q-Former, {SHIPPED_QFORMER}: there is no {before}")
+    args.start = args.start or args.qformer
+    if args.start is None and args.base == "toy" and not before.exists():
+        args.start = SHIPPED_QFORMER
+        note(f"starts from the shipped Q-Former, {SHIPPED_QFORMER}: there is no {before}")
 
 
 def start_model(args, out):

@@ -68,7 +68,8 @@ FLAGS = {
         flag("--vision", "CLIP folder or hub id, instead of the base's"),
         flag("--llm", "LLaMA folder or hub id, instead of the base's; for blip2 an OPT or a "
              "FlanT5, too"),
-        flag("--qformer", "Q-Former's folder or hub id, instead of the base's"),
+        flag("--qformer", "Q-Former's folder or hub id, instead of the base's; for stage 1 of "
+             "blip2 the BERT that it begins as"),
         flag("--projector", "start a new projector from this file or folder"),
         flag("--from", "model to start stage 2 from; 'none' skips stage 1", dest="start")),
     "your data": (
@@ -231,6 +232,13 @@ def faults_of_start(args, row, given):
             yield getattr(args, name), (
                 f"--{name} is a part of a new model, and this one begins with {start}: leave it "
                 "out, or give --from none")
+    yield args.qformer and row.projector_type != "qformer", (
+        "--qformer is for the recipes that have one, blip2 and minigpt4")
+    yield args.qformer and row.losses and args.base == "toy", (
+        "--qformer: stage 1 of blip2 begins as a BERT, and the toy's at random: leave it out; or "
+        "give it to stage 2")
+    yield args.qformer and args.recipe == "blip2" and args.start, (
+        "--qformer and --from both say where stage 2 of blip2 starts: give one of them")
     yield args.projector and (row.losses or start != "none"), (
         "--projector is for a new projector: stage 1, or stage 2 with --from none")
     yield row.losses and (args.start or args.max_length or args.on_bad_sample == "skip"), (
