@@ -96,6 +96,9 @@ def test_all_kinds_come_as_often_as_they_should():
         share = weight / sum(KINDS.values())
         assert abs(tally[kind] / len(PAIRS) - share) < .08, tally
     assert set(CHANGES) >= {f[0] for (_, f), _ in PAIRS}
+    for kind in KINDS:              # or of one kind, as in a step of training
+        found = {pair_of(confusable_scene(f"twins:{i}"), i, kind)[0][1][0] for i in range(30)}
+        assert found - {"single"} == {kind}
 
 
 @pytest.mark.parametrize("number", range(1, 5))

@@ -179,12 +179,17 @@ def twin_of(scene, fact, rng):
     return twin, draw_fact(kind, replace(twin, things=tuple(pair)), rng)
 
 
-def pair_of(scene, seed):
+def draw_kind(rng):
+    return rng.choices(list(KINDS), list(KINDS.values()))[0]
+
+
+def pair_of(scene, seed, kind=None):
     """[(scene, fact), (its twin, fact)]: two facts of one kind, each false of the other scene.
 
-    A scene without such a twin is paired with one in which every object has another attribute."""
+    kind: one of KINDS; None: drawn. A scene without such a twin is paired with one in which every
+    object has another attribute."""
     rng = random.Random(f"pair:{seed}")
-    fact = draw_fact(rng.choices(list(KINDS), list(KINDS.values()))[0], scene, rng)
+    fact = draw_fact(kind or draw_kind(rng), scene, rng)
     for _ in range(20):
         twin, other = twin_of(scene, fact, rng)
         if may_be_shown(twin) and not is_true(fact, twin) and not is_true(other, scene):

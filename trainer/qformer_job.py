@@ -31,13 +31,13 @@ from projector import splice
 from qformer import hard_negatives, itc, itc_loss, similarities
 from toy.parts import conversation, muon
 from toy.texts import description
-from toy.twins import caption_of, is_true, pair_of
+from toy.twins import caption_of, draw_kind, is_true, pair_of
 from toy.world import confusable_scene, draw
 from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
-STEPS = 3200
+STEPS = 2600
 SHARED = .4                     # share of the scenes whose objects share a colour or a shape
 MOST_TOKENS = 64                # more than any caption or description has
 
@@ -47,19 +47,22 @@ class Batches:
 
     pixels (B, 3, S, S); caption, told: (ids, mask) (B, T) of the captions, which ITC and ITM
     compare, and of what ITG writes, descriptions and captions in turn; is_true (B, B): text k is
-    true of picture b; described: (indices of PAIRS pictures, ids, labels) for the LLaMA."""
+    true of picture b; described: (indices of PAIRS pictures, ids, labels) for the LLaMA.
+
+    All captions of a step are of one kind: then all are about as long, and little is padded, and
+    no caption is told from another by its kind."""
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
 
     def __call__(self, step):
-        shown = []
+        shown, kind = [], draw_kind(random.Random(f"kind:{step}"))
         for i in range(step * PAIRS, (step + 1) * PAIRS):
-            shown += pair_of(confusable_scene(f"qformer:{i}", SHARED), i)
+            shown += pair_of(confusable_scene(f"qformer:{i}", SHARED), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
-        told = []
-        for i, (scene, _) in enumerate(shown):
-            told.append(description(scene) if (i // 2 + step) % 2 else texts[i])
+        told = texts
+        if step % 2:
+            told = [description(scene) for scene, _ in shown]
         pixels = [data.preprocess(draw(scene), self.image_size, "squash") for scene, _ in shown]
         truth = [[is_true(fact, scene) for _, fact in shown] for scene, _ in shown]
         return [{"pixels": torch.cat(pixels), "caption": self.tokenizer.encode(texts, MOST_TOKENS),
