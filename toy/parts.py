@@ -193,7 +193,8 @@ PICTURES = 5                    # of 8 rows are word pictures
 def tokenizer_texts():
     """The texts whose words become tokens."""
     texts = [data.prompt([{"from": "human", "value": "hi"}], "v1"),
-             "Yes. No. yes no none No The notes: . , ; ? ! ' object shape thing"]
+             "Yes. No. yes no none No The notes: . , ; ? ! ' object shape thing",
+             data.prompt([{"from": "human", "value": "<image>"}], "minigpt4")]
     for words in (COLOURS, SHAPES, SIZES, BACKGROUNDS, NUMBERS):
         for word in words:
             texts += [word, word.capitalize()]
@@ -302,6 +303,9 @@ def word_picture_row(i, tokenizer):
         if not swap:
             text = rng.choice(captions(scene) + [text] * 5)
         pairs, template = [("<image>", text)], "plain"
+    elif rng.random() < .15:                    # MiniGPT-4's turns, as Vicuna v0 has read them
+        question, answer = dialogue(scene, rng, 1, described=.7)[0]
+        pairs, template = [(f"<image>\n{question}", answer)], "minigpt4"
     else:
         pairs, template = dialogue(scene, rng, 7), "v1"
         pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])

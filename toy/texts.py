@@ -179,6 +179,23 @@ def count_those(things, attribute, what):
     return f"{text[0].upper()}{text[1:]}, so {NUMBERS[number]}"
 
 
+def look_for(things, colour, shape):
+    """"Top left red, middle left blue circle, so no": is a blue star there? Reading order.
+
+    The shape is named where the colour is the one that was asked for: two small steps. In one step
+    a model answers yes to any colour and shape that are there, of two objects or of one."""
+    parts, value = [], "no"
+    for t in things:
+        parts.append(f"{t.where} {t.colour}")
+        if t.colour == colour:
+            parts[-1] += f" {t.shape}"
+        if t.name == f"{colour} {shape}":
+            value = "yes"
+            break
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}, so {value}.", value
+
+
 def ask_count(scene, rng):
     ask = rng.choice(("How many objects are there?", "How many objects are in the picture?",
                       "Count the objects.", "How many shapes do you see?"))
@@ -205,15 +222,14 @@ def ask_exist(scene, rng):
     ask = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?",
                       "Does the image show {}?"))
     if rng.random() < .5:
-        what = article(t.name)
-        return ask.format(what), f"A{what[1:]} is {t.where}, so yes.", "yes"
+        return ask.format(article(t.name)), *look_for(scene.things, t.colour, t.shape)
     mixed = [(a.colour, b.shape) for a in scene.things for b in scene.things]
     near = [(t.colour, s) for s in SHAPES] + [(c, t.shape) for c in COLOURS] + mixed * 2
     pairs = near if rng.random() < .7 else [(c, s) for c in COLOURS for s in SHAPES]
-    pool = [f"{c} {s}" for c, s in pairs
+    pool = [(c, s) for c, s in pairs
             if f"{c} {s}" not in present and (c, s) not in HELD_OUT_PAIRS]
-    what = article(rng.choice(pool))
-    return ask.format(what), f"A{what[1:]} is not there, so no.", "no"
+    colour, shape = rng.choice(pool)
+    return ask.format(article(f"{colour} {shape}")), *look_for(scene.things, colour, shape)
 
 
 RELATIONS = {"left of": lambda a, b: a.column < b.column,
@@ -259,10 +275,10 @@ def ask_reasoning(scene, rng):
         return None
     a, b = rng.choice(pairs)
     x, y, one, two = getattr(a, named), getattr(b, named), getattr(a, kind), getattr(b, kind)
-    word = "yes" if one == two else "no"
+    word, end = ("yes", " too, so yes.") if one == two else ("no", ", so no.")
     ask = rng.choice((f"Do the {x} and the {y} have the same {kind}?",
                       f"Are the {x} and the {y} of the same {kind}?"))
-    return ask, f"The {x} is {one} and the {y} is {two}: {one} and {two}, so {word}.", word
+    return ask, f"The {x} is {one} and the {y} is {two}{end}", word
 
 
 def ask_background(scene, rng):
