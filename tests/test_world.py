@@ -158,6 +158,29 @@ def test_counting_those_of_a_kind_goes_through_all_objects(train):
         assert NUMBERS[number] == value
 
 
+def test_looking_for_an_object_names_shapes_of_the_asked_colour_alone(train):
+    """"Top left red, middle left blue circle, so no": up to the object, or through all of them."""
+    for scene, question, answer, value in asked(train, "exist"):
+        (colour, shape), = things_in(question)
+        reason = answer.lower().split(", so ")[0].split(", ")
+        assert value == "yes" or len(reason) == len(scene.things)
+        for part, t in zip(reason, scene.things):
+            assert part == f"{PLACES[t.place]} {t.colour}" + f" {t.shape}" * (t.colour == colour)
+        assert (value == "yes") == reason[-1].endswith(f" {colour} {shape}")
+        assert not any(part.endswith(f" {colour} {shape}") for part in reason[:-1])
+
+
+def test_too_is_said_of_equal_values_alone(train):
+    said = Counter()
+    for scene, question, answer, value in asked(train, "reasoning"):
+        if value in ("yes", "no"):
+            one, two = re.fullmatch(r"The .* is (\w+) and the .* is (\w+)(?: too)?, so \w+\.",
+                                    answer).groups()
+            assert (one == two) == (" too, so yes." in answer) == (value == "yes")
+            said[value] += 1
+    assert min(said["yes"], said["no"]) > 50
+
+
 @pytest.mark.parametrize("kind", ["exist", "relation"])
 def test_yes_and_no_are_balanced(kind):
     scenes = [make_scene(f"balance-{i}", count=2 + i % 3) for i in range(1000)]
