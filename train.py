@@ -26,9 +26,9 @@ that was not (on the same machine, with the same number of threads). What such a
 - checkpoints, logs, several GPUs, bad samples - is in the folder trainer/.
 """
 
-import os
 from dataclasses import dataclass
 
+from trainer.environment import before_torch
 from trainer.flags import parse
 
 
@@ -125,9 +125,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()                 # before torch is imported: --help answers at once
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads take each other's time
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:         # rows differ in length: trainer/allocator
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+before_torch()
 
 import sys
 
