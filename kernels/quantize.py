@@ -28,6 +28,10 @@ weight j + 64 in its high half. So a thread reads 16 bytes in a row, and the two
 read meet two stretches of x. Scales lie (C / 128, N), a group's side by side. Sums, and operands
 of the tensor cores, do go from thread to thread, through shared memory.
 
+Under a backward (trainer/qlora.py) the weights are written out for every product, and nothing but
+the codes is kept: `frozen_linear`. [QLoRA] 2305.14314 has another code (NF4, 4 bits spaced like a
+normal distribution's quantiles, 64 a group); here it is the one above, so that one format serves.
+
 Left out: activations in int8, calibration (GPTQ, AWQ): what is rounded is rounded to nearest.
 Anchor: gpt-fast, 62 % of an A100's practical bandwidth in int8 and 51 % in int4.
 Letters: N rows of W, C columns, B rows of x.
@@ -216,6 +220,49 @@ def gemv(x, codes, scales):
         (gemv_int4 if four else gemv_int8)[(len(rows), blocks)](
             rows, codes, scales, y, N, C=C, **size, num_warps=WARPS[bits], enable_fp_fusion=True)
     return y.view(*x.shape[:-1], N)
+
+
+# ---- frozen weights under a backward ----
+
+CHUNK = 1024            # rows that are written out in fp32 at a time
+
+
+def written_in(codes, scales, C, dtype):
+    """The weights (N, C) that codes and scales stand for, in dtype; in fp32 only some rows at a
+    time: of a layer of the 7B all of them would take 0.4 GB three times over."""
+    if codes.dtype == torch.int8:
+        parts = zip(codes.split(CHUNK), scales.split(CHUNK))
+    else:
+        parts = zip(codes.split(CHUNK), scales.split(CHUNK, 1))
+    weight = torch.empty(len(codes), C, dtype=dtype, device=codes.device)
+    for rows, (some, their) in zip(weight.split(CHUNK), parts):
+        rows.copy_(written_out(some, their)[:, :C])
+    return weight
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x Wᵀ for frozen codes. W is written out for the product and forgotten, and once more for the
+    gradient of x, dy W: what waits for backward is the codes alone."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scales):
+        ctx.save_for_backward(codes, scales)
+        ctx.width = x.shape[-1]
+        return F.linear(x, written_in(codes, scales, x.shape[-1], x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        codes, scales = ctx.saved_tensors
+        return dy @ written_in(codes, scales, ctx.width, dy.dtype), None, None
+
+
+def frozen_linear(x, codes, scales):
+    """x (..., C) times what codes (N, C) and scales stand for, transposed: (..., N). For training
+    beside weights that stay: x gets a gradient, they get none. Under autocast in its dtype."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return FrozenLinear.apply(x.to(dtype), codes, scales)
 
 
 # ---- layers ----
