@@ -44,7 +44,8 @@ OWN_FILES = ("step-*", "model", "model.tmp", *LOGS, "rows.safetensors", "loss.pn
 # flags that do not change the finished bits, so that a run may be resumed with others
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-              "checkpoint", "offload", "on_bad_sample", "most_bad", "follow_links"}
+              "checkpoint", "offload", "offload_optimizer", "offload_gradients", "pcie",
+              "on_bad_sample", "most_bad", "follow_links"}
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
