@@ -77,8 +77,15 @@ def print_memory(args, needs, pack, policy, space):
 def print_host(host):
     """Bytes that wait in the host's memory, by what they are for."""
     if host:
-        parts = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in host.items())
-        print(f"  in the host's memory, pinned: {sum(host.values()) / 1e9:.1f} GB ({parts})")
+        print(f"  in the host's memory, pinned: {sum_and_parts(host)}")
+
+
+def sum_and_parts(sizes):
+    """{what: bytes} as "40.8 GB (moments 13.7, ...)"."""
+    total = sum(sizes.values())
+    unit, name = (1e9, "GB") if total > 1e9 else (1e6, "MB")
+    parts = ", ".join(f"{what} {size / unit:,.1f}" for what, size in sizes.items())
+    return f"{total / unit:,.1f} {name} ({parts})"
 
 
 def print_time(args, model, samples, kinds, source, pack, policy):
@@ -106,11 +113,9 @@ def steps_of(row, samples):
 
 def print_traffic(args, cost, steps):
     """Bytes over PCIe, and what they add to the hours."""
-    parts = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in cost.copied.items())
-    print(f"  over PCIe {sum(cost.copied.values()) / 1e9:,.1f} GB a step, both ways ({parts}): "
-          f"{cost.copying:.3g} s at {args.pcie:g} GB/s (--pcie, an assumption)\n"
-          f"  {hours_in_all(cost, steps)} in all: the first if all copies run beside the "
-          "computation, the second if none does")
+    print(f"  over PCIe, both ways, {sum_and_parts(cost.copied)} a step: {cost.copying:.3g} s at "
+          f"{args.pcie:g} GB/s (--pcie, an assumption)\n  {hours_in_all(cost, steps)} in all: the "
+          "first if all copies run beside the computation, the second if none does")
 
 
 def hours_in_all(cost, steps):
@@ -123,18 +128,11 @@ def hours_in_all(cost, steps):
 def print_never_run(args):
     """What of the plan nobody has seen on a GPU."""
     names = [words for name, words in NEVER_RUN.items() if getattr(args, name)]
+    if args.quantize:
+        print("  not counted: writing the coded weights out for each product")
     if names:
         print(f"  computed for {', '.join(names)}: none of it has run on a GPU yet; tested on a "
               "CPU, with the toy")
-
-
-def mean_flops(count, kinds, policy):
-    """[forward, backward, recomputed, vision] of a sample on average."""
-    sums = [0, 0, 0, 0]
-    for share, *lengths in kinds:
-        for i, flops in enumerate(count(*lengths, policy)):
-            sums[i] += share * flops
-    return sums
 
 
 def advice(args, space, kinds, samples, set_trainable):
@@ -173,6 +171,8 @@ def advice(args, space, kinds, samples, set_trainable):
         yield line
         if "fits with" not in line:
             yield fits("--lora 128 --quantize int4", lora=128, quantize="int4")
+    if args.lora and not args.quantize:
+        yield fits("--quantize int4", quantize="int4")
     if args.base == "13b":
         yield fits("--base 7b", base="7b")
     for gpus in (2, 4, 8):
