@@ -261,7 +261,7 @@ def number_bytes(args):
 
 
 def state_bytes(model, args):
-    """({what: bytes} on the GPU, the same on the host) of weights and what the trained ones have."""
+    """({what: bytes} on the GPU, on the host) of the weights and of what belongs to the trained."""
     weight = number_bytes(args)[0]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
