@@ -3,8 +3,9 @@
 The toy's stage 2 on one core, through the loop's own parts: its micro-batches, its loss, its step.
 Each row is a row before it and one change. Nothing is estimated:
 
-    tokens/s    of the computation alone, batches made beforehand: the median of 5 steps, seconds of
-                this thread, so that whatever else runs on the machine takes no time from it
+    tokens/s    of the computation alone, batches made beforehand; seconds of this thread. All rows
+                take turns, and the median of 9 steps counts: whatever else runs on the machine
+                slows all of them
     held MB     weights, and what the optimizer keeps of them, between two steps
     peak MB     the most bytes of tensors that lived at once in a step, those included; what an
                 operation takes inside itself is not seen
@@ -46,7 +47,7 @@ TRICKS = {
     "+ offload-gradients": (*FOUR, "--offload-gradients"),
     "+ both": (*FOUR, "--offload-optimizer", "--offload-gradients"),
 }
-WARM, TIMED = 2, 5                      # steps
+WARM, TIMED = 2, 9                      # steps
 
 
 class LiveBytes(TorchDispatchMode):
@@ -93,6 +94,17 @@ class Loop:
         self.job = train.vlm_job(self.args, Path(folder), "cpu")
         self.gradients = GradientStep(self.job)
         self.dtype = autocast_dtype(self.args, torch.device("cpu"))
+        self.steps = [list(self.job.batches(i)) for i in range(WARM + TIMED + 1)]
+        self.speeds = []
+
+    def timed(self, number):
+        """Step `number`; notes its tokens a second once it is warm."""
+        micro_batches = self.steps[number]
+        tokens = sum(self.job.count_flops(micro)[0] for micro in micro_batches)
+        start = time.thread_time()
+        self.step(micro_batches)
+        if number >= WARM:
+            self.speeds.append(tokens / (time.thread_time() - start))
 
     def step(self, micro_batches):
         weight = next(iter(self.job.trained().values()))
@@ -123,23 +135,27 @@ class Loop:
         return here, there
 
 
+    def row(self):
+        """The figures, of the timed steps and of one more that is watched."""
+        here, there = self.bytes_between_steps()
+        with LiveBytes({**here, **there}) as live:
+            self.step(self.steps[-1])
+        held = sum(here.values())
+        return {"tokens/s": round(statistics.median(self.speeds)), "held MB": megabytes(held),
+                "peak MB": megabytes(held + live.most), "host MB": megabytes(sum(there.values())),
+                "micro-batches": len(self.steps[-1]), "ok": True}
+
+
+def megabytes(size):
+    return round(size / 1e6, 1)
+
+
 def cpu_tricks():
     """A row for each of TRICKS."""
     with tempfile.TemporaryDirectory() as folder:
-        for what, argv in TRICKS.items():
-            loop, speeds = Loop(argv, folder), []
-            steps = [list(loop.job.batches(i)) for i in range(WARM + TIMED + 1)]
-            for number, micro_batches in enumerate(steps[:-1]):
-                tokens = sum(loop.job.count_flops(micro)[0] for micro in micro_batches)
-                start = time.thread_time()
-                loop.step(micro_batches)
-                if number >= WARM:
-                    speeds.append(tokens / (time.thread_time() - start))
-            here, there = loop.bytes_between_steps()
-            with LiveBytes({**here, **there}) as live:
-                loop.step(steps[-1])
-            held = sum(here.values())
-            yield {"what": what, "tokens/s": round(statistics.median(speeds)),
-                   "held MB": round(held / 1e6, 1), "peak MB": round((held + live.most) / 1e6, 1),
-                   "host MB": round(sum(there.values()) / 1e6, 1),
-                   "micro-batches": len(steps[-1]), "ok": True}
+        loops = {what: Loop(argv, folder) for what, argv in TRICKS.items()}
+        for number in range(WARM + TIMED):
+            for loop in loops.values():
+                loop.timed(number)
+        for what, loop in loops.items():
+            yield {"what": what, **loop.row()}

@@ -229,7 +229,10 @@ CHUNK = 1024            # rows that are written out in fp32 at a time
 
 def written_in(codes, scales, C, dtype):
     """The weights (N, C) that codes and scales stand for, in dtype; in fp32 only some rows at a
-    time: of a layer of the 7B all of them would take 0.4 GB three times over."""
+    time: of a layer of the 7B all of them would take 0.4 GB three times over.
+
+    Some 15 launches for CHUNK rows, 630 for a layer of the 7B: 2 to 3 ms, beside 10 ms of its
+    forward over 4,096 tokens on an A100 (computed, not measured). A kernel would take 0.3 ms."""
     if codes.dtype == torch.int8:
         parts = zip(codes.split(CHUNK), scales.split(CHUNK))
     else:

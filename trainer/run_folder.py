@@ -34,6 +34,7 @@ from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
 from trainer.loader import MicroBatch, Samples
+from trainer.qlora import weights_in
 from trainer.rows import LISTS
 from trainer.speed import Throughput
 
@@ -155,14 +156,14 @@ def write_manifest(out, args, job, dtype):
                 else:
                     path.unlink()
     atomic_write(out / "config.json", json.dumps(run_config(args), indent=1) + "\n")
-    frozen = [p.numel() for p in job.model.parameters() if not p.requires_grad]
+    trained = sum(p.numel() for p in job.trained().values())
     atomic_write(out / "run.json", json.dumps({
         "python": platform.python_version(), "torch": torch.__version__,
         "machine": platform.machine(), "device": str(next(job.model.parameters()).device),
         "threads": torch.get_num_threads(), "dtype": str(dtype), "seed": args.seed,
         "allocator": allocator_setting(),
         "git": git_commit(), "steps": job.steps,
-        "trained": sum(p.numel() for p in job.trained().values()), "frozen": sum(frozen)},
+        "trained": trained, "frozen": weights_in(job.model) - trained},
         indent=1) + "\n")
 
 
