@@ -32,7 +32,8 @@ What passes over PCIe, for P weights and M micro-batches a step (trainer/traffic
 
 Computed; the copies have not run on a GPU yet.
 
-Alone: `python -m kernels.host_state` steps a few weights both ways and compares the bits.
+Alone: `python -m kernels.host_state` adds to tensors that live on the host, compares the bits with
+tensors of the device, and prints GB/s.
 """
 
 import contextlib
@@ -161,23 +162,27 @@ class HostSums:
 
 
 if __name__ == "__main__":
-    from kernels.adamw import AdamW
+    import time
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    start = [torch.randn(n, device=device).bfloat16() for n in (1 << 16, 1 << 18, 1000)]
-    grads = [[torch.randn_like(w) for w in start] for _ in range(5)]
-    ends = []
-    for offload in (False, True):
-        weights = [torch.nn.Parameter(w.clone()) for w in start]
-        adam = AdamW(weights, 1e-3, offload=offload)
-        for step in grads:
-            for p, p.grad in zip(weights, step):
-                pass
-            adam.step()
-        host_memory(weights[0].device).wait()
-        held = sum(x.nbytes for p in weights for x in adam.state[p].values())
-        ends.append([x.cpu() for p in weights for x in (p, *adam.state[p].values())])
-        print(f"{'states on the host' if offload else 'states on the device':22} "
-              f"{held / 1e6:.2f} MB")
-    print("bits equal after 5 steps:", all(map(torch.equal, *ends)))
+    cuda = torch.cuda.is_available()
+    device, n, weights, steps = ("cuda:0", 1 << 27, 8, 3) if cuda else ("cpu", 1 << 18, 8, 3)
+    memory = host_memory(torch.device(device))
+    plain = [torch.zeros(n, dtype=torch.bfloat16, device=device) for _ in range(weights)]
+    there = [{"x": memory.zeros(n, torch.bfloat16)} for _ in range(weights)]
+    start = time.perf_counter()
+    for step in range(steps):
+        visit = memory.fetch(there[0])
+        for i, states in enumerate(there):
+            here, following = visit.get(), there[(i + 1) % weights]
+            visit = memory.fetch(following)             # on its way while this one is added to
+            here["x"].add_(step + i / 8)
+            memory.send(here, states)
+        memory.wait()
+    took = time.perf_counter() - start
+    for step in range(steps):
+        for i, x in enumerate(plain):
+            x.add_(step + i / 8)
+    same = all(torch.equal(x.cpu(), states["x"]) for x, states in zip(plain, there))
+    moved = 2 * 2 * n * weights * steps                 # bytes, there and back
+    print(f"{weights} tensors of {2 * n / 1e6:.0f} MB, {steps} steps: bits equal: {same}; "
+          f"{moved / took / 1e9:.1f} GB/s" + ("" if cuda else "; no GPU here: within the memory"))

@@ -1,4 +1,4 @@
-"""--offload-optimizer and --offload-gradients: the host's memory, and the same bits as without it."""
+"""--offload-optimizer and --offload-gradients: the same bits as without them."""
 
 import copy
 import signal
@@ -300,7 +300,7 @@ def test_a_resident_checkpoint_goes_on_on_the_host_and_back(flags, run, tmp_path
         assert sha(out) == sha(tmp_path / "plain")
 
 
-def test_clipped_at_the_end_the_states_may_still_wait_on_the_host(flags, run, tmp_path):  # noqa: F811
+def test_a_step_at_the_end_may_have_its_states_on_the_host(flags, run, tmp_path):   # noqa: F811
     for name, more in (("plain", ()), ("host", BOTH[:1])):
         assert run(flags(tmp_path / name, *ADAMW8, "--clip", 1, *more)).code == 0
     assert sha(tmp_path / "host") == sha(tmp_path / "plain")

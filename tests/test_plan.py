@@ -243,7 +243,8 @@ def test_what_the_host_holds_and_what_is_left_here():
     """7B: P = 6.759 G trained weights, the largest, embedding and head, of 131.1 M."""
     args = asked(*BOTH)
     P, largest, model = 6_759_395_328, 32000 * 4096, model_of(args)
-    here, there = static_bytes(model, args), forecast.host_forecast(model, args, MIXED, 4096, "none")
+    here = static_bytes(model, args)
+    there = forecast.host_forecast(model, args, MIXED, 4096, "none")
     assert there == {"moments": (2 + 8 / 256) * P, "masters": 2 * P, "gradients": 2 * P}
     assert here["moments"] == pytest.approx(3 * (2 + 8 / 256) * largest)
     assert here["masters"] == pytest.approx(3 * 2 * largest)

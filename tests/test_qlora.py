@@ -1,4 +1,4 @@
-"""--lora R --quantize int4: gradients beside those of a dense layer, what is kept, what is saved."""
+"""--lora R --quantize int4: gradients beside a dense layer's, what is kept, what is saved."""
 
 import signal
 

@@ -322,8 +322,7 @@ def host_forecast(model, args, kinds, pack, policy, gpus=1):
 
 # ------------------------------------------------------------------------------------------ time
 
-class StepCost(NamedTuple):
-    """A step's time, at the assumed --mfu and --pcie."""
+class StepCost(NamedTuple):         # at the assumed --mfu and --pcie
     flops: list                     # of a sample: [forward, backward, recomputed, vision]
     busy: float                     # share of the time in which a GPU has a micro-batch
     computing: float                # seconds
@@ -354,9 +353,10 @@ def step_cost(model, args, kinds, pack, policy, gpus=1):
         micro_batches = math.ceil(args.row.batch * tokens / pack)
     rounds = math.ceil(micro_batches / gpus)
     busy = micro_batches / (gpus * rounds)                      # a GPU without a row waits
+    rate = args.mfu * A100_FLOPS * gpus * busy
     copied = bytes_a_step(host_forecast(model, args, kinds, pack, policy, gpus), rounds)
-    return StepCost(flops, busy, args.row.batch * sum(flops) / (args.mfu * A100_FLOPS * gpus * busy),
-                    copied, sum(copied.values()) / (args.pcie * 1e9))
+    return StepCost(flops, busy, args.row.batch * sum(flops) / rate, copied,
+                    sum(copied.values()) / (args.pcie * 1e9))
 
 
 # --------------------------------------------------------------------------------------- the card
@@ -369,8 +369,8 @@ def usable_bytes(memory=None):
 
 
 def choose_row_and_policy(model, args, kinds, space, gpus=1):
-    """(tokens a row, policy) that fit into `space` bytes, or None. Policies first: to recompute costs
-    a quarter of the time, a short row a few percent. With --offload-gradients the quickest ones."""
+    """(tokens a row, policy) that fit into `space` bytes, or None. Policies first: to recompute is
+    a quarter of the time, a short row a few percent. With --offload-gradients the quickest."""
     policies = POLICIES if "checkpoint" in args.free else (args.checkpoint,)
     if args.offload:                    # the first keeps too much to be moved
         policies = [policy for policy in policies if policy in ("attention", "full")]
