@@ -164,8 +164,14 @@ def gemv_rows(dtype):
             lambda: file.gemv(x, codes, scales), lambda: file.gemv_spec(x, codes, scales),
             lambda: x.double() @ file.written_out(codes, scales)[:, :C].double().T)
 
+    def written_row(bits, N, C):
+        codes, scales = file.encode(random(N, C, dtype=FP32) * C ** -.5, bits)
+        found = attempt("ours", lambda: file.written_in(codes, scales, C, dtype))
+        return {"ok": DRY or torch.equal(found, file.written_out(codes, scales)[:, :C].to(dtype))}
+
     sizes = pick((4096, 4096), (64, 256), (64, 4096))
     for bits in (8, 4):
+        yield f"int{bits}, written out", partial(written_row, bits, 250, 344)
         for B in (1, 2, 8, 16):
             yield f"int{bits}, {B} rows", partial(row, bits, B, *sizes)
         yield f"int{bits}, C 11008", partial(row, bits, 1, *pick((4096, 11008), (64, 11008)))

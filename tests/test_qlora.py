@@ -219,9 +219,8 @@ def test_bytes_and_flops_of_7b():
             flops_per_sample(dense)(324, 180, 1, policy), rel=1e-12)
     assert choose_row_and_policy(model, args, MIXED, usable_bytes(12)) is not None
     assert choose_row_and_policy(dense, plain, MIXED, usable_bytes(12)) is None
-    # the largest layer is written out once a product: 90 M weights in bf16, and some rows in fp32
-    need = qlora.written_out_bytes(model, 2)
-    assert 2 * 22016 * 4096 < need < 2 * 22016 * 4096 + .2e9
+    # the largest layer is written out for its product: 90 M weights in bf16
+    assert qlora.written_out_bytes(model, 2) == 2 * 22016 * 4096
     # each GPU of several holds all codes
     halves = [static_bytes(model, args, gpus)["weights"] - code_bytes(model) for gpus in (1, 2)]
     assert halves[1] == pytest.approx(halves[0] / 2)

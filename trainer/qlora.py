@@ -18,7 +18,7 @@ import functools
 
 import torch
 
-from kernels.quantize import CHUNK, encode, frozen_linear, GROUP, written_in
+from kernels.quantize import encode, frozen_linear, GROUP, written_in
 from trainer.lora import add_lora, LoRALinear, merge_lora
 
 
@@ -93,8 +93,6 @@ def code_bytes(module):
 
 
 def written_out_bytes(module, size):
-    """Bytes that the largest layer takes while it is written out, in numbers of `size` bytes: the
-    whole of it, and CHUNK rows in fp32, some of them twice."""
+    """Bytes of the largest layer while it is written out, in numbers of `size` bytes."""
     layers = [layer for layer in module.modules() if isinstance(layer, QLoRALinear)]
-    return max((size * layer.coded_weights + 16 * CHUNK * layer.a.shape[1] for layer in layers),
-               default=0)
+    return max((size * layer.coded_weights for layer in layers), default=0)
