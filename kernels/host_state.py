@@ -57,15 +57,15 @@ class HostMemory:
             self.stream, self.arena = torch.cuda.Stream(device), Arena()
 
     def like(self, x):
-        """Memory on the host of x's shape, dtype and order; x may be a meta tensor. It is never
-        given back: a run keeps what its optimizers need to the end."""
-        if self.arena:
-            return self.arena.take(x)
-        return torch.empty_like(x, device="cpu")
+        """Memory on the host of x's shape, dtype and order. It is never given back: a run keeps
+        what its optimizers need to the end."""
+        return self.arena.take(x) if self.arena else torch.empty_like(x)
 
     def zeros(self, size, dtype):
         """Zeros on the host."""
-        return self.like(torch.empty(size, dtype=dtype, device="meta")).zero_()
+        if self.arena:
+            return self.arena.take(torch.empty(size, dtype=dtype, device="meta")).zero_()
+        return torch.zeros(size, dtype=dtype)
 
     def beside(self):
         """Inside, operations go to the stream of the copies."""

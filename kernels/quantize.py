@@ -29,8 +29,8 @@ read meet two stretches of x. Scales lie (C / 128, N), a group's side by side. S
 of the tensor cores, do go from thread to thread, through shared memory.
 
 Under a backward (trainer/qlora.py) a kernel writes the weights out for every product, and nothing
-but the codes is kept: `frozen_linear`. [QLoRA] 2305.14314 has another code (NF4, 4 bits spaced like a
-normal distribution's quantiles, 64 a group); here it is the one above, so that one format serves.
+but the codes is kept: `frozen_linear`. [QLoRA] 2305.14314 has another code (NF4, 4 bits spaced like
+a normal distribution's quantiles, 64 a group); here it is the one above: one format serves both.
 
 Left out: activations in int8, calibration (GPTQ, AWQ): what is rounded is rounded to nearest.
 Anchor: gpt-fast, 62 % of an A100's practical bandwidth in int8 and 51 % in int4.

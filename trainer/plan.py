@@ -62,7 +62,7 @@ def print_memory(args, needs, pack, policy, space):
     unit, name = (1e9, "GB = 10⁹") if total > 2e9 else (1e6, "MB = 10⁶")
     each = ", of each GPU" if args.gpus > 1 else ""
     print(f"\n  memory, {name} bytes{each}: {rows}, --checkpoint {policy}, "
-          f"--optimizer {args.optimizer}")
+          f"--optimizer {args.optimizer}{other_flags(args)}")
     for what, size in needs.items():
         print(f"  {what:12} {size / unit:8.2f}")
     card = f"a card of {args.memory or 80:g} GB"
@@ -72,6 +72,14 @@ def print_memory(args, needs, pack, policy, space):
     print(f"  {'total':12} {total / unit:8.2f}   {verdict} into {space / 1e9:.1f} GB, what {card} "
           f"leaves ({USABLE:.0%} of what it hands out)")
     return total
+
+
+def other_flags(args):
+    """The flags that change the memory and stand nowhere else in the plan."""
+    words = {"--stochastic": args.stochastic, "--offload": args.offload,
+             "--offload-optimizer": args.offload_optimizer,
+             "--offload-gradients": args.offload_gradients}
+    return "".join(f" {name}" for name, is_given in words.items() if is_given)
 
 
 def print_host(host):
