@@ -1,4 +1,4 @@
-"""bench.qlora: the toy's stage 2 with LoRA beside frozen weights in fp32, int8 and int4.
+"""bench.qlora: the toy's stage 2 with LoRA beside frozen weights in fp32, bf16, int8 and int4.
 
 The same stage 1, seed, samples and steps; what differs is what the frozen weights are. Loss of the
 last steps, and of samples that no run has seen, by the model as it is saved. And once more with A
@@ -20,6 +20,10 @@ from toy.texts import training_sample
 from trainer.lora import add_lora, merge_lora
 
 STEPS, RANK, LAST, FRESH = 200, 16, 50, 200
+BF16 = "--optimizer", "adamw8"
+# what the frozen weights are -> flags; "in bf16": all else too, with masters and 8-bit moments
+KINDS = {"fp32": (), "int8": ("--quantize", "int8"), "int4": ("--quantize", "int4"), "bf16": BF16,
+         "int4, in bf16": (*BF16, "--quantize", "int4")}
 
 
 def run(folder, name, *argv):
@@ -61,14 +65,13 @@ def cpu_qlora():
         folder = Path(folder)
         start = run(folder, "stage1", "--stage", "1") / "model"
         lora = ("--stage", "2", "--from", str(start), "--lora", str(RANK), "--steps", str(STEPS))
-        for kind in ("fp32", "int8", "int4"):
-            coded = () if kind == "fp32" else ("--quantize", kind)
-            out = run(folder, kind, *lora, *coded)
+        for kind, flags in KINDS.items():
+            out = run(folder, kind, *lora, *flags)
             losses = [json.loads(line)["loss"]
                       for line in (out / "metrics.jsonl").read_text().splitlines()]
             row = {"what": f"LoRA {RANK} beside {kind}", "first loss": losses[0],
                    f"last {LAST}": statistics.fmean(losses[-LAST:]),
                    "unseen": fresh_loss(VLM.from_pretrained(out / "model", torch.float32))}
-            if coded:
+            if "--quantize" in flags:
                 row["unseen, merged into fp32"] = fresh_loss(merged_into_the_start(start, out))
             yield {**row, "ok": True}

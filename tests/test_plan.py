@@ -225,6 +225,25 @@ def test_the_largest_step_is_allocated_before_the_first(monkeypatch):
     assert asked_for == [pytest.approx(need - 13.5e9, abs=2), pytest.approx(59e9, abs=2)]
 
 
+def test_the_host_has_room_for_what_waits_there(monkeypatch, tmp_path):
+    """7B: 40.8 GB with both flags, nothing without; two processes of a machine need as much."""
+    free = [41e9]
+    monkeypatch.setattr(allocator, "free_host_bytes", lambda: free[0])
+    args = asked("--pack", 2048, "--checkpoint", "none", *BOTH)
+    model = model_of(args)
+    allocator.check_host(model, args)
+    free[0] = 40e9
+    with pytest.raises(TrainingFailed, match=r"40\.8 GB of moments, masters, gradients.*40\.0 GB"):
+        allocator.check_host(model, args)
+    free[0] = 0
+    allocator.check_host(model, asked("--pack", 2048, "--checkpoint", "none"))      # control
+    monkeypatch.undo()
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:   1234 kB\n")
+    assert allocator.free_host_bytes(tmp_path / "meminfo") == 1234 * 1024
+    assert allocator.free_host_bytes(tmp_path / "none") == float("inf")
+    assert 0 < allocator.free_host_bytes()
+
+
 def test_the_allocator_joins_freed_pages_unless_told_otherwise():
     """Set before torch is imported; the user's own setting stays."""
     code = ("import train; from trainer.allocator import setting; print(setting())")
