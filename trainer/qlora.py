@@ -8,8 +8,8 @@ Every forward and every backward writes a layer's Ŵ out for its product and for
 
 What is saved. A and B were trained beside Ŵ, and they make up for some of what the codes lose. So
 they are merged into Ŵ, written out: the saved model is the one that was trained, in the dtype of
-the run. Merged into the weights from before, it would be a model that nobody has trained or
-measured; what that comes to in the toy world stands in docs/training.md.
+the run. Merged into the weights from before, A and B would meet other weights than those they were
+trained beside; what that costs in the toy world stands in docs/training.md.
 
 The paper's code is NF4; ours is symmetric, 128 weights a scale, and its scales are not coded again.
 """
