@@ -26,9 +26,9 @@ that was not (on the same machine, with the same number of threads). What such a
 - checkpoints, logs, several GPUs, bad samples - is in the folder trainer/.
 """
 
-import os
 from dataclasses import dataclass
 
+from trainer.environment import before_torch
 from trainer.flags import parse
 
 
@@ -126,9 +126,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()                 # before torch is imported: --help answers at once
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads take each other's time
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:         # rows differ in length: trainer/allocator
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+before_torch()
 
 import sys
 
@@ -145,12 +143,13 @@ from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
-from trainer.forecast import flops_counter, measure_saved_bytes
+from trainer.forecast import flops_counter
 from trainer.loader import MicroBatches, Samples
-from trainer.lora import merge_lora
 from trainer.machine import prepare
 from trainer.plan import print_plan
+from trainer.qlora import merge_additions
 from trainer.run_folder import output_folders, Run
+from trainer.saved_bytes import measure_saved_bytes
 from trainer.schedules import lr_schedule
 from trainer.show import show_batch
 from trainer.step import GradientStep
@@ -209,7 +208,8 @@ def make_optimizers(trained, row, args):
         for p in group["params"]:
             seed = args.seed << 16 ^ len(optimizers)        # each rounds with its own numbers
             optimizers.append(AdamW([p], group["lr"], weight_decay=group["weight_decay"],
-                                    stochastic=args.stochastic, seed=seed))
+                                    stochastic=args.stochastic, seed=seed,
+                                    offload=args.offload_optimizer))
     return optimizers
 
 
@@ -231,6 +231,7 @@ class TrainJob:
     count_flops: object = None      # micro-batch -> (tokens, FLOPs), for the log
     samples: object = None          # where the micro-batches come from, trainer.loader.Samples
     local_params: dict | None = None    # name -> what optimizers hold: this rank's shard
+    offload_gradients: bool = False     # sums over micro-batches on the host: trainer/step.py
 
     def __post_init__(self):
         self.local_params = self.local_params or self.trained()
@@ -261,7 +262,7 @@ def vlm_job(args, out, device):
 
     def save_model(folder):
         report()                        # the memory that was needed, beside the forecast
-        merge_lora(model.llm)           # what is saved loads like any other model
+        merge_additions(model.llm)      # what is saved loads like any other model
         model.save_pretrained(folder)
 
     sample = None
@@ -272,7 +273,7 @@ def vlm_job(args, out, device):
         batches=MicroBatches(samples, model, args, rank(), world_size()), loss=loss,
         lr_scale=lr_schedule(row, steps), save_model=save_model, clip=row.clip, sample=sample,
         batch=row.batch, count_flops=flops_counter(model), samples=samples,
-        local_params=local_params)
+        local_params=local_params, offload_gradients=args.offload_gradients)
 
 
 def blip2_stage1_job(args, out, device):
@@ -328,7 +329,7 @@ def train_loop(job, run):
                 losses = job.loss(batch)                    # {name: scalar}: BLIP-2 has three
             # adds up for the log; after the last one the sum over all ranks must be finite. True:
             # this is the last micro-batch, and some rank has a sample to learn from
-            gradients.is_last = run.add_losses(losses, is_last, step)
+            gradients.begin(run.add_losses(losses, is_last, step))
             loss = sum(losses.values())
             if loss.requires_grad:      # False: only the projector trains, and no image is here
                 loss.backward()         # 8-bit AdamW steps inside the last one: trainer/step.py
