@@ -51,7 +51,7 @@ class Stage:
     warm_lr: float = 0.0            # where the warm-up begins
     min_lr: float = 0.0             # where the cosine ends
     projector_lr: float = 0.0       # of the projector alone; 0: lr
-    muon: float = 0.0               # the toy's rate for matrices under Muon, which decay; 0: AdamW
+    muon: float = 0.0               # the toy's: rate of the matrices under Muon; 0: AdamW
     losses: tuple = ()              # BLIP-2's itc, itm, itg: qformer.py; (): the next token's
     loss_groups: int = 8            # mean of each group's mean loss; officially one group a GPU
     order: str = "shuffled"         # of the samples in --data; or modality: data.modality_order
@@ -106,7 +106,7 @@ RECIPES = {
               loss_groups=16, order="modality", caption_style="dialogue")),
 }
 # The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
-LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
+LLAVA_TOY = (dict(lr=1.2e-2, muon=.01, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
 TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
        "blip2": (dict(lr=1e-3, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0., min_lr=1e-4),
@@ -199,7 +199,7 @@ def make_optimizers(trained, row, args):
     """[AdamW]; the toy's Muon and AdamW; or an 8-bit AdamW for each weight, which can step while
     backward still runs."""
     if row.muon:
-        return muon(trained, row.muon, row.lr, decay=row.decay)
+        return muon(trained, row.muon, row.lr)
     groups = parameter_groups(trained, row)
     if args.optimizer == "adamw":
         return [adamw(groups)]

@@ -26,7 +26,7 @@ import train
 from trainer.run_folder import autocast_dtype
 from trainer.step import GradientStep
 
-FP32 = "--optimizer", "adamw", "--dtype", "fp32"
+FP32 = "--optimizer", "adamw", "--muon", "0", "--dtype", "fp32"
 BF16 = "--optimizer", "adamw8"
 FOUR = *BF16, "--clip", "0", "--accum", "4"
 # what is measured -> flags; a name that begins with + is a change of the last one without

@@ -45,9 +45,12 @@ from toy.world import (
 )
 
 
-def muon(trained, lr, rest_lr, betas=(.9, .95), decay=.01):
+def muon(trained, lr, rest_lr, betas=(.9, .95), decay=.5):
     """[Muon] for the hidden layers' matrices, AdamW for the rest: a fifth of AdamW's steps on the
-    toy. trained: {name: parameter}; lr and weight decay are the matrices', rest_lr the rest's."""
+    toy. trained: {name: parameter}; lr and weight decay are the matrices', rest_lr the rest's.
+
+    The decay matters for a projector: with little, it fits the colour-shape pairs that it is shown,
+    and reads others wrongly (docs/results.md)."""
     matrices, rest = [], []
     for name, p in trained.items():
         is_hidden = "blocks" in name or name.endswith(("first.weight", "second.weight"))
@@ -180,7 +183,7 @@ def clip_job(out):
 
     def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
         return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
-    optimizers = muon(dict(model.named_parameters()), .02, 2e-3, (.9, .98))
+    optimizers = muon(dict(model.named_parameters()), .02, 2e-3, (.9, .98), decay=.01)
     return dict(model=model, optimizers=optimizers, steps=steps, batches=batch, loss=loss,
                 lr_scale=lr_scale, save_model=save_model, batch=2 * pairs)
 
@@ -387,6 +390,6 @@ def llama_job(out):
 
     def lr_scale(step):                       # constant, then straight to 0 over the last 64 %
         return min(1, (step + 1) / 50) * min(1, (steps - step) / (.64 * steps))
-    optimizers = muon(dict(model.named_parameters()), .015, 2e-3)
+    optimizers = muon(dict(model.named_parameters()), .015, 2e-3, decay=.01)
     return dict(model=model, optimizers=optimizers, steps=steps, batches=batch, loss=loss,
                 lr_scale=lr_scale, save_model=save_model, clip=1.0, batch=size)
