@@ -158,25 +158,34 @@ def test_counting_those_of_a_kind_goes_through_all_objects(train):
         assert NUMBERS[number] == value
 
 
-def test_looking_for_an_object_names_shapes_of_the_asked_colour_alone(train):
-    """"Top left red, middle left blue circle, so no": up to the object, or through all of them."""
+def test_looking_for_an_object_compares_the_nearest(train):
+    """One of that colour before one of that shape; the comparison is true, word by word."""
+    kinds = Counter()
     for scene, question, answer, value in asked(train, "exist"):
         (colour, shape), = things_in(question)
-        reason = answer.lower().split(", so ")[0].split(", ")
-        assert value == "yes" or len(reason) == len(scene.things)
-        for part, t in zip(reason, scene.things):
-            assert part == f"{PLACES[t.place]} {t.colour}" + f" {t.shape}" * (t.colour == colour)
-        assert (value == "yes") == reason[-1].endswith(f" {colour} {shape}")
-        assert not any(part.endswith(f" {colour} {shape}") for part in reason[:-1])
+        (found_colour, found_shape), = things_in(answer)
+        near = [(t.colour, t.shape) for t in scene.things]
+        assert (found_colour, found_shape) in near
+        same = found_colour == colour, found_shape == shape
+        assert same[0] or colour not in {c for c, _ in near}
+        assert same[1] or same[0] or shape not in {s for _, s in near}
+        assert answer.endswith(
+            f"{found_colour} and {colour} {('differ', 'agree')[same[0]]}, "
+            f"{found_shape} and {shape} {('differ', 'agree')[same[1]]}, so {value}.")
+        assert (value == "yes") == all(same) == ((colour, shape) in near)
+        kinds[same] += 1
+    assert min(kinds[key] for key in ((True, True), (True, False), (False, True))) > 20
 
 
-def test_too_is_said_of_equal_values_alone(train):
+def test_only_equal_values_agree(train):
     said = Counter()
     for scene, question, answer, value in asked(train, "reasoning"):
         if value in ("yes", "no"):
-            one, two = re.fullmatch(r"The .* is (\w+) and the .* is (\w+)(?: too)?, so \w+\.",
-                                    answer).groups()
-            assert (one == two) == (" too, so yes." in answer) == (value == "yes")
+            one, two, a, b, word = re.fullmatch(
+                r"The .* is (\w+) and the .* is (\w+): (\w+) and (\w+) (\w+), so \w+\.",
+                answer).groups()
+            assert (one, two) == (a, b)
+            assert (one == two) == (word == "agree") == (value == "yes")
             said[value] += 1
     assert min(said["yes"], said["no"]) > 50
 

@@ -179,21 +179,23 @@ def count_those(things, attribute, what):
     return f"{text[0].upper()}{text[1:]}, so {NUMBERS[number]}"
 
 
-def look_for(things, colour, shape):
-    """"Top left red, middle left blue circle, so no": is a blue star there? Reading order.
+def compare(one, two):
+    """"red and blue differ". Its words stand next to each other: a small model that had to compare
+    colours six words apart answered yes to every pair, after 6,000 steps."""
+    return f"{one} and {two} {'agree' if one == two else 'differ'}"
 
-    The shape is named where the colour is the one that was asked for: two small steps. In one step
-    a model answers yes to any colour and shape that are there, of two objects or of one."""
-    parts, value = [], "no"
-    for t in things:
-        parts.append(f"{t.where} {t.colour}")
-        if t.colour == colour:
-            parts[-1] += f" {t.shape}"
-        if t.name == f"{colour} {shape}":
-            value = "yes"
-            break
-    text = ", ".join(parts)
-    return f"{text[0].upper()}{text[1:]}, so {value}.", value
+
+def look_for(things, colour, shape):
+    """Is there a blue star? "The nearest is the blue circle: blue and blue agree, circle and star
+    differ, so no."
+
+    What is nearest: that object, or one of its colour, or one of its shape, or the first. A model
+    that answers in one step says yes to any colour and shape that are there, of one object or of
+    two: it finds, and does not compare."""
+    t = min(things, key=lambda t: 2 * (t.colour != colour) + (t.shape != shape))
+    value = "yes" if t.name == f"{colour} {shape}" else "no"
+    return (f"The nearest is the {t.name}: {compare(t.colour, colour)}, "
+            f"{compare(t.shape, shape)}, so {value}."), value
 
 
 def ask_count(scene, rng):
@@ -275,10 +277,10 @@ def ask_reasoning(scene, rng):
         return None
     a, b = rng.choice(pairs)
     x, y, one, two = getattr(a, named), getattr(b, named), getattr(a, kind), getattr(b, kind)
-    word, end = ("yes", " too, so yes.") if one == two else ("no", ", so no.")
+    word = "yes" if one == two else "no"
     ask = rng.choice((f"Do the {x} and the {y} have the same {kind}?",
                       f"Are the {x} and the {y} of the same {kind}?"))
-    return ask, f"The {x} is {one} and the {y} is {two}{end}", word
+    return ask, f"The {x} is {one} and the {y} is {two}: {compare(one, two)}, so {word}.", word
 
 
 def ask_background(scene, rng):
