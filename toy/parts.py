@@ -34,14 +34,15 @@ from toy.texts import article, captions, DESCRIBE, description, dialogue, listed
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
-    confusable_scene,
     draw,
     hard_negative_scene,
+    lone_scene,
     make_scene,
     NUMBERS,
     SHAPES,
     SIDE,
     SIZES,
+    training_scene,
 )
 
 
@@ -114,7 +115,8 @@ def clip_pictures(step, pairs):
     found, rng = [], random.Random(f"wild:{step}")
     ramp = min(1, max(0, (step - EASY_STEPS) / EASY_STEPS))
     for i in range(step * pairs, (step + 1) * pairs):
-        twins = [make_scene(i), hard_negative_scene(make_scene(i), i)]
+        scene = lone_scene(i) if i % 4 == 3 else make_scene(i)
+        twins = [scene, hard_negative_scene(scene, i)]
         if rng.random() < UNNAMED * ramp:
             twins = [recolour(scene, i) for scene in twins]
         augmented = rng.random() < AUGMENTED * ramp
@@ -278,7 +280,7 @@ def conversation(pairs):
 
 def notes_row(i, tokenizer):
     """(ids, loss weights) of scene i as notes, then questions about it or another description."""
-    scene, rng = confusable_scene(i), random.Random(f"row:{i}")
+    scene, rng = training_scene(i), random.Random(f"row:{i}")
     known, swap = notes(scene, rng), rng.random() < SWAPPED
     if swap or rng.random() < .2:
         text = description(scene)
@@ -298,7 +300,7 @@ def word_picture_row(i, tokenizer):
 
     In place of a picture stand 64 tuples, each with the ids of one patch's words. The model reads
     the sum of their embeddings, and has no loss there."""
-    scene, rng = confusable_scene(i), random.Random(f"blend:{i}")
+    scene, rng = training_scene(i), random.Random(f"blend:{i}")
     patches = [tuple(tokenizer.encode(text, bos=False)) for text in word_picture(scene, rng)]
     swap = rng.random() < SWAPPED
     if swap or rng.random() < .4:

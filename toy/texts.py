@@ -14,7 +14,6 @@ import random
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
-    confusable_scene,
     draw,
     HELD_OUT_PAIRS,
     make_scene,
@@ -22,6 +21,7 @@ from toy.world import (
     PLACES,
     SHAPES,
     SIZES,
+    training_scene,
 )
 
 CURATED = 300           # MiniGPT-4 curated 3,500 pictures after five million pairs
@@ -372,7 +372,7 @@ def training_sample(seed, stage, index, caption_style):
     if caption_style == "details":
         index %= CURATED                                # the same few pictures again and again
     name = f"{seed}-{stage}-{index}"
-    scene, rng = confusable_scene(name), random.Random(name)
+    scene, rng = training_scene(name), random.Random(name)
     return draw(scene), talk_of(CAPTION_STYLES[caption_style](scene, rng))
 
 
