@@ -28,9 +28,9 @@ that was not (on the same machine, with the same number of threads). What such a
 - checkpoints, logs, several GPUs, bad samples - is in the folder trainer/.
 """
 
-import os
 from dataclasses import dataclass
 
+from trainer.environment import before_torch
 from trainer.flags import parse
 
 
@@ -53,7 +53,7 @@ class Stage:
     warm_lr: float = 0.0            # where the warm-up begins
     min_lr: float = 0.0             # where the cosine ends
     projector_lr: float = 0.0       # of the projector alone; 0: lr
-    muon: float = 0.0               # the toy's rate for matrices under Muon, which decay; 0: AdamW
+    muon: float = 0.0               # the toy's: rate of the matrices under Muon; 0: AdamW
     losses: tuple = ()              # BLIP-2's itc, itm, itg: qformer.py; (): the next token's
     loss_groups: int = 8            # mean of each group's mean loss; officially one group a GPU
     order: str = "shuffled"         # of the samples in --data; or modality: data.modality_order
@@ -108,7 +108,7 @@ RECIPES = {
               loss_groups=16, order="modality", caption_style="dialogue")),
 }
 # The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
-LLAVA_TOY = (dict(lr=1.2e-2, batch=16, steps=340, clip=1.0),
+LLAVA_TOY = (dict(lr=1.2e-2, muon=.01, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
 TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
        "blip2": (dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0.,
@@ -130,9 +130,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()                 # before torch is imported: --help answers at once
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning threads take each other's time
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:         # rows differ in length: trainer/allocator
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+before_torch()
 
 import sys
 
@@ -149,13 +147,14 @@ from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
-from trainer.forecast import flops_counter, measure_saved_bytes
+from trainer.forecast import flops_counter
 from trainer.loader import MicroBatches, Samples
-from trainer.lora import merge_lora
 from trainer.machine import prepare
 from trainer.plan import print_plan
 from trainer.qformer_job import qformer_job
+from trainer.qlora import merge_additions
 from trainer.run_folder import output_folders, Run
+from trainer.saved_bytes import measure_saved_bytes
 from trainer.schedules import lr_schedule
 from trainer.show import show_batch
 from trainer.step import GradientStep
@@ -205,7 +204,7 @@ def make_optimizers(trained, row, args):
     """[AdamW]; the toy's Muon and AdamW; or an 8-bit AdamW for each weight, which can step while
     backward still runs."""
     if row.muon:
-        return muon(trained, row.muon, row.lr, decay=row.decay)
+        return muon(trained, row.muon, row.lr)
     groups = parameter_groups(trained, row)
     if args.optimizer == "adamw":
         return [adamw(groups)]
@@ -214,7 +213,8 @@ def make_optimizers(trained, row, args):
         for p in group["params"]:
             seed = args.seed << 16 ^ len(optimizers)        # each rounds with its own numbers
             optimizers.append(AdamW([p], group["lr"], weight_decay=group["weight_decay"],
-                                    stochastic=args.stochastic, seed=seed))
+                                    stochastic=args.stochastic, seed=seed,
+                                    offload=args.offload_optimizer))
     return optimizers
 
 
@@ -236,6 +236,7 @@ class TrainJob:
     count_flops: object = None      # micro-batch -> (tokens, FLOPs), for the log
     samples: object = None          # where the micro-batches come from, trainer.loader.Samples
     local_params: dict | None = None    # name -> what optimizers hold: this rank's shard
+    offload_gradients: bool = False     # sums over micro-batches on the host: trainer/step.py
 
     def __post_init__(self):
         self.local_params = self.local_params or self.trained()
@@ -266,7 +267,7 @@ def vlm_job(args, out, device):
 
     def save_model(folder):
         report()                        # the memory that was needed, beside the forecast
-        merge_lora(model.llm)           # what is saved loads like any other model
+        merge_additions(model.llm)      # what is saved loads like any other model
         model.save_pretrained(folder)
 
     sample = None
@@ -277,7 +278,7 @@ def vlm_job(args, out, device):
         batches=MicroBatches(samples, model, args, rank(), world_size()), loss=loss,
         lr_scale=lr_schedule(row, steps), save_model=save_model, clip=row.clip, sample=sample,
         batch=row.batch, count_flops=flops_counter(model), samples=samples,
-        local_params=local_params)
+        local_params=local_params, offload_gradients=args.offload_gradients)
 
 
 def blip2_stage1_job(args, out, device):
@@ -333,7 +334,7 @@ def train_loop(job, run):
                 losses = job.loss(batch)                    # {name: scalar}: BLIP-2 has three
             # adds up for the log; after the last one the sum over all ranks must be finite. True:
             # this is the last micro-batch, and some rank has a sample to learn from
-            gradients.is_last = run.add_losses(losses, is_last, step)
+            gradients.begin(run.add_losses(losses, is_last, step))
             loss = sum(losses.values())
             if loss.requires_grad:      # False: only the projector trains, and no image is here
                 loss.backward()         # 8-bit AdamW steps inside the last one: trainer/step.py

@@ -23,6 +23,8 @@ or did not run, 2 if there is no GPU that can be used.
     bench/models.py       a training step and generation at 7B, beside transformers
     bench/kernels.py      one operation, beside PyTorch's and others' form of it
     bench/cpu.py          the toy and a 160M model on one core, beside transformers
+    bench/tricks.py       what each way to save memory saves and costs, on one core
+    bench/qlora.py        the toy's loss with LoRA beside frozen weights of five kinds
 """
 import argparse
 import os

@@ -164,8 +164,14 @@ def gemv_rows(dtype):
             lambda: file.gemv(x, codes, scales), lambda: file.gemv_spec(x, codes, scales),
             lambda: x.double() @ file.written_out(codes, scales)[:, :C].double().T)
 
+    def written_row(bits, N, C):
+        codes, scales = file.encode(random(N, C, dtype=FP32) * C ** -.5, bits)
+        found = attempt("ours", lambda: file.written_in(codes, scales, C, dtype))
+        return {"ok": DRY or torch.equal(found, file.written_out(codes, scales)[:, :C].to(dtype))}
+
     sizes = pick((4096, 4096), (64, 256), (64, 4096))
     for bits in (8, 4):
+        yield f"int{bits}, written out", partial(written_row, bits, 250, 344)
         for B in (1, 2, 8, 16):
             yield f"int{bits}, {B} rows", partial(row, bits, B, *sizes)
         yield f"int{bits}, C 11008", partial(row, bits, 1, *pick((4096, 11008), (64, 11008)))
@@ -194,6 +200,30 @@ def adamw_rows():
                                     ("fp32", False, FP32)):
         for steps in (1, 3):
             yield f"adamw, {what}, {steps} steps", partial(row, stochastic, dtype, steps)
+    yield "adamw, states on the host", host_row
+
+
+def host_row():
+    """Five steps with the states on the device and on the host: the same bits of all that is kept.
+    Large weights and small ones, so that copies take longer than steps and the other way round."""
+    adam, host = kernel_file("adamw"), kernel_file("host_state")
+    starts = [torch.randn(pick(size, 1000)) for size in (1 << 24, 100, 1 << 20, 1 << 24, 7)]
+
+    def steps(offload):
+        weights = [torch.nn.Parameter(start.to(DEVICE, HALF)) for start in starts]
+        optimizers = [adam.AdamW([p], 1e-2, offload=offload) for p in weights]
+        for turn in range(5):
+            for p, start in zip(weights, starts):
+                p.grad = start.roll(turn + 1).to(DEVICE, HALF)
+            for optimizer, after in zip(optimizers, [*optimizers[1:], optimizers[0]]):
+                after.fetch_ahead()
+                optimizer.step()
+        host.host_memory(weights[0].device).wait()
+        kept = [x for o, p in zip(optimizers, weights) for x in o.state[p].values()]
+        return [x.detach().cpu() for x in (*weights, *kept)]
+
+    resident, moved = steps(False), attempt("ours", partial(steps, True))
+    return {"ok": DRY or all(map(torch.equal, resident, moved))}
 
 
 # ------------------------------------------------------------------------------- attention

@@ -41,7 +41,8 @@ ON_GPU = (Table("preflight", "preflight", 30, 0), Table("correctness", "correctn
           Table("attention", "kernels", 80, 340), Table("elementwise", "kernels", 30, 400),
           Table("head", "kernels", 20, 400), Table("optimizer", "kernels", 20, 400),
           Table("decode", "kernels", 20, 460), Table("curves", "kernels", 20, 500))
-ON_CPU = (Table("cpu_machine", "preflight", 10, 0), Table("cpu_step", "cpu", 600, 0), 
+ON_CPU = (Table("cpu_machine", "preflight", 10, 0), Table("cpu_step", "cpu", 600, 0),
+          Table("cpu_tricks", "tricks", 120, 0), Table("cpu_qlora", "qlora", 600, 0),
           Table("cpu_sums", "cpu", 60, 0), Table("cpu_quantize", "cpu", 60, 0),
           Table("cpu_generate", "cpu", 3000, 0))
 UNCUT = ("preflight", "correctness")

@@ -16,6 +16,7 @@ a file says so (launch.py).
   cross_entropy  output head and loss over supervised rows only
   checkpoint     what a block keeps for its backward pass, and what it computes again
   offload        what is kept waits in the host's memory
+  host_state     what an optimizer remembers waits there, too
   adamw          one fused pass: bf16 weights with an exact fp32 master, 8-bit moments
 
 Beside the operations: spans (where the Q-Former's masks are True), gather (the batch of all ranks).

@@ -43,6 +43,8 @@ The same bits? Weights and low halves that come out of equal moments are, in the
 specification, because both round division and square root correctly. The codes of the moments need
 not be: there a GPU takes its quick square root, and a code may come out one higher or lower.
 
+offload: the states live in the host's memory and visit the device for their step (host_state.py).
+
 Alone: `python -m kernels.adamw` prints errors against fp64 and, on a GPU, GB/s beside a copy.
 Next: bench/, all of this against what people use.
 """
@@ -54,6 +56,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.host_state import host_memory
 from kernels.launch import fused, jit, tl, triton
 
 BLOCK = 256                     # weights that share a scale
@@ -275,10 +278,11 @@ def adamw_step(weight, low, grad, m, v, m_scale, v_scale, s):
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW for weights in bf16, or fp32, with 8-bit states.
 
-    stochastic: no low halves. seed: of the rounding; another one a process is not needed."""
+    stochastic: no low halves. seed: of the rounding; another one a process is not needed. offload:
+    states are kept in the host's memory; call host_memory(device).wait() before reading them."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
-                 stochastic=False, seed=0):
+                 stochastic=False, seed=0, offload=False):
         if not (lr >= 0 and eps > 0 and weight_decay >= 0
                 and 0 <= betas[0] ** 2 < betas[1] < 1):
             raise ValueError(f"adamw: lr {lr}, betas {betas}, eps {eps}, weight_decay "
@@ -287,6 +291,10 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
                                   "weight_decay": weight_decay, "stochastic": stochastic,
                                   "seed": seed})
+        self.offload, self.visits = offload, {}     # weight -> its states on their way here
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "offload": self.offload, "visits": {}}
 
     def begin(self, p, stochastic):
         """The state of a weight before its first step."""
@@ -298,8 +306,28 @@ class AdamW(torch.optim.Optimizer):
                  "v_scale": (blocks, torch.float32)}
         if p.dtype == torch.bfloat16 and not stochastic:
             zeros["low"] = (n, torch.int16)
-        return {"step": torch.tensor(0), **{k: torch.zeros(size, dtype=dtype, device=p.device)
-                                            for k, (size, dtype) in zeros.items()}}
+        state = {"step": torch.tensor(0)}
+        for key, (size, dtype) in zeros.items():
+            if self.offload:
+                state[key] = host_memory(p.device).zeros(size, dtype)
+            else:
+                state[key] = torch.zeros(size, dtype=dtype, device=p.device)
+        return state
+
+    def fetch(self, p, stochastic):
+        """Begin to copy the states of a weight from the host, where they are kept there."""
+        if not self.state[p]:
+            self.state[p].update(self.begin(p, stochastic))
+        if self.offload and p not in self.visits:
+            states = {key: x for key, x in self.state[p].items() if key != "step"}
+            self.visits[p] = host_memory(p.device).fetch(states)
+
+    def fetch_ahead(self):
+        """The same for all weights with a gradient: `step` then need not wait for the copies."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.fetch(p, group["stochastic"])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -311,20 +339,33 @@ class AdamW(torch.optim.Optimizer):
                 place += 1
                 if p.grad is None:
                     continue
+                self.fetch(p, group["stochastic"])
                 state = self.state[p]
-                if not state:
-                    state.update(self.begin(p, group["stochastic"]))
+                here = self.visits.pop(p).get() if self.offload else state
                 state["step"] = state["step"].cpu() + 1         # a resumed run may have moved it
                 s = scalars(int(state["step"]), float(group["lr"]), group["betas"], group["eps"],
                             group["weight_decay"], mix(group["seed"]) + place)
-                adamw_step(p.view(-1), state.get("low"), p.grad.reshape(-1), state["m"], state["v"],
-                           state["m_scale"], state["v_scale"], s)
+                adamw_step(p.view(-1), here.get("low"), p.grad.reshape(-1), here["m"], here["v"],
+                           here["m_scale"], here["v_scale"], s)
+                if self.offload:
+                    host_memory(p.device).send(here, state)
         return loss
+
+    def place(self, p, key, x):
+        """Take x, a state of weight p that was saved, to where this optimizer keeps it."""
+        if key == "step":               # counted on the CPU
+            self.state[p][key] = x.to("cpu", copy=True)
+        elif self.offload:
+            self.state[p][key] = host_memory(p.device).like(x).copy_(x)
+        else:
+            self.state[p][key] = x.to(p.device, copy=True)
 
     def master(self, p):
         """The fp32 weight that p is the bf16 half of."""
         low = self.state[p].get("low")
-        return p.detach().float() if low is None else join(p.detach().view(-1), low).view(p.shape)
+        if low is None:
+            return p.detach().float()
+        return join(p.detach().view(-1), low.to(p.device)).view(p.shape)
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -333,8 +374,9 @@ class AdamW(torch.optim.Optimizer):
         weights = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(numbers, weights):
             if i in state_dict["state"]:
-                self.state[p] = {k: x.to(p.device if k != "step" else "cpu", copy=True)
-                                 for k, x in state_dict["state"][i].items()}
+                self.state[p] = {}
+                for key, x in state_dict["state"][i].items():
+                    self.place(p, key, x)
 
 
 def compile_cases():

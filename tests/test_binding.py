@@ -18,8 +18,8 @@ from toy.parts import (EASY_STEPS, clip_batch, clip_pictures, notes_row, stack_r
                        word_picture_row)
 from toy.phrases import is_true_of, phrases
 from toy.texts import description, training_sample
-from toy.world import (COLOURS, HELD_OUT_PAIRS, SHAPES, SIDE, confusable_scene, draw, make_scene,
-                       split_of)
+from toy.world import (COLOURS, HELD_OUT_PAIRS, SHAPES, SIDE, draw, lone_scene, make_scene,
+                       split_of, training_scene)
 
 LLAMA, CLIP = "toy/weights/llama", "toy/weights/clip"
 
@@ -31,23 +31,41 @@ def tokenizer():
 
 # ---------------------------------------------------------------------------- scenes and pictures
 
-def test_confusable_scenes_share_what_they_say():
+def test_training_scenes_share_what_they_say():
     """Most of them, against one in four of the scenes that are simply drawn."""
     def rate(make, group):
         return sum(group in groups_of(make(i)) for i in range(600)) / 600
-    for group, most, least in (("colour shared", .32, .5), ("shape shared", .39, .42)):
-        assert rate(make_scene, group) < most < least < rate(confusable_scene, group)
+    assert rate(make_scene, "colour shared") < .32 < .5 < rate(training_scene, "colour shared")
+    assert rate(make_scene, "shape shared") < rate(training_scene, "shape shared")
+    assert rate(make_scene, "nothing shared") > .47 > .4 > rate(training_scene, "nothing shared")
     for shared in ("colour", "shape"):
         scenes = [make_scene(i, count=3, shared=shared) for i in range(100)]
         assert all(f"{shared} shared" in groups_of(s) for s in scenes)
         assert all(len({t.name for t in s.things}) == 3 for s in scenes)
 
 
-def test_confusable_scenes_belong_to_training_and_follow_from_the_seed():
-    scenes = [confusable_scene(f"s{i}") for i in range(600)]
+def test_training_scenes_belong_to_training_and_follow_from_the_seed():
+    scenes = [training_scene(f"s{i}") for i in range(600)]
     assert {split_of(s) for s in scenes} == {"train"}
-    assert scenes[:50] == [confusable_scene(f"s{i}") for i in range(50)]
+    assert scenes[:50] == [training_scene(f"s{i}") for i in range(50)]
     assert len({s.key for s in scenes}) > 500
+
+
+def test_lone_objects_stand_where_make_scene_puts_none():
+    """Between the cells' middles, small and large; what is said of their place is true."""
+    def off_middle(scene):
+        t, = scene.things
+        return max(abs(3 * v % 1 - .5) for v in t.centre)
+    lone = [lone_scene(i) for i in range(400)]
+    usual = [s for s in (make_scene(i, count=1) for i in range(400)) if s.things[0].radius < .16]
+    assert sum(off_middle(s) > .3 for s in lone) > 150 and not any(
+        off_middle(s) > .3 for s in usual)
+    for s in lone:
+        t, = s.things
+        assert t.place == 3 * int(3 * t.centre[1]) + int(3 * t.centre[0])
+        assert split_of(s) == "train" and all(0 <= v <= 1 for v in t.box)
+    assert {t.size for s in lone for t in s.things} == {"small", "large"}
+    assert lone[:20] == [lone_scene(i) for i in range(20)]
 
 
 def test_scenes_that_share_nothing_on_purpose_are_the_scenes_of_before():

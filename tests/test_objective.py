@@ -274,12 +274,17 @@ def test_two_ranks_are_one(ground, tmp_path):
 
 
 def test_two_ranks_with_split_masters_are_the_plain_loop(ground, plain, tmp_path):
-    out = tmp_path / "run"
-    said = torchrun(flags(ground, 2, out, "--pack", 256)).communicate(timeout=500)[0]
-    assert (out / "model").exists(), said
-    assert apart(curve(out), plain(2)) < STAGE2
-    assert load_file(out / f"step-{STEPS:06d}/optimizer.safetensors")[
-        "llm.head.weight|low"].dtype == torch.int16
+    """And with states and sums of gradients in the host's memory the same bits."""
+    made = []
+    for name, more in (("run", ()), ("host", ("--offload-optimizer", "--offload-gradients"))):
+        out = tmp_path / name
+        said = torchrun(flags(ground, 2, out, "--pack", 256, *more)).communicate(timeout=500)[0]
+        assert (out / "model").exists(), said
+        assert apart(curve(out), plain(2)) < STAGE2
+        made.append(load_file(out / f"step-{STEPS:06d}/optimizer.safetensors"))
+        assert made[-1]["llm.head.weight|low"].dtype == torch.int16
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
 
 
 def test_a_killed_rank_ends_the_other(ground, tmp_path):

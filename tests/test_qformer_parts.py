@@ -22,7 +22,7 @@ from formats.checkpoints import load_weights
 from qformer import Blip2Stage1
 from toy.texts import description
 from toy.twins import caption_of, pair_of
-from toy.world import confusable_scene, make_scene
+from toy.world import make_scene, training_scene
 from trainer import qformer_job
 from trainer.build import load_qformer_parts, new_toy_stage1
 
@@ -109,7 +109,7 @@ def test_a_tower_of_its_own_is_not_left_out(model, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------- the job
+# ---------------------------------------------------------------------------------------- the job
 
 @pytest.fixture
 def few(monkeypatch):
@@ -205,7 +205,7 @@ def test_stage_0_trains_it_and_resumes_to_the_same_bits(few, tmp_path, monkeypat
         torch.use_deterministic_algorithms(False)
 
 
-# ----------------------------------------------------------------------------------------- the gates
+# -------------------------------------------------------------------------------------- the gates
 
 SCENES = [make_scene(f"gates-{i}") for i in range(300)]
 
@@ -237,7 +237,7 @@ def test_a_read_out_finds_what_the_queries_hold_and_nothing_else():
 
 @pytest.mark.skipif(not (TOY / "qformer").exists(), reason="toy/weights/qformer: not trained yet")
 def test_the_shipped_qformer_passes_its_gates(model):
-    """100 scenes, 250 objects: the gates, less three standard errors. An untrained one fails all."""
+    """100 scenes, 250 objects: the gates, less three standard errors. Untrained: chance."""
     scenes = held_out_scenes(100)
     shipped = Blip2Stage1.from_pretrained(TOY / "qformer")
     places = place_scores(shipped, scenes)
@@ -302,7 +302,7 @@ def test_no_caption_is_cut_off(model):
     """In training, and, of captions, in retrieval, which keeps 35 tokens."""
     longest = [0, 0]
     for i in range(300):
-        for scene, fact in pair_of(confusable_scene(f"lengths:{i}"), i):
+        for scene, fact in pair_of(training_scene(f"lengths:{i}"), i):
             for k, text in enumerate((caption_of(fact), description(scene))):
                 longest[k] = max(longest[k], model.tokenizer.encode(text, 999)[0].shape[1])
     assert 30 < longest[0] <= MAX_TEXT_TOKENS < longest[1] <= qformer_job.MOST_TOKENS

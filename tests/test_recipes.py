@@ -234,6 +234,37 @@ def test_a_batch_of_one_has_no_negatives(tmp_path):
         run(tmp_path / "run", "blip2", 1, "--batch", 1)
 
 
+# ------------------------------------------------------------------------------------- Muon
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
+    """Tables of tokens, the output head, vectors: what [Muon] leaves to AdamW."""
+    named = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in {
+        "projector.first.weight": (4, 4), "projector.first.bias": (4,),
+        "projector.second.weight": (4, 4), "llm.embed.weight": (8, 4), "llm.head.weight": (8, 4),
+        "llm.blocks.0.qkv.weight": (6, 4), "llm.blocks.0.norm_1.weight": (4,)}.items()}
+    row = train.parse_args(["--stage", "1"]).row
+    matrices, rest = train.make_optimizers(named, row, train.parse_args(["--stage", "1"]))
+    assert type(matrices) is torch.optim.Muon and matrices.param_groups[0]["lr"] == row.muon > 0
+    assert type(rest) is torch.optim.AdamW and rest.param_groups[0]["lr"] == row.lr
+    of = {id(p): name for name, p in named.items()}
+    assert [of[id(p)] for p in matrices.param_groups[0]["params"]] == [
+        "projector.first.weight", "projector.second.weight", "llm.blocks.0.qkv.weight"]
+    assert len(rest.param_groups[0]["params"]) == 4
+
+
+@pytest.mark.parametrize("flags", [("--muon", "0"), ("--optimizer", "adamw8"),
+                                   ("--stage", "2", "--lora", "4"), ("--base", "7b")])
+def test_without_muon(flags):
+    """LoRA, 8-bit states and full size know AdamW alone."""
+    assert train.parse_args(["--stage", "1", *flags]).row.muon == 0
+
+
+def test_muon_beside_adamw8_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--stage", "1", "--optimizer", "adamw8", "--muon", ".01"])
+    assert "--muon 0" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------- the shipped Q-Former
 
 ASKS = "qformer.encoder.layer.0.attention.attention.query.weight"

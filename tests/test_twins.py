@@ -8,9 +8,9 @@ import pytest
 from toy.texts import captions
 from toy.twins import (CHANGES, KINDS, caption_of, change_one, draw_fact, exchange_colours,
                        exchange_places, free_places, is_true, may_be_shown, pair_of)
-from toy.world import COLOURS, NUMBERS, SHAPES, SIZES, confusable_scene, make_scene
+from toy.world import COLOURS, NUMBERS, SHAPES, SIZES, make_scene, training_scene
 
-PAIRS = [pair_of(confusable_scene(f"twins:{i}"), i) for i in range(400)]
+PAIRS = [pair_of(training_scene(f"twins:{i}"), i) for i in range(400)]
 
 
 def objects_said(words):
@@ -97,7 +97,7 @@ def test_all_kinds_come_as_often_as_they_should():
         assert abs(tally[kind] / len(PAIRS) - share) < .08, tally
     assert set(CHANGES) >= {f[0] for (_, f), _ in PAIRS}
     for kind in KINDS:              # or of one kind, as in a step of training
-        found = {pair_of(confusable_scene(f"twins:{i}"), i, kind)[0][1][0] for i in range(30)}
+        found = {pair_of(training_scene(f"twins:{i}"), i, kind)[0][1][0] for i in range(30)}
         assert found - {"single"} == {kind}
 
 
@@ -120,6 +120,6 @@ def test_a_wide_picture_stays_wide():
 
 
 def test_a_pair_is_a_function_of_its_seed():
-    scene = confusable_scene("twins:again")
+    scene = training_scene("twins:again")
     assert pair_of(scene, 5) == pair_of(scene, 5)
     assert len({caption_of(pair_of(scene, i)[0][1]) for i in range(30)}) > 3

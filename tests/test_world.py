@@ -158,6 +158,38 @@ def test_counting_those_of_a_kind_goes_through_all_objects(train):
         assert NUMBERS[number] == value
 
 
+def test_looking_for_an_object_compares_the_nearest(train):
+    """One of that colour before one of that shape; the comparison is true, word by word."""
+    kinds = Counter()
+    for scene, question, answer, value in asked(train, "exist"):
+        (colour, shape), = things_in(question)
+        (found_colour, found_shape), = things_in(answer)
+        near = [(t.colour, t.shape) for t in scene.things]
+        assert (found_colour, found_shape) in near
+        same = found_colour == colour, found_shape == shape
+        assert same[0] or colour not in {c for c, _ in near}
+        assert same[1] or same[0] or shape not in {s for _, s in near}
+        assert answer.endswith(
+            f"{found_colour} and {colour} {('differ', 'agree')[same[0]]}, "
+            f"{found_shape} and {shape} {('differ', 'agree')[same[1]]}, so {value}.")
+        assert (value == "yes") == all(same) == ((colour, shape) in near)
+        kinds[same] += 1
+    assert min(kinds[key] for key in ((True, True), (True, False), (False, True))) > 20
+
+
+def test_only_equal_values_agree(train):
+    said = Counter()
+    for scene, question, answer, value in asked(train, "reasoning"):
+        if value in ("yes", "no"):
+            one, two, a, b, word = re.fullmatch(
+                r"The .* is (\w+) and the .* is (\w+): (\w+) and (\w+) (\w+), so \w+\.",
+                answer).groups()
+            assert (one, two) == (a, b)
+            assert (one == two) == (word == "agree") == (value == "yes")
+            said[value] += 1
+    assert min(said["yes"], said["no"]) > 50
+
+
 @pytest.mark.parametrize("kind", ["exist", "relation"])
 def test_yes_and_no_are_balanced(kind):
     scenes = [make_scene(f"balance-{i}", count=2 + i % 3) for i in range(1000)]

@@ -34,20 +34,24 @@ from toy.texts import article, captions, DESCRIBE, description, dialogue, listed
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
-    confusable_scene,
     draw,
     hard_negative_scene,
+    lone_scene,
     make_scene,
     NUMBERS,
     SHAPES,
     SIDE,
     SIZES,
+    training_scene,
 )
 
 
-def muon(trained, lr, rest_lr, betas=(.9, .95), decay=.01):
+def muon(trained, lr, rest_lr, betas=(.9, .95), decay=.5):
     """[Muon] for the hidden layers' matrices, AdamW for the rest: a fifth of AdamW's steps on the
-    toy. trained: {name: parameter}; lr and weight decay are the matrices', rest_lr the rest's."""
+    toy. trained: {name: parameter}; lr and weight decay are the matrices', rest_lr the rest's.
+
+    The decay matters for a projector: with little, it fits the colour-shape pairs that it is shown,
+    and reads others wrongly (docs/results.md)."""
     matrices, rest = [], []
     for name, p in trained.items():
         is_hidden = "blocks" in name or name.endswith(("first.weight", "second.weight"))
@@ -111,7 +115,8 @@ def clip_pictures(step, pairs):
     found, rng = [], random.Random(f"wild:{step}")
     ramp = min(1, max(0, (step - EASY_STEPS) / EASY_STEPS))
     for i in range(step * pairs, (step + 1) * pairs):
-        twins = [make_scene(i), hard_negative_scene(make_scene(i), i)]
+        scene = lone_scene(i) if i % 4 == 3 else make_scene(i)
+        twins = [scene, hard_negative_scene(scene, i)]
         if rng.random() < UNNAMED * ramp:
             twins = [recolour(scene, i) for scene in twins]
         augmented = rng.random() < AUGMENTED * ramp
@@ -180,7 +185,7 @@ def clip_job(out):
 
     def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
         return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
-    optimizers = muon(dict(model.named_parameters()), .02, 2e-3, (.9, .98))
+    optimizers = muon(dict(model.named_parameters()), .02, 2e-3, (.9, .98), decay=.01)
     return dict(model=model, optimizers=optimizers, steps=steps, batches=batch, loss=loss,
                 lr_scale=lr_scale, save_model=save_model, batch=2 * pairs)
 
@@ -193,7 +198,8 @@ PICTURES = 5                    # of 8 rows are word pictures
 def tokenizer_texts():
     """The texts whose words become tokens."""
     texts = [data.prompt([{"from": "human", "value": "hi"}], "v1"),
-             "Yes. No. yes no none No The notes: . , ; ? ! ' object shape thing"]
+             "Yes. No. yes no none No The notes: . , ; ? ! ' object shape thing",
+             data.prompt([{"from": "human", "value": "<image>"}], "minigpt4")]
     for words in (COLOURS, SHAPES, SIZES, BACKGROUNDS, NUMBERS):
         for word in words:
             texts += [word, word.capitalize()]
@@ -274,7 +280,7 @@ def conversation(pairs):
 
 def notes_row(i, tokenizer):
     """(ids, loss weights) of scene i as notes, then questions about it or another description."""
-    scene, rng = confusable_scene(i), random.Random(f"row:{i}")
+    scene, rng = training_scene(i), random.Random(f"row:{i}")
     known, swap = notes(scene, rng), rng.random() < SWAPPED
     if swap or rng.random() < .2:
         text = description(scene)
@@ -294,7 +300,7 @@ def word_picture_row(i, tokenizer):
 
     In place of a picture stand 64 tuples, each with the ids of one patch's words. The model reads
     the sum of their embeddings, and has no loss there."""
-    scene, rng = confusable_scene(i), random.Random(f"blend:{i}")
+    scene, rng = training_scene(i), random.Random(f"blend:{i}")
     patches = [tuple(tokenizer.encode(text, bos=False)) for text in word_picture(scene, rng)]
     swap = rng.random() < SWAPPED
     if swap or rng.random() < .4:
@@ -302,6 +308,9 @@ def word_picture_row(i, tokenizer):
         if not swap:
             text = rng.choice(captions(scene) + [text] * 5)
         pairs, template = [("<image>", text)], "plain"
+    elif rng.random() < .15:                    # MiniGPT-4's turns, as Vicuna v0 has read them
+        question, answer = dialogue(scene, rng, 1, described=.7)[0]
+        pairs, template = [(f"<image>\n{question}", answer)], "minigpt4"
     else:
         pairs, template = dialogue(scene, rng, 7), "v1"
         pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
@@ -383,6 +392,6 @@ def llama_job(out):
 
     def lr_scale(step):                       # constant, then straight to 0 over the last 64 %
         return min(1, (step + 1) / 50) * min(1, (steps - step) / (.64 * steps))
-    optimizers = muon(dict(model.named_parameters()), .015, 2e-3)
+    optimizers = muon(dict(model.named_parameters()), .015, 2e-3, decay=.01)
     return dict(model=model, optimizers=optimizers, steps=steps, batches=batch, loss=loss,
                 lr_scale=lr_scale, save_model=save_model, clip=1.0, batch=size)

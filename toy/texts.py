@@ -14,7 +14,6 @@ import random
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
-    confusable_scene,
     draw,
     HELD_OUT_PAIRS,
     make_scene,
@@ -22,6 +21,7 @@ from toy.world import (
     PLACES,
     SHAPES,
     SIZES,
+    training_scene,
 )
 
 CURATED = 300           # MiniGPT-4 curated 3,500 pictures after five million pairs
@@ -179,6 +179,25 @@ def count_those(things, attribute, what):
     return f"{text[0].upper()}{text[1:]}, so {NUMBERS[number]}"
 
 
+def compare(one, two):
+    """"red and blue differ". Its words stand next to each other: a small model that had to compare
+    colours six words apart answered yes to every pair, after 6,000 steps."""
+    return f"{one} and {two} {'agree' if one == two else 'differ'}"
+
+
+def look_for(things, colour, shape):
+    """Is there a blue star? "The nearest is the blue circle: blue and blue agree, circle and star
+    differ, so no."
+
+    What is nearest: that object, or one of its colour, or one of its shape, or the first. A model
+    that answers in one step says yes to any colour and shape that are there, of one object or of
+    two: it finds, and does not compare."""
+    t = min(things, key=lambda t: 2 * (t.colour != colour) + (t.shape != shape))
+    value = "yes" if t.name == f"{colour} {shape}" else "no"
+    return (f"The nearest is the {t.name}: {compare(t.colour, colour)}, "
+            f"{compare(t.shape, shape)}, so {value}."), value
+
+
 def ask_count(scene, rng):
     ask = rng.choice(("How many objects are there?", "How many objects are in the picture?",
                       "Count the objects.", "How many shapes do you see?"))
@@ -205,15 +224,14 @@ def ask_exist(scene, rng):
     ask = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?",
                       "Does the image show {}?"))
     if rng.random() < .5:
-        what = article(t.name)
-        return ask.format(what), f"A{what[1:]} is {t.where}, so yes.", "yes"
+        return ask.format(article(t.name)), *look_for(scene.things, t.colour, t.shape)
     mixed = [(a.colour, b.shape) for a in scene.things for b in scene.things]
     near = [(t.colour, s) for s in SHAPES] + [(c, t.shape) for c in COLOURS] + mixed * 2
     pairs = near if rng.random() < .7 else [(c, s) for c in COLOURS for s in SHAPES]
-    pool = [f"{c} {s}" for c, s in pairs
+    pool = [(c, s) for c, s in pairs
             if f"{c} {s}" not in present and (c, s) not in HELD_OUT_PAIRS]
-    what = article(rng.choice(pool))
-    return ask.format(what), f"A{what[1:]} is not there, so no.", "no"
+    colour, shape = rng.choice(pool)
+    return ask.format(article(f"{colour} {shape}")), *look_for(scene.things, colour, shape)
 
 
 RELATIONS = {"left of": lambda a, b: a.column < b.column,
@@ -262,7 +280,7 @@ def ask_reasoning(scene, rng):
     word = "yes" if one == two else "no"
     ask = rng.choice((f"Do the {x} and the {y} have the same {kind}?",
                       f"Are the {x} and the {y} of the same {kind}?"))
-    return ask, f"The {x} is {one} and the {y} is {two}: {one} and {two}, so {word}.", word
+    return ask, f"The {x} is {one} and the {y} is {two}: {compare(one, two)}, so {word}.", word
 
 
 def ask_background(scene, rng):
@@ -354,7 +372,7 @@ def training_sample(seed, stage, index, caption_style):
     if caption_style == "details":
         index %= CURATED                                # the same few pictures again and again
     name = f"{seed}-{stage}-{index}"
-    scene, rng = confusable_scene(name), random.Random(name)
+    scene, rng = training_scene(name), random.Random(name)
     return draw(scene), talk_of(CAPTION_STYLES[caption_style](scene, rng))
 
 

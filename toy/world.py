@@ -19,7 +19,7 @@ import random
 import runpy
 import zlib
 from colorsys import hsv_to_rgb
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
@@ -209,15 +209,38 @@ def make_scene(seed, split="train", count=None, shared=None):
             return scene
 
 
-def confusable_scene(seed, share=.6):
-    """A training scene; a `share` of them has objects of the same colour, or of the same shape.
+def lone_scene(seed):
+    """A training scene with one object of any size anywhere, as people draw or photograph one.
+
+    Its place is the cell that its middle lies in; `make_scene` keeps objects near the cells'
+    middles, and a tower that had seen only those read no place elsewhere."""
+    rng = random.Random(f"lone:{seed}")
+    while True:
+        scene = make_scene(f"lone:{rng.random()}", count=1)
+        old, = scene.things
+        radius = 4.4 * 5 ** rng.random() / SIDE             # 4.4 to 22 pixels
+        centre = tuple(rng.uniform(1.15 * radius, 1 - 1.15 * radius) for _ in range(2))
+        column, row = (int(3 * v) for v in centre)
+        size = "small" if radius * SIDE < 6.8 else "large"
+        turn = rng.uniform(-180, 180) if rng.random() < .3 else old.turn
+        thing = replace(old, size=size, place=3 * row + column, centre=centre, radius=radius,
+                        turn=turn)
+        scene = replace(scene, things=(thing,), padding=(0, 0))
+        if split_of(scene) == "train":
+            return scene
+
+
+def training_scene(seed):
+    """What stages 0, 1 and 2 show: six in ten scenes have objects of the same colour, or of the
+    same shape; one in ten is a `lone_scene`.
 
     Of the scenes of make_scene only one in four needs to know *which* red object is meant."""
     rng = random.Random(f"confusable:{seed}")
-    if rng.random() >= share:
-        return make_scene(seed)
-    return make_scene(f"confusable:{seed}", count=rng.choice((2, 3, 3, 4, 4)),
-                      shared=rng.choice(("colour", "colour", "shape")))
+    kind = rng.random()
+    if kind < .6:
+        return make_scene(f"confusable:{seed}", count=rng.choice((2, 3, 3, 4, 4)),
+                          shared=rng.choice(("colour", "colour", "shape")))
+    return lone_scene(seed) if kind < .7 else make_scene(seed)
 
 
 def hard_negative_scene(scene, seed):

@@ -1,4 +1,5 @@
-"""The GPU's memory: how PyTorch hands it out, and whether the largest step fits, before step 1.
+"""The GPU's memory: how PyTorch hands it out, and whether the largest step fits, before step 1; and
+the host's, where a run keeps a part of its numbers there.
 
 Rows of a packed batch differ in length from step to step, so tensors of a new size come with every
 step. PyTorch's allocator keeps freed blocks by size; a block that is a little too small is of no
@@ -6,12 +7,14 @@ use, and a run that is planned close to the card's limit ends hours later, thoug
 pieces. With expandable segments freed pages are put together to blocks of any size."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
 from formats.errors import TrainingFailed
 from trainer.distributed import world_size
-from trainer.forecast import memory_forecast
+from trainer.forecast import host_forecast, memory_forecast
 from trainer.lengths import sample_lengths
 
 
@@ -40,6 +43,7 @@ def reserve(model, args):
     device = device_of(model)
     if device.type != "cuda":
         return
+    check_host(model, args)
     size = missing_bytes(model, args)
     try:
         torch.empty(size, dtype=torch.uint8, device=device)
@@ -49,3 +53,25 @@ def reserve(model, args):
             f"the largest step needs {size / 1e9:.1f} GB more of {torch.cuda.get_device_name()}, "
             f"{free / 1e9:.1f} GB are free: end what else runs there, or take a smaller --pack or "
             "--checkpoint attention (--plan says what fits)") from None
+
+
+def check_host(model, args):
+    """Is there room in the host's memory for what waits there? Pinned memory cannot be swapped out.
+    Raises TrainingFailed."""
+    sizes = host_forecast(model, args, sample_lengths(args)[1], args.pack, args.checkpoint,
+                          world_size())
+    # the processes of this machine: torchrun's, or this one
+    need, free = sum(sizes.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_host_bytes()
+    if need > free:
+        raise TrainingFailed(
+            f"{need / 1e9:.1f} GB of {', '.join(sizes)} are to wait in the host's memory, "
+            f"{free / 1e9:.1f} GB of it are free: end what else runs there, or leave out one of "
+            "--offload-optimizer, --offload-gradients, --offload (--plan says what fits)")
+
+
+def free_host_bytes(meminfo=Path("/proc/meminfo")):
+    """Bytes of memory that the system can hand out; infinity where it is not Linux and does not say
+    so in a file."""
+    if not meminfo.exists():
+        return float("inf")
+    return 1024 * int(re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.M)[1])

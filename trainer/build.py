@@ -37,7 +37,7 @@ from qformer import Config as QFormerConfig
 from toy import texts as toy_texts
 from toy.world import make_scene
 from trainer.flags import BASES, BERT, EVA, FLAN, KNOWN_KINDS, SMALL
-from trainer.lora import add_lora
+from trainer.qlora import add_additions
 
 HERE = Path(__file__).parents[1]
 TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, num_queries=16)
@@ -354,8 +354,7 @@ def start_model(args, out):
         model = VLM.from_pretrained(start, weight_dtype(args))
         check_start(model, start, args)
         model.template, model.aspect = args.row.template, args.row.image_aspect
-    if args.lora:
-        add_lora(model.llm, args.lora, args.seed)
+    add_additions(model.llm, args)
     return model
 
 

@@ -77,6 +77,8 @@ def gather_state(job):
             name = names[id(local)]
             is_shard = local is not trained[name]
             for key, value in entries.items():
+                if is_shard and value.dim():    # from the host, with --offload-optimizer
+                    value = value.to(local.device)
                 whole[f"{name}|{key}"] = on_disk(gather_to_rank0(value, is_shard))
     return whole
 
@@ -136,7 +138,8 @@ def restore(job, weights, state):
         name, key = name_and_key.split("|")
         local = job.local_params[name]
         optimizer = optimizer_of[id(local)]
-        # quirk: our 8-bit AdamW counts steps on the CPU, PyTorch's fused one on the GPU
-        device = "cpu" if type(optimizer) is AdamW and key == "step" else local.device
-        value = rows_here(name, state[name_and_key]).to(device, copy=True)
-        optimizer.state[local][key] = value
+        value = rows_here(name, state[name_and_key])
+        if type(optimizer) is AdamW:            # it knows where each of its states belongs
+            optimizer.place(local, key, value)
+        else:
+            optimizer.state[local][key] = value.to(local.device, copy=True)

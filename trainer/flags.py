@@ -96,14 +96,22 @@ FLAGS = {
         flag("--checkpoint", "what backward recomputes: norms and products; all but attention; "
              "all (default none)", choices=("none", "attention", "full")),
         flag("--offload", "keep what --checkpoint keeps in the host's memory", action="store_true"),
+        flag("--offload-optimizer", "keep what adamw8 remembers of each weight (moments, masters) "
+             "in the host's memory; the same bits", action="store_true"),
+        flag("--offload-gradients", "add up the gradients of a step's micro-batches in the host's "
+             "memory; adamw8 with --clip 0; the same bits", action="store_true"),
         count("--lora", "train additions of rank R to the LLaMA (official: 128), at ten times the "
-              "rate; merged when saved", 0, metavar="R")),
+              "rate; merged when saved", 0, metavar="R"),
+        flag("--quantize", "with --lora: hold the LLaMA's frozen weights in int8 or int4 (QLoRA); "
+             "written out when saved", choices=("int8", "int4"))),
     "the plan": (
         flag("--memory", "--plan for a card of this size, not the one at hand", type=float,
              metavar="GB"),
         count("--gpus", "--plan for so many", 1),
         flag("--mfu", "--plan: share of an A100's 312 TFLOP/s that the run is assumed to reach",
-             type=float, default=.6)),
+             type=float, default=.6),
+        flag("--pcie", "--plan: GB/s between host and GPU that offloading is assumed to reach",
+             type=float, default=25., metavar="GB/s")),
 }
 LOWEST = {"accum": 1, "save_every": 1, "keep_last": 1, "threads": 0, "show_batch": 0, "seed": 0,
           "pack": 0, "workers": 0, "lora": 0, "gpus": 1, "most_bad": 0, "max_length": 0}
@@ -150,7 +158,7 @@ def parse(Stage, RECIPES, TOY, argv=None):
         if getattr(args, name) < lowest:
             p.error(f"--{name.replace('_', '-')} must be at least {lowest}")
     faults = chain(faults_of_row(args, args.row), faults_of_start(args, args.row, given),
-                   faults_of_batch(args, args.row))
+                   faults_of_batch(args, args.row), faults_of_memory(args, args.row))
     for is_wrong, message in faults:
         if is_wrong:
             p.error(message)
@@ -276,3 +284,17 @@ def faults_of_batch(args, row):
         "--mfu is a share above 0, at most 1; --memory a number of GB")
     yield args.offload and args.checkpoint not in ("attention", "full"), (
         "--offload goes with --checkpoint attention or full")
+
+
+def faults_of_memory(args, row):
+    """Of the flags that save a GPU's memory."""
+    to_host = args.offload_optimizer or args.offload_gradients
+    yield to_host and (args.stage == 0 or row.losses), (
+        "--offload-optimizer and --offload-gradients are for stages with a LLaMA")
+    yield args.offload_optimizer and args.optimizer != "adamw8", (
+        "--offload-optimizer moves what adamw8 remembers: give --optimizer adamw8, too")
+    yield args.offload_gradients and (args.optimizer != "adamw8" or row.clip), (
+        "--offload-gradients needs a step inside backward: give --optimizer adamw8 and --clip 0")
+    yield args.quantize and not args.lora, (
+        "--quantize is for weights that stay frozen, beside --lora: give --lora R, too")
+    yield not 0 < args.pcie < 1e5, "--pcie is a number of GB/s above 0"

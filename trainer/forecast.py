@@ -7,6 +7,7 @@ trainer/plan.py prints it (--plan); `fit_to_card` chooses row length and recompu
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,11 +25,11 @@ from projector import Blip2, QFormerProjector, VLM
 from qformer import Config as QFormerConfig
 from qformer import QFormer
 from trainer import build
-from trainer.distributed import world_size
 from trainer.flags import BASES, EVA, SMALL
 from trainer.lengths import mean_lengths, sample_lengths
-from trainer.lora import add_lora
+from trainer.qlora import add_additions, code_bytes, coded_weights, written_out_bytes
 from trainer.stacks import cross_flops, cross_weights, last_products, stacks
+from trainer.traffic import bytes_a_step, split_by_place
 
 # the hub's parts that recipes begin with: a plan needs no network
 KNOWN_SIZES = {
@@ -40,6 +41,8 @@ KNOWN_SIZES = {
     "google/flan-t5-xxl": T5Config(width=4096, heads=64, mlp=10240),
     EVA: TowerConfig(1408, 39, 16, 6144, 1e-6, eva=True, has_final_block=False)}
 ROW_LENGTHS = (8192, 6144, 4096, 3072, 2048)    # the longest official sample has 2,048 tokens
+# where every row but one sends all gradients to the host and back: the fewer rows, the better
+LONG_ROWS = (32768, 24576, 16384, 12288, *ROW_LENGTHS)
 A100_FLOPS = 312e12                             # bf16 multiplications and additions a second
 POLICIES = ("none", "attention", "full")        # of --checkpoint, the fastest first
 # An A100 of 80 GB shows a process 79.1 of 80 GiB, less half a GB for CUDA itself; 5 % is kept free
@@ -65,8 +68,7 @@ def meta_model(args, set_trainable):
             model = Blip2(vision, projector, llm, None, row.template)
         else:
             model = VLM(vision, row.projector_type, llm, None, row.template, row.image_aspect)
-        if args.lora:
-            add_lora(model.llm, args.lora)
+        add_additions(model.llm, args)
     set_trainable(model, row.train, args.lora)
     return model
 
@@ -101,8 +103,8 @@ def products(module):
     """FLOPs of a token in the module's matrix products: (forward, backward).
 
     A product of n weights is 2 n; its input's gradient as much again; a weight's, where it trains,
-    too."""
-    forward = backward = 0
+    too. To write coded weights out is not counted."""
+    forward = backward = 2 * coded_weights(module)
     for p in module.parameters():
         if p.dim() > 1:
             forward += 2 * p.numel()
@@ -222,7 +224,7 @@ def activation_bytes(model, tokens, learned, pictures, policy, stream=2, product
                          + vision_bytes(model.vision, model.patches + 1, stream, product, plain))
 
     backward = tokens * product * (3 * F + 4 * C) + extra
-    backward += product * max(p.numel() for p in matrices)
+    backward += max(product * max(p.numel() for p in matrices), written_out_bytes(llm, product))
     return kept + images + ends, backward
 
 
@@ -258,8 +260,8 @@ def number_bytes(args):
     return 4, 4
 
 
-def static_bytes(model, args, gpus=1):
-    """{what: bytes} of one GPU of so many, whatever the micro-batch is."""
+def state_bytes(model, args):
+    """({what: bytes} on the GPU, on the host) of the weights and of what belongs to the trained."""
     weight = number_bytes(args)[0]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -269,31 +271,92 @@ def static_bytes(model, args, gpus=1):
         sizes["moments"] = (2 + 8 / 256) * trained      # two bytes and a share of two fp32 scales
         if weight == 2 and not args.stochastic:
             sizes["masters"] = 2 * trained              # the lower half of an fp32 weight
-    sizes = {name: size / gpus for name, size in sizes.items()}
+    return split_by_place(sizes, model, args)
+
+
+def static_bytes(model, args, gpus=1):
+    """{what: bytes} of one GPU of so many, whatever the micro-batch is."""
+    sizes = {name: size / gpus for name, size in state_bytes(model, args)[0].items()}
+    sizes["weights"] += code_bytes(model)               # not sharded
     if gpus > 1:        # whole on every GPU: a layer, the next, a gradient, and what is no layer
         layers = sum(p.numel() for p in model.llm.blocks.parameters())
         layer = sum(p.numel() for p in model.llm.blocks[0].parameters())
-        sizes["gathered"] = weight * (3 * layer + total - layers)
+        total = sum(p.numel() for p in model.parameters())
+        sizes["gathered"] = number_bytes(args)[0] * (3 * layer + total - layers)
     return sizes
 
 
-def memory_forecast(model, args, kinds, pack, policy, gpus=1):
-    """{what: bytes} of one GPU of so many; a micro-batch is a row of `pack` tokens, or padded."""
-    weight, product = number_bytes(args)
+def micro_batch_size(model, args, kinds, pack):
+    """(tokens, tokens with loss, pictures) of a micro-batch: a row of `pack` tokens, or padded."""
     text, learned, pictures = mean_lengths(kinds)
-    num_image_tokens, c = model.num_image_tokens(), model.vision.config
+    num_image_tokens = model.num_image_tokens()
     if pack:
         tokens, samples = pack, pack / (text + pictures * num_image_tokens)
     else:                               # padded to the longest
         samples = args.row.batch // args.accum
         tokens = samples * max(kind[1] + kind[3] * num_image_tokens for kind in kinds)
-    learned, pictures = samples * learned, math.ceil(samples * pictures)
+    return tokens, samples * learned, math.ceil(samples * pictures)
+
+
+def memory_forecast(model, args, kinds, pack, policy, gpus=1):
+    """{what: bytes} of one GPU of so many; a micro-batch is a row of `pack` tokens, or padded."""
+    (weight, product), c = number_bytes(args), model.vision.config
+    tokens, learned, pictures = micro_batch_size(model, args, kinds, pack)
     activations, backward = activation_bytes(model, tokens, learned, pictures, policy, weight,
                                              product, offload=args.offload)
     vision = product * pictures * (model.patches + 1) * (6 * c.width + 2 * c.mlp)
     logits = min(learned, 4096) * model.llm.config.vocab * product
     return {**static_bytes(model, args, gpus), "activations": activations,
             "workspace": max(backward, vision, logits)}
+
+
+def host_forecast(model, args, kinds, pack, policy, gpus=1):
+    """{what: bytes} of one GPU of so many that wait on the host, activations of a micro-batch."""
+    sizes = {name: size / gpus for name, size in state_bytes(model, args)[1].items()}
+    if args.offload:
+        what = (model, *micro_batch_size(model, args, kinds, pack), policy, *number_bytes(args))
+        kept, here = (activation_bytes(*what, offload=moved)[0] for moved in (False, True))
+        sizes["activations"] = kept - here
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------ time
+
+class StepCost(NamedTuple):         # at the assumed --mfu and --pcie
+    flops: list                     # of a sample: [forward, backward, recomputed, vision]
+    busy: float                     # share of the time in which a GPU has a micro-batch
+    computing: float                # seconds
+    copied: dict                    # {what: bytes} over PCIe, both ways
+    copying: float                  # seconds
+
+    def in_turn(self):
+        """Seconds, if copies wait for the computation."""
+        return self.computing + self.copying
+
+
+def mean_flops(count, kinds, policy):
+    """[forward, backward, recomputed, vision] of a sample on average."""
+    sums = [0, 0, 0, 0]
+    for share, *lengths in kinds:
+        for i, flops in enumerate(count(*lengths, policy)):
+            sums[i] += share * flops
+    return sums
+
+
+def step_cost(model, args, kinds, pack, policy, gpus=1):
+    """The StepCost of rows of `pack` tokens, or of --accum padded micro-batches."""
+    flops = mean_flops(flops_per_sample(model), kinds, policy)
+    text, _, pictures = mean_lengths(kinds)
+    micro_batches = args.accum                                  # of a step, of all GPUs
+    if pack:
+        tokens = text + pictures * model.num_image_tokens()
+        micro_batches = math.ceil(args.row.batch * tokens / pack)
+    rounds = math.ceil(micro_batches / gpus)
+    busy = micro_batches / (gpus * rounds)                      # a GPU without a row waits
+    rate = args.mfu * A100_FLOPS * gpus * busy
+    copied = bytes_a_step(host_forecast(model, args, kinds, pack, policy, gpus), rounds)
+    return StepCost(flops, busy, args.row.batch * sum(flops) / rate, copied,
+                    sum(copied.values()) / (args.pcie * 1e9))
 
 
 # --------------------------------------------------------------------------------------- the card
@@ -306,16 +369,22 @@ def usable_bytes(memory=None):
 
 
 def choose_row_and_policy(model, args, kinds, space, gpus=1):
-    """(tokens a row, policy) that fit into `space` bytes; None if none do. Policies first: to
-    recompute costs a quarter of the time and more, a short row a few percent."""
+    """(tokens a row, policy) that fit into `space` bytes, or None. Policies first: to recompute is
+    a quarter of the time, a short row a few percent. With --offload-gradients the quickest."""
     policies = POLICIES if "checkpoint" in args.free else (args.checkpoint,)
-    rows = ROW_LENGTHS if "pack" in args.free else (args.pack,)
+    if args.offload:                    # the first keeps too much to be moved
+        policies = [policy for policy in policies if policy in ("attention", "full")]
+    rows = LONG_ROWS if args.offload_gradients else ROW_LENGTHS
+    rows, fitting = rows if "pack" in args.free else (args.pack,), []
     for policy in policies:
         for pack in rows:
             need = memory_forecast(model, args, kinds, pack, policy, gpus)
             if sum(need.values()) <= space:
-                return pack, policy
-    return None
+                if not args.offload_gradients:
+                    return pack, policy
+                fitting.append((pack, policy))
+    return min(fitting, key=lambda f: step_cost(model, args, kinds, *f, gpus).in_turn(),
+               default=None)
 
 
 def fit_to_card(args, set_trainable):
@@ -329,58 +398,3 @@ def fit_to_card(args, set_trainable):
         raise UsageError(f"does not fit into {usable_bytes() / 1e9:.1f} GB of "
                          f"{torch.cuda.get_device_name()}; --plan says what would")
     args.pack, args.checkpoint = found
-
-
-def measure_saved_bytes(loss, model, args):
-    """Wraps loss(micro-batch) so that the first one records the bytes that autograd saves.
-
-    Returns (wrapped loss, report()), which prints them beside the forecast."""
-    record = SavedBytes(model, args)
-
-    def wrapped(micro):
-        if record.is_done or world_size() > 1:      # a rank's layers are whole only while they run
-            return loss(micro)
-        with torch.autograd.graph.saved_tensors_hooks(record.pack, lambda x: x):
-            value = loss(micro)
-        record.close(micro)
-        return value
-    return wrapped, record.report
-
-
-class SavedBytes:
-    """The memory that autograd saves in one forward, by address, and what was forecast of it."""
-
-    def __init__(self, model, args):
-        self.model, self.args = model, args
-        self.found, self.forecast, self.is_done = {}, None, False
-
-    def pack(self, x):
-        memory = x.untyped_storage()
-        self.found[memory.data_ptr()] = memory.nbytes()
-        return x.detach()
-
-    def close(self, micro):
-        """The forward is over: leave out the weights, and work out the forecast."""
-        model, args, self.is_done = self.model, self.args, True
-        device, stream = micro.ids.device.type, model.llm.embed.weight.element_size()
-        if device == "cpu" and micro.lengths:       # PyTorch keeps a mask of T² a layer
-            return
-        product = 2 if torch.is_autocast_enabled(device) else stream
-        text, learned, pictures = zip(*micro.counts)
-        sizes = [t + n * model.num_image_tokens() for t, n in zip(text, pictures)]
-        tokens = sum(sizes) if micro.lengths else len(sizes) * max(sizes)
-        self.forecast = activation_bytes(
-            model, tokens, sum(learned), sum(pictures), args.checkpoint, stream, product,
-            device == "cuda", args.offload and device == "cuda")
-        for p in model.parameters():
-            self.found.pop(p.untyped_storage().data_ptr(), None)
-
-    def report(self):
-        if not self.forecast:
-            return
-        print(f"kept for backward: {sum(self.found.values()) / 1e6:,.1f} MB, forecast "
-              f"{self.forecast[0] / 1e6:,.1f} MB")
-        if self.model.llm.embed.weight.is_cuda:
-            forecast = sum(static_bytes(self.model, self.args).values()) + sum(self.forecast)
-            print(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:,.2f} GB, forecast "
-                  f"{forecast / 1e9:,.2f} GB")

@@ -3,6 +3,8 @@
     add_lora(llm, rank)     before training: every linear layer of the blocks becomes a LoRALinear
     merge_lora(llm)         after it: plain linear layers again, which are saved like any other
 
+trainer/qlora.py holds the frozen weights in int8 or int4.
+
 Official runs of LLaVA: rank 128, alpha 2 r. Left out: dropout (0.05 there) of what A reads. With it
 a step would not be a function of its inputs, and layers that are recomputed in backward would draw
 other numbers.
@@ -63,9 +65,17 @@ class LoRALinear(nn.Module):
         self.a = nn.Parameter(self.weight.new_empty(len(sizes) * rank, C).uniform_(-1, 1) / C ** .5)
         self.b = nn.Parameter(self.weight.new_zeros(sum(sizes), rank))
 
+    def frozen(self, x):
+        """W x, (..., sum C_i)."""
+        return nn.functional.linear(x, self.weight)
+
+    def frozen_weight(self):
+        """W, (sum C_i, C)."""
+        return self.weight
+
     def forward(self, x):
         low = self.scale * nn.functional.linear(x, self.a)                  # (..., parts * r)
-        y = nn.functional.linear(x, self.weight)                            # (..., sum C_i)
+        y = self.frozen(x)
         flat = AddParts.apply(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]),
                               self.b.to(y.dtype), self.sizes)               # under autocast bf16
         return flat.view(y.shape)
@@ -76,15 +86,17 @@ class LoRALinear(nn.Module):
         added = []
         for b, a in zip(self.b.float().split(self.sizes), self.a.float().chunk(len(self.sizes))):
             added.append(b @ a)
-        total = self.weight.float() + self.scale * torch.cat(added)
-        rows, columns = self.weight.shape
+        total = self.frozen_weight().float() + self.scale * torch.cat(added)
+        rows, columns = total.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(total.to(self.weight.dtype))
+        linear.weight = nn.Parameter(total.to(self.a.dtype))
         return linear
 
 
-def add_lora(llm, rank, seed=0):
-    """Freeze the LLaMA and put a LoRALinear in the place of every linear layer of its blocks."""
+def add_lora(llm, rank, seed=0, kind=LoRALinear):
+    """Freeze the LLaMA and put a LoRALinear in the place of every linear layer of its blocks.
+
+    kind: what is made of (linear, sizes, rank)."""
     llm.requires_grad_(False)
     rows = fused_rows(llm.config)
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +105,7 @@ def add_lora(llm, rank, seed=0):
             for name in ("qkv", "out", "gate_up", "down"):
                 linear = getattr(block, name)
                 sizes = rows.get(f"blocks.{{}}.{name}.weight", [linear.out_features])
-                setattr(block, name, LoRALinear(linear, sizes, rank))
+                setattr(block, name, kind(linear, sizes, rank))
 
 
 def merge_lora(llm):

@@ -32,13 +32,12 @@ from qformer import hard_negatives, itc, itc_loss, similarities
 from toy.parts import conversation, muon
 from toy.texts import description
 from toy.twins import caption_of, draw_kind, is_true, pair_of
-from toy.world import confusable_scene, draw
+from toy.world import draw, training_scene
 from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
 STEPS = 2600
-SHARED = .4                     # share of the scenes whose objects share a colour or a shape
 MOST_TOKENS = 64                # more than any caption or description has
 
 
@@ -58,7 +57,7 @@ class Batches:
     def __call__(self, step):
         shown, kind = [], draw_kind(random.Random(f"kind:{step}"))
         for i in range(step * PAIRS, (step + 1) * PAIRS):
-            shown += pair_of(confusable_scene(f"qformer:{i}", SHARED), i, kind)
+            shown += pair_of(training_scene(f"qformer:{i}"), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
         told = texts
         if step % 2:
@@ -137,6 +136,6 @@ def qformer_job(out):
     def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
         return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / STEPS)) / 2
     trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
-    return dict(model=lessons, optimizers=muon(trained, .015, 1.5e-3), steps=STEPS,
+    return dict(model=lessons, optimizers=muon(trained, .015, 1.5e-3, decay=.01), steps=STEPS,
                 batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
                 save_model=save_model, clip=1.0, batch=2 * PAIRS)

@@ -34,6 +34,7 @@ from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
 from trainer.loader import MicroBatch, Samples
+from trainer.qlora import weights_in
 from trainer.rows import LISTS
 from trainer.speed import Throughput
 
@@ -44,7 +45,8 @@ OWN_FILES = ("step-*", "model", "model.tmp", *LOGS, "rows.safetensors", "loss.pn
 # flags that do not change the finished bits, so that a run may be resumed with others
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
-              "checkpoint", "offload", "on_bad_sample", "most_bad", "follow_links"}
+              "checkpoint", "offload", "offload_optimizer", "offload_gradients", "pcie",
+              "on_bad_sample", "most_bad", "follow_links"}
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
@@ -156,14 +158,14 @@ def write_manifest(out, args, job, dtype):
                 else:
                     path.unlink()
     atomic_write(out / "config.json", json.dumps(run_config(args), indent=1) + "\n")
-    frozen = [p.numel() for p in job.model.parameters() if not p.requires_grad]
+    trained = sum(p.numel() for p in job.trained().values())
     atomic_write(out / "run.json", json.dumps({
         "python": platform.python_version(), "torch": torch.__version__,
         "machine": platform.machine(), "device": str(next(job.model.parameters()).device),
         "threads": torch.get_num_threads(), "dtype": str(dtype), "seed": args.seed,
         "allocator": allocator_setting(),
         "git": git_commit(), "steps": job.steps,
-        "trained": sum(p.numel() for p in job.trained().values()), "frozen": sum(frozen)},
+        "trained": trained, "frozen": weights_in(job.model) - trained},
         indent=1) + "\n")
 
 

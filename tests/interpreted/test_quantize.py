@@ -92,3 +92,23 @@ def test_no_rows_are_no_launch(bits, grounded):
     codes, scales = ours.encode(layer(8, 128, 1)[0], bits)
     assert ours.gemv(torch.empty(0, 128), codes, scales).shape == (0, 8)
     assert ours.gemv(torch.empty(2, 0, 128), codes, scales).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("N, C", [(40, 256), (37, 1152), (9, 72), (3, 200), (1, 352)])
+def test_weights_written_out_are_the_specification_s_to_the_bit(N, C, bits, dtype):
+    codes, scales = ours.encode(layer(N, C, 1)[0], bits)
+    exact = torch.full((N, C), torch.nan, dtype=dtype)
+    ours.written_in_spec(codes, scales, exact)
+    found = ours.written_in(codes, scales, C, dtype)
+    assert found.dtype == dtype and torch.equal(found, exact)
+    assert torch.equal(exact, ours.written_out(codes, scales)[:, :C].to(dtype))
+    if N > 1:                                                       # control: another row's scale
+        assert not torch.equal(ours.written_in(codes, scales.roll(1, -1), C, dtype), exact)
+
+
+def test_a_frozen_product_and_its_gradient_launch_the_writer(grounded):
+    codes, scales = ours.encode(layer(8, 128, 1)[0], 4)
+    with pytest.raises(AssertionError, match="launched"):
+        ours.frozen_linear(torch.ones(3, 128), codes, scales)
