@@ -134,7 +134,6 @@ class Loop:
             there.update(storages(self.gradients.sums.room.values()))
         return here, there
 
-
     def row(self):
         """The figures, of the timed steps and of one more that is watched."""
         here, there = self.bytes_between_steps()

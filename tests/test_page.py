@@ -679,7 +679,9 @@ def test_200_talks_take_no_memory(folder):
     process = subprocess.Popen(
         [sys.executable, ROOT / "generate.py", "--page", "--port", "0", "--model", folder / "model",
          "--max-new-tokens", "4", "--device", "cpu"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a job that a shell has put in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         address = process.stdout.readline().strip()
         visitor = Visitor.__new__(Visitor)

@@ -338,6 +338,27 @@ def tiny(kind="mlp", depth=5):
         llama.Llama(llama.Config(110, 64, depth, 4, 2, 172)), None))
 
 
+def kept_for_backward(model, B, T, policy, fast, weights):
+    """Bytes that autograd keeps of one batch under a policy, the storages of `weights` aside."""
+    ids = torch.randint(5, 100, (B, T), generator=torch.Generator().manual_seed(0))
+    ids[:, 3] = data.IMAGE
+    labels, pixels, found = ids.clone(), torch.randn(B, 3, 32, 32), {}
+    labels[:, :50] = data.IGNORE
+
+    def pack(x):
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x.detach()
+
+    model.llm.checkpoint = policy
+    with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16,
+                                                                enabled=fast):
+        loss = model.loss(ids, labels, pixels)
+    own = {p.untyped_storage().data_ptr() for p in weights}
+    kept = sum(size for place, size in found.items() if place not in own)
+    del loss
+    return kept
+
+
 @pytest.mark.parametrize("fast", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("kind, learns, lora", [
     ("linear", ("projector",), 0), ("mlp", ("projector",), 0), ("mlp", ("projector", "llm"), 0),
@@ -348,26 +369,10 @@ def test_bytes_kept_for_backward(kind, learns, lora, fast):
     if lora:
         add_lora(model.llm, lora)
     train.set_trainable(model, learns, lora)
-    ids = torch.randint(5, 100, (B, T), generator=torch.Generator().manual_seed(0))
-    ids[:, 3] = data.IMAGE
-    labels, pixels = ids.clone(), torch.randn(B, 3, 32, 32)
-    labels[:, :50] = data.IGNORE
-    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     said = {policy: activation_bytes(model, B * (T + 15), B * 40, B, policy, 4, 4 - 2 * fast,
                                kernels=False)[0] for policy in POLICIES}
-    for policy in POLICIES:
-        found = {}
-
-        def pack(x):
-            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x.detach()
-
-        model.llm.checkpoint = policy
-        with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16,
-                                                                    enabled=fast):
-            loss = model.loss(ids, labels, pixels)
-        kept[policy] = sum(size for place, size in found.items() if place not in weights)
-        del loss
+    kept = {policy: kept_for_backward(model, B, T, policy, fast, model.parameters())
+            for policy in POLICIES}
     for policy in POLICIES:
         assert said[policy] == pytest.approx(kept[policy], rel=.04), policy
         others = [said[p] for p in POLICIES if p != policy]

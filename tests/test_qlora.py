@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import llama
 import projector
 import train
-from test_plan import asked, model_of, tiny
+from test_plan import asked, kept_for_backward, model_of, tiny
 from test_train import flags, here, parts, run, server, sha, unchanged_process  # noqa: F401
 from tiny import gap, LIMIT, shaken
 from kernels import quantize
@@ -232,23 +232,9 @@ def test_bytes_kept_for_backward(fast):
     model, B, T = tiny(), 3, 90
     add_additions(model.llm, parse(["--stage", "2", *map(str, QLORA)]))
     train.set_trainable(model, ("projector", "llm"), 4)
-    ids = torch.randint(5, 100, (B, T), generator=torch.Generator().manual_seed(0))
-    ids[:, 3] = -200
-    labels, pixels = ids.clone(), torch.randn(B, 3, 32, 32)
-    labels[:, :50] = -100
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     for policy in (None, "none", "attention", "full"):
-        found = {}
-
-        def pack(x):
-            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x.detach()
-        model.llm.checkpoint = policy
-        with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16,
-                                                                    enabled=fast):
-            loss = model.loss(ids, labels, pixels)
         said = activation_bytes(model, B * (T + 15), B * 40, B, policy, 4, 4 - 2 * fast,
                                 kernels=False)[0]
-        kept = sum(size for place, size in found.items() if place not in own)
+        own = (*model.parameters(), *model.buffers())           # buffers: codes and scales
+        kept = kept_for_backward(model, B, T, policy, fast, own)
         assert said == pytest.approx(kept, rel=.04), policy
-        del loss
