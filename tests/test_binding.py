@@ -14,8 +14,8 @@ from clip import ViT
 from llama import Config, Llama
 from toy.augment import draw_augmented, hue_distance, recolour, unnamed_rgb
 from toy.induction import DISTANCES, init_induction_heads
-from toy.parts import (EASY_STEPS, clip_batch, clip_pictures, notes_row, stack_rows, swap_words,
-                       word_picture_row)
+from toy.parts import (EASY_STEPS, FIRST_STEPS, LONE_STEPS, clip_batch, clip_job, clip_pictures,
+                       notes_row, stack_rows, swap_words, word_picture_row)
 from toy.phrases import is_true_of, phrases
 from toy.texts import description, training_sample
 from toy.world import (COLOURS, HELD_OUT_PAIRS, SHAPES, SIDE, draw, lone_scene, make_scene,
@@ -136,6 +136,21 @@ def test_clip_begins_with_easy_pictures():
     for scene, picture in clip_pictures(EASY_STEPS - 1, 16):
         assert scene.background and scene.things[0].colour
         assert picture.tobytes() == draw(scene).tobytes()
+
+
+def test_lone_objects_come_in_a_second_schedule(tmp_path):
+    """From the first step they slow everything else down: the first schedule has none of them."""
+    far = lambda scene: any(abs(3 * v % 1 - .5) > .3 for v in scene.things[0].centre)
+    for step, lone in ((FIRST_STEPS - 1, 0), (FIRST_STEPS, 4)):
+        first = [scene for scene, _ in clip_pictures(step, 16)[::2]]
+        numbers = range(16 * step, 16 * step + 16)
+        assert sum(s.things[0].centre == lone_scene(i).things[0].centre
+                   for s, i in zip(first, numbers)) == lone
+        assert any(map(far, first)) == bool(lone)
+    scale = clip_job(tmp_path)["lr_scale"]
+    assert scale(60) > .9 and scale(FIRST_STEPS - 1) < 1e-5 and scale(FIRST_STEPS) == .3 / 50
+    assert .29 < max(map(scale, range(FIRST_STEPS, FIRST_STEPS + LONE_STEPS))) < .3
+    assert scale(FIRST_STEPS + LONE_STEPS - 1) < 1e-5
 
 
 def test_a_batch_of_clip_says_what_is_true_of_which_picture():

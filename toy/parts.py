@@ -70,6 +70,9 @@ AUGMENTED = .4                  # share of the pictures that are not drawn by to
 UNNAMED = .3                    # share of those whose colours have no name
 EASY_STEPS = 500                # without either; then as many steps until there are that many. With
                                 # all of them from the first step shapes were learned far later
+FIRST_STEPS = 2800              # a whole schedule without lone objects. With a quarter of them from
+                                # the first step the loss was 2.4 where it is 1.0 without (step 1,000)
+LONE_STEPS = 800                # a second, lower schedule: every fourth pair is a lone object
 
 def clip_tokenizer(folder):
     """Write a word-level tokenizer.json of the toy captions; returns the number of its tokens.
@@ -115,7 +118,8 @@ def clip_pictures(step, pairs):
     found, rng = [], random.Random(f"wild:{step}")
     ramp = min(1, max(0, (step - EASY_STEPS) / EASY_STEPS))
     for i in range(step * pairs, (step + 1) * pairs):
-        scene = lone_scene(i) if i % 4 == 3 else make_scene(i)
+        is_lone = step >= FIRST_STEPS and i % 4 == 3
+        scene = lone_scene(i) if is_lone else make_scene(i)
         twins = [scene, hard_negative_scene(scene, i)]
         if rng.random() < UNNAMED * ramp:
             twins = [recolour(scene, i) for scene in twins]
@@ -159,7 +163,7 @@ def clip_job(out):
     torch.manual_seed(0)
     model = CLIP(TowerConfig(128, 5, 4, 512, image_size=SIDE, patch_size=8),
                  TowerConfig(128, 2, 4, 512, vocab=vocab, context=64, eos_id=vocab - 1), 128)
-    steps, pairs = 2800, 64
+    pairs = 64
     patches = torch.compile(model.patches, dynamic=False)
 
     def batch(step):
@@ -183,11 +187,14 @@ def clip_job(out):
         model.save_pretrained(folder)
         shutil.copy(out / "tokenizer.json", folder)
 
-    def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
-        return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+    def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; lower the second time
+        peak, steps = 1, FIRST_STEPS
+        if step >= FIRST_STEPS:
+            peak, steps, step = .3, LONE_STEPS, step - FIRST_STEPS
+        return peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
     optimizers = muon(dict(model.named_parameters()), .02, 2e-3, (.9, .98), decay=.01)
-    return dict(model=model, optimizers=optimizers, steps=steps, batches=batch, loss=loss,
-                lr_scale=lr_scale, save_model=save_model, batch=2 * pairs)
+    return dict(model=model, optimizers=optimizers, steps=FIRST_STEPS + LONE_STEPS, batches=batch,
+                loss=loss, lr_scale=lr_scale, save_model=save_model, batch=2 * pairs)
 
 
 # ----------------------------------------------------------------------------------- LLaMA
