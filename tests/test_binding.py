@@ -14,9 +14,9 @@ from clip import ViT
 from llama import Config, Llama
 from toy.augment import draw_augmented, hue_distance, recolour, unnamed_rgb
 from toy.induction import DISTANCES, init_induction_heads
-from toy.parts import (EASY_STEPS, FIRST_STEPS, LONE_STEPS, clip_batch, clip_job, clip_pictures,
-                       notes_row, stack_rows, swap_words, word_picture_row)
+from toy.parts import EASY_STEPS, FIRST_STEPS, LONE_STEPS, clip_batch, clip_job, clip_pictures
 from toy.phrases import is_true_of, phrases
+from toy.rows import notes_row, stack_rows, swap_words, word_picture_row
 from toy.texts import description, training_sample
 from toy.world import (COLOURS, HELD_OUT_PAIRS, SHAPES, SIDE, draw, lone_scene, make_scene,
                        split_of, training_scene)
@@ -267,11 +267,12 @@ def test_attention_is_causal_and_adds_up(tokenizer):
 
 def test_the_shipped_model_reads_the_right_object_and_an_untrained_one_does_not(tokenizer):
     scenes = held_out_scenes(120)
-    found = attention_before_shape(Llama.from_pretrained(LLAMA), tokenizer, scenes)
+    shipped = Llama.from_pretrained(LLAMA)
+    found = attention_before_shape(shipped, tokenizer, scenes)
     right, other = max(found.tolist())
     assert right > .4 and right > 4 * other, found
     torch.manual_seed(0)
-    llm = Llama(Config(768, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024)).eval()
+    llm = Llama(shipped.config).eval()
     for right, other in attention_before_shape(llm, tokenizer, scenes).tolist():
         assert .5 < right / other < 2
 

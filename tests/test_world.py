@@ -158,23 +158,18 @@ def test_counting_those_of_a_kind_goes_through_all_objects(train):
         assert NUMBERS[number] == value
 
 
-def test_looking_for_an_object_compares_the_nearest(train):
-    """One of that colour before one of that shape; the comparison is true, word by word."""
+def test_looking_for_an_object_says_where_it_is(train):
+    """Or that it is not there, also where its colour and its shape are, of two objects."""
     kinds = Counter()
     for scene, question, answer, value in asked(train, "exist"):
         (colour, shape), = things_in(question)
-        (found_colour, found_shape), = things_in(answer)
-        near = [(t.colour, t.shape) for t in scene.things]
-        assert (found_colour, found_shape) in near
-        same = found_colour == colour, found_shape == shape
-        assert same[0] or colour not in {c for c, _ in near}
-        assert same[1] or same[0] or shape not in {s for _, s in near}
-        assert answer.endswith(
-            f"{found_colour} and {colour} {('differ', 'agree')[same[0]]}, "
-            f"{found_shape} and {shape} {('differ', 'agree')[same[1]]}, so {value}.")
-        assert (value == "yes") == all(same) == ((colour, shape) in near)
-        kinds[same] += 1
-    assert min(kinds[key] for key in ((True, True), (True, False), (False, True))) > 20
+        there = [t for t in scene.things if (t.colour, t.shape) == (colour, shape)]
+        end = f"is {there[0].where}, so yes." if there else "is not there, so no."
+        assert answer.endswith(f"{colour} {shape} {end}") and (value == "yes") == bool(there)
+        both = colour in {t.colour for t in scene.things} and shape in {
+            t.shape for t in scene.things}
+        kinds[value, both] += 1
+    assert kinds["yes", True] > 50 and kinds["no", True] > 20 and kinds["no", False] > 20
 
 
 def test_only_equal_values_agree(train):

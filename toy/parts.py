@@ -29,8 +29,18 @@ from llama import Config as LlamaConfig
 from llama import Llama
 from toy.augment import draw_augmented, recolour
 from toy.induction import init_induction_heads
-from toy.phrases import is_true_of, notes, phrases, word_picture
-from toy.texts import article, captions, DESCRIBE, description, dialogue, listed, web_caption
+from toy.phrases import is_true_of, notes, phrases
+from toy.rows import notes_row, stack_rows, word_picture_row
+from toy.texts import (
+    article,
+    captions,
+    DESCRIBE,
+    dialogue,
+    KIND_WEIGHTS,
+    KINDS,
+    listed,
+    web_caption,
+)
 from toy.world import (
     BACKGROUNDS,
     COLOURS,
@@ -42,7 +52,6 @@ from toy.world import (
     SHAPES,
     SIDE,
     SIZES,
-    training_scene,
 )
 
 
@@ -199,8 +208,10 @@ def clip_job(out):
 
 # ----------------------------------------------------------------------------------- LLaMA
 
-SWAPPED = .15                   # share of the rows whose colours and shapes are other tokens
 PICTURES = 5                    # of 8 rows are word pictures
+WORD_STEPS = 6000               # a whole schedule, then a second, lower one. It asks oftener what
+SHARPER_STEPS = 1500            # needs colour and shape at once, which was still half guessed
+SHARPER = dict(zip(KINDS, (6, 6, 10, 16, 4, 8, 20, 20, 26, 4)))
 
 def tokenizer_texts():
     """The texts whose words become tokens."""
@@ -253,102 +264,6 @@ def llama_tokenizer(folder):
         "clean_up_tokenization_spaces": False}, indent=1) + "\n")
 
 
-def loss_weights(labels):
-    """Answers count fully, everything else a twentieth: the notes' words cannot be predicted."""
-    return [.05 if label == data.IGNORE else 1. for label in labels]
-
-
-def swap_words(row, tokenizer, rng):
-    """The same (ids, loss weights), most of its colours and shapes replaced by other tokens.
-
-    What a "blarg" is can only be copied from the picture: so the model does not learn which shape
-    goes with which colour, and a pair that it has never seen is no worse than any other."""
-    ids, weights = row
-    swapped = {}
-    for word in (*COLOURS, *SHAPES):
-        if rng.random() < .7:
-            swapped[tokenizer.encode(word, bos=False)[0]] = rng.randrange(259, len(tokenizer))
-    found = []
-    for entry in ids:
-        if isinstance(entry, tuple):
-            found.append(tuple(swapped.get(i, i) for i in entry))
-        else:
-            found.append(swapped.get(entry, entry))
-    return found, weights
-
-
-def conversation(pairs):
-    """[(question, answer)] as turns in LLaVA's layout."""
-    turns = []
-    for question, answer in pairs:
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return turns
-
-
-def notes_row(i, tokenizer):
-    """(ids, loss weights) of scene i as notes, then questions about it or another description."""
-    scene, rng = training_scene(i), random.Random(f"row:{i}")
-    known, swap = notes(scene, rng), rng.random() < SWAPPED
-    if swap or rng.random() < .2:
-        text = description(scene)
-        if not swap:
-            text = rng.choice(captions(scene) + [text] * 5)
-        first, second = tokenizer.encode(known + "\n"), tokenizer.encode(text + "\n", bos=False)
-        row = first + second, [.05] * len(first) + [1.] * len(second)
-        return swap_words(row, tokenizer, rng) if swap else row
-    talk = conversation(dialogue(scene, rng, 8))
-    talk[0]["value"] = f"{known}\n{talk[0]['value']}"
-    ids, labels = data.encode(talk, "v1", tokenizer, has_image=False)
-    return ids, loss_weights(labels)
-
-
-def word_picture_row(i, tokenizer):
-    """(ids, loss weights) of scene i as a word picture, then questions or a description.
-
-    In place of a picture stand 64 tuples, each with the ids of one patch's words. The model reads
-    the sum of their embeddings, and has no loss there."""
-    scene, rng = training_scene(i), random.Random(f"blend:{i}")
-    patches = [tuple(tokenizer.encode(text, bos=False)) for text in word_picture(scene, rng)]
-    swap = rng.random() < SWAPPED
-    if swap or rng.random() < .4:
-        text = description(scene)
-        if not swap:
-            text = rng.choice(captions(scene) + [text] * 5)
-        pairs, template = [("<image>", text)], "plain"
-    elif rng.random() < .15:                    # MiniGPT-4's turns, as Vicuna v0 has read them
-        question, answer = dialogue(scene, rng, 1, described=.7)[0]
-        pairs, template = [(f"<image>\n{question}", answer)], "minigpt4"
-    else:
-        pairs, template = dialogue(scene, rng, 7), "v1"
-        pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
-    ids, labels = data.encode(conversation(pairs), template, tokenizer)
-    at, weights = ids.index(data.IMAGE), loss_weights(labels)
-    row = (ids[:at] + patches + ids[at + 1:],
-           weights[:at] + [0.] * len(patches) + weights[at + 1:])
-    return swap_words(row, tokenizer, rng) if swap else row
-
-
-MOST_WORDS = 5                              # of a patch: size, colour, shape, row, column
-
-
-def pad_words(entry):
-    """An id, or a tuple of ids -> MOST_WORDS ids, -1 for none."""
-    words = list(entry) if isinstance(entry, tuple) else [entry]
-    return (words + [-1] * MOST_WORDS)[:MOST_WORDS]
-
-
-def stack_rows(rows):
-    """[(ids, weights)] -> ids (B, T, 5) and weights (B, T), padded on the right."""
-    longest = max(len(ids) for ids, _ in rows)
-    length = math.ceil(longest / 32) * 32 + 1       # few different lengths: few compilations
-    all_ids, all_weights = [], []
-    for ids, weights in rows:
-        padding = length - len(ids)
-        all_ids.append([pad_words(x) for x in ids] + [[-1] * MOST_WORDS] * padding)
-        all_weights.append(weights + [0.] * padding)
-    return torch.tensor(all_ids), torch.tensor(all_weights)
-
-
 def llama_job(out):
     """The language model: it reads a scene in words and answers questions about it.
 
@@ -361,7 +276,7 @@ def llama_job(out):
     vocab = math.ceil(len(words) / 64) * 64
     model = Llama(LlamaConfig(vocab, 128, 5, 4, 4, 352, 1e-5, 1e5, 1024))
     init_induction_heads(model)
-    steps, size, blends_from = 6000, 16, 200
+    steps, size, blends_from = WORD_STEPS + SHARPER_STEPS, 16, 200
     pool = []                               # [number of a group, its rows sorted by length]
 
     def batch(step):
@@ -369,10 +284,11 @@ def llama_job(out):
         group, part = divmod(step, 4)
         if not pool or pool[0] != group:
             first, rows = 4 * group * size, []
+            weights = KIND_WEIGHTS if step < WORD_STEPS else tuple(SHARPER.values())
             for i in range(first, first + 4 * size):
                 shown = step >= blends_from and i * PICTURES % 8 < PICTURES
                 make_row = word_picture_row if shown else notes_row
-                rows.append(make_row(i, words))
+                rows.append(make_row(i, words, weights))
             pool[:] = [group, sorted(rows, key=lambda row: len(row[0]))]
         return [stack_rows(pool[1][part * size:(part + 1) * size])]
 
@@ -397,8 +313,11 @@ def llama_job(out):
         model.save_pretrained(folder)
         save_tokenizer(words, folder)
 
-    def lr_scale(step):                       # constant, then straight to 0 over the last 64 %
-        return min(1, (step + 1) / 50) * min(1, (steps - step) / (.64 * steps))
+    def lr_scale(step):             # twice: constant, then straight to 0 over the last 64 %
+        peak, steps = 1, WORD_STEPS
+        if step >= WORD_STEPS:
+            peak, steps, step = .5, SHARPER_STEPS, step - WORD_STEPS
+        return peak * min(1, (step + 1) / 50) * min(1, (steps - step) / (.64 * steps))
     optimizers = muon(dict(model.named_parameters()), .015, 2e-3, decay=.01)
     return dict(model=model, optimizers=optimizers, steps=steps, batches=batch, loss=loss,
                 lr_scale=lr_scale, save_model=save_model, clip=1.0, batch=size)

@@ -6,7 +6,7 @@
 
 `is_true_of` says of which other scenes a phrase is true, too: those are no negatives.
 
-Next: toy/parts.py, which trains the two models.
+Next: toy/rows.py and toy/parts.py, which train the two models.
 """
 import math
 

@@ -185,19 +185,6 @@ def compare(one, two):
     return f"{one} and {two} {'agree' if one == two else 'differ'}"
 
 
-def look_for(things, colour, shape):
-    """Is there a blue star? "The nearest is the blue circle: blue and blue agree, circle and star
-    differ, so no."
-
-    What is nearest: that object, or one of its colour, or one of its shape, or the first. A model
-    that answers in one step says yes to any colour and shape that are there, of one object or of
-    two: it finds, and does not compare."""
-    t = min(things, key=lambda t: 2 * (t.colour != colour) + (t.shape != shape))
-    value = "yes" if t.name == f"{colour} {shape}" else "no"
-    return (f"The nearest is the {t.name}: {compare(t.colour, colour)}, "
-            f"{compare(t.shape, shape)}, so {value}."), value
-
-
 def ask_count(scene, rng):
     ask = rng.choice(("How many objects are there?", "How many objects are in the picture?",
                       "Count the objects.", "How many shapes do you see?"))
@@ -224,14 +211,15 @@ def ask_exist(scene, rng):
     ask = rng.choice(("Is there {}?", "Is there {} in the picture?", "Do you see {}?",
                       "Does the image show {}?"))
     if rng.random() < .5:
-        return ask.format(article(t.name)), *look_for(scene.things, t.colour, t.shape)
+        what = article(t.name)
+        return ask.format(what), f"A{what[1:]} is {t.where}, so yes.", "yes"
     mixed = [(a.colour, b.shape) for a in scene.things for b in scene.things]
     near = [(t.colour, s) for s in SHAPES] + [(c, t.shape) for c in COLOURS] + mixed * 2
     pairs = near if rng.random() < .7 else [(c, s) for c in COLOURS for s in SHAPES]
-    pool = [(c, s) for c, s in pairs
+    pool = [f"{c} {s}" for c, s in pairs
             if f"{c} {s}" not in present and (c, s) not in HELD_OUT_PAIRS]
-    colour, shape = rng.choice(pool)
-    return ask.format(article(f"{colour} {shape}")), *look_for(scene.things, colour, shape)
+    what = article(rng.choice(pool))
+    return ask.format(what), f"A{what[1:]} is not there, so no.", "no"
 
 
 RELATIONS = {"left of": lambda a, b: a.column < b.column,

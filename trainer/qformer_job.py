@@ -29,7 +29,8 @@ from kernels import linear_cross_entropy
 from llama import Llama
 from projector import splice
 from qformer import hard_negatives, itc, itc_loss, similarities
-from toy.parts import conversation, muon
+from toy.parts import muon
+from toy.rows import conversation
 from toy.texts import description
 from toy.twins import caption_of, draw_kind, is_true, pair_of
 from toy.world import draw, training_scene
