@@ -129,6 +129,9 @@ def llava_config(model, kind):
         "vision_config": configs.vit_to_hf(model.vision.config)}
     if not isinstance(model.template, ChatTemplate):        # a folder's own is in a file of its own
         config["template"] = model.template
+    # a captioner's template says nothing of the format in which its language model can converse
+    if model.template == "plain" and getattr(model, "llm_template", None) not in (None, "v1"):
+        config["llm_template"] = model.llm_template
     config["image_aspect_ratio"] = model.aspect
     return config
 
