@@ -296,6 +296,7 @@ def load_vlm(model, family, weights, dtype, load_tower):
     load_tower(folder, dtype): clip.ViT.from_pretrained, for official files without a tower, which
     was frozen in training."""
     model.grids, hf_names = family.grids, dict(family.hf_names)
+    model.llm_template = family.config.get("llm_template")      # of a captioner: trainer/start.py
     ignore = {**unused.VISION, **family.llm_unused}
     if family.llm_kind == "llama":
         ignore |= unused.llama(model.llm.config)

@@ -52,8 +52,7 @@ def test_codes(bits):
         assert ((near - w).abs() <= scales[:, None] * .5001).all() and near[1, 5] == 0
     else:
         step = scales[0].T.repeat_interleave(32, 1).float()
-        # the narrowest span leaves out 7.5 % of 15 steps on either side, and half a step
-        assert ((near - w).abs() <= step * (.5 + 15 * .15 / 2 / .85 + .01)).all()
+        assert ((near - w).abs() <= step * .52).all()           # s and m are rounded to fp16
         c = codes.view(6, -1, 16)
         s, m = scales[:, 5, 2].float()
         torch.testing.assert_close((c[2, 5, 3] >> 4).float() * s + m, near[2, 5 * 32 + 16 + 3])
@@ -62,9 +61,9 @@ def test_codes(bits):
         ours.encode(w.index_fill(0, torch.tensor([2]), torch.nan), bits)
 
 
-def test_int4_finds_the_grid_that_weights_lie_on(monkeypatch):
-    """Weights of 16 values in 32 with a lowest that is not 0, such as GGUF's Q4_1, are kept exactly.
-    Others are kept better than with one span, and that better than with a symmetric step for 128."""
+def test_int4_finds_the_grid_that_weights_lie_on():
+    """Weights of 16 equal steps in 32, such as GGUF's Q4_1, are kept exactly. Of others the squared
+    error is less than 60 % of that with one symmetric step for 128."""
     dice = torch.Generator().manual_seed(0)
     c = torch.randint(0, 16, (40, 8, 32), generator=dice)
     c[..., 0], c[..., 1] = 0, 15
@@ -73,12 +72,9 @@ def test_int4_finds_the_grid_that_weights_lie_on(monkeypatch):
     assert (ours.written_out(*ours.encode(w, 4)) - w).abs().max() < 2e-4 * w.abs().max()
     w, _ = layer(200, 256, 1)
     error = lambda near: float((near - w).square().mean() / w.square().mean())
-    best = error(ours.written_out(*ours.encode(w, 4)))
-    monkeypatch.setattr(ours, "SPANS", (1,))
-    plain = error(ours.written_out(*ours.encode(w, 4)))
     step = w.view(200, 2, 128).abs().amax(-1, keepdim=True) / 7
     symmetric = error(((w.view(200, 2, 128) / step).round() * step).view(200, 256))
-    assert best < .95 * plain < .95 * .6 * symmetric
+    assert error(ours.written_out(*ours.encode(w, 4))) < .6 * symmetric
 
 
 def test_int4_refuses_what_fp16_cannot_hold():
