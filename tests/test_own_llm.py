@@ -35,6 +35,8 @@ SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'
            "Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
            "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
            "{{ '<|im_start|>assistant\n' }}{% endif %}")
+BARE = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 STRANGE = "{% for m in messages %}<<{{ m['role'] }}>> {{ m['content'] }} {% endfor %}"
 CHATML = "<|im_start|>", "<|im_end|>"
 
@@ -75,10 +77,12 @@ def prepared(*argv):
 # ------------------------------------------------------------------------------------- templates
 
 @pytest.mark.parametrize("chat_template, specials, found", [
-    (SMOLLM2, CHATML, "smollm2"), (SMOLLM2.replace("named SmolLM", "named X"), CHATML, "qwen_1_5"),
-    (None, CHATML, "chatml_direct"), (None, (), "v1"), (STRANGE, CHATML, start.UNKNOWN),
+    (SMOLLM2, CHATML, "smollm2"), (SMOLLM2.replace("SmolLM", "X"), CHATML, "chatml_direct"),
+    (BARE, CHATML, "chatml_direct"), (None, CHATML, "chatml_direct"), (None, (), "v1"),
+    (STRANGE, (), start.UNKNOWN), (STRANGE, CHATML, "chatml_direct"),
     (None, ("<|start_header_id|>", "<|end_header_id|>"), "llama_3")],
-    ids=["SmolLM2", "other system text", "vocabulary", "Vicuna", "unknown", "LLaMA-3"])
+    ids=["SmolLM2", "other system text", "no system text", "vocabulary", "Vicuna", "unknown",
+         "unknown ChatML", "LLaMA-3"])
 def test_stage_2_is_trained_in_the_language_models_own_template(tmp_path, capsys, chat_template,
                                                                 specials, found):
     """A flag, MiniGPT-4's own template and captions are left alone."""
@@ -134,21 +138,36 @@ def test_stage_1_remembers_what_stage_2_needs(flags, smol, parts, tmp_path, caps
 
 
 def test_a_saved_chatml_model_has_a_processors_template(smol, tmp_path):
-    """transformers' processor renders the prompt that we write, from texts and from parts."""
+    """transformers' processor renders the prompt that we write, from lists of parts."""
     from transformers import AutoProcessor
     model = start_vlm(smol)
     model.save_pretrained(tmp_path / "model")
-    model.template = data.TEMPLATES and "qwen_1_5"
+    model.template = "qwen_1_5"
     model.save_pretrained(tmp_path / "qwen")
-    again = VLM.from_pretrained(tmp_path / "model")
-    again.save_pretrained(tmp_path / "again")                       # as it was loaded
-    for name, template in (("model", "smollm2"), ("qwen", "qwen_1_5"), ("again", "smollm2")):
-        processor = AutoProcessor.from_pretrained(tmp_path / name)
-        assert processor.chat_template
-        content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-        wanted = data.prompt([{"from": "human", "value": "<image>\nWhat is it?"}], template)
-        assert processor.apply_chat_template([{"role": "user", "content": content}],
-                                             add_generation_prompt=True) == wanted
+    VLM.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    # a folder with the language model's own chat template, which takes texts and is none of ours
+    own = tmp_path / "own"
+    model.save_pretrained(own)
+    config = read_config(own)
+    del config["template"]
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "chat_template.json").unlink()
+    (own / "chat_template.jinja").write_text(SMOLLM2.replace("SmolLM", "X"))
+    loaded = VLM.from_pretrained(own)
+    assert loaded.template not in data.TEMPLATES
+    loaded.save_pretrained(tmp_path / "saved")
+    again = VLM.from_pretrained(tmp_path / "saved")
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."},
+            {"from": "human", "value": "Sure?"}]
+    for name, template in (("model", "smollm2"), ("qwen", "qwen_1_5"), ("again", "smollm2"),
+                           ("saved", loaded.template), ("saved", again.template)):
+        processor, turns = AutoProcessor.from_pretrained(tmp_path / name), []
+        for turn, role in zip(talk, ("user", "assistant", "user")):
+            text = turn["value"].removeprefix("<image>\n")
+            parts = [{"type": "image"}] if text != turn["value"] else []
+            turns.append({"role": role, "content": [*parts, {"type": "text", "text": text}]})
+        wanted = data.prompt(talk, template)
+        assert processor.apply_chat_template(turns, add_generation_prompt=True) == wanted, name
 
 
 def start_vlm(llm, template="smollm2"):
@@ -212,15 +231,12 @@ def test_the_plan_counts_the_models_own_tokens(smol, tmp_path, capsys):
     for name, argv in {"toy": [], "llm": ["--llm", smol], "from": ["--from", tmp_path /
                        "stage1/model"], "before": ["--output-dir", tmp_path / "stage2"]}.items():
         assert here(["--stage", "2", "--plan", *map(str, argv)]) == 0
-        counts[name] = capsys.readouterr().out.split("tokens a sample")[0].split()[-1]
-        args = prepared("--stage", 2, "--plan", *argv)
-        size = sample_lengths(args)[1][0][1]
-        capsys.readouterr()
-        if name != "toy":
-            assert size > 3 * toy_size                              # one letter a token
-        else:
-            toy_size = size
-    assert counts["llm"] == counts["from"] == counts["before"] != counts["toy"]
+        shown = capsys.readouterr().out.split("tokens a sample")[0].split()[-1]
+        kinds = sample_lengths(prepared("--stage", 2, "--plan", *argv))[1]
+        counts[name] = sum(share * text for share, text, _, _ in kinds)
+        patches = 4 if name in ("from", "before") else 64           # of the tower, of a picture
+        assert int(shown) == round(counts[name] + patches)
+    assert counts["llm"] == counts["from"] == counts["before"] > 3 * counts["toy"]
 
 
 # ------------------------------------------------------------------------------ described scenes
@@ -351,7 +367,7 @@ def test_llama_continues_a_text_with_a_folder_of_ones_own(smol, tmp_path, monkey
     monkeypatch.setattr("sys.argv", ["llama.py", "The red", str(smol)])
     assert not llama.main()
     said = capsys.readouterr().out
-    assert said.splitlines()[0].endswith("weights; 8 tokens in") and "The red" in said
+    assert said.splitlines()[0].endswith("weights; 9 tokens in") and "The red" in said
     monkeypatch.setattr("sys.argv", ["llama.py", "The red", str(tmp_path)])
     assert exit_status(llama.main) == 3
     assert capsys.readouterr().err.count("\n") == 1

@@ -124,10 +124,12 @@ def own_template(folder):
         return name                             # of a stage 2 of ours
     tokenizer = data.Tokenizer(folder)
     found = folder_template(folder, tokenizer, data.TEMPLATES, data.prompt)
-    if found is None or found in data.TEMPLATES and data.TEMPLATES[found].style == "plain":
-        return template_of_vocabulary(tokenizer)
-    # a chat template under our name may have a system text of its own: ours is trained
-    return str(found) if found in data.TEMPLATES else UNKNOWN
+    if found in data.TEMPLATES and data.TEMPLATES[found].style != "plain":
+        return str(found)                       # without a system text of its own: ours is trained
+    by_vocabulary = template_of_vocabulary(tokenizer)
+    if found in (None, "plain") or by_vocabulary != "v1":
+        return by_vocabulary
+    return UNKNOWN
 
 
 def known_template(args):
