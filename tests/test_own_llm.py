@@ -181,20 +181,24 @@ def start_vlm(llm, template="smollm2"):
 
 def test_rates_follow_the_size_of_the_language_model(smol, parts, flags, tmp_path,  # noqa: F811
                                                      monkeypatch, capsys):
-    """The toy's for a small one; the published ones for a large one, in each stage; a flag wins."""
+    """The toy's for a small one, and where a projector trains alone; the published ones for a large
+    one that trains; a flag wins."""
     lora = "--stage", 2, "--from", "none", "--lora", 8, "--llm", smol
     small = prepared(*lora).row
     assert (small.lr, small.projector_lr) == (10 * 1.5e-3, 1.5e-3)
     assert "as published" not in capsys.readouterr().err
     weights = sum(p.numel() for p in llama.Llama.from_pretrained(smol).parameters())
+    found = rates.trained_weights(parse([*map(str, lora)]), train.set_trainable)
+    assert weights < found < 2 * weights                            # LoRA's own beside them
     monkeypatch.setattr(rates, "LARGE", weights)
     large = prepared(*lora).row
     assert (large.lr, large.projector_lr, large.batch, large.clip) == (2e-4, 2e-5, small.batch, 1)
     assert "--lr 0.0002 (projector 2e-05) as published" in capsys.readouterr().err
     assert prepared(*lora, "--lr", 1e-3).row.lr == 1e-3
     captions = prepared("--stage", 1, "--llm", smol).row
-    assert (captions.lr, captions.muon) == (1e-3, 0)
-    assert prepared("--stage", 1, "--llm", smol, "--muon", .01).row.muon == .01
+    assert (captions.lr, captions.muon) == (1.2e-2, .01)            # a projector of 5,000 weights
+    described = prepared("--stage", 1, "--recipe", "sharegpt4v", "--from", "none", "--llm", smol)
+    assert described.row.lr == 2e-5
     whole = prepared("--stage", 2, "--from", "none", "--llm", smol, "--data", "x.json",
                      "--show-batch", 1).row
     assert whole.lr == 2e-5
@@ -202,9 +206,10 @@ def test_rates_follow_the_size_of_the_language_model(smol, parts, flags, tmp_pat
     start_vlm(smol, "plain").save_pretrained(tmp_path / "stage1/model")
     after = prepared("--stage", 2, "--output-dir", tmp_path / "stage2", "--lora", 8).row
     assert after.lr == 2e-4
-    monkeypatch.setattr(rates, "LARGE", weights + 1)                # control: the limit itself
+    monkeypatch.setattr(rates, "LARGE", found + 1)                  # control: the limit itself
     assert prepared(*lora).row.lr == small.lr
-    assert rates.llm_weights(prepared("--stage", 1)) < 2_000_000 < 20_000_000
+    whole = rates.trained_weights(parse(["--stage", "2", "--from", "none"]), train.set_trainable)
+    assert 1_000_000 < whole < 2_000_000
 
 
 # ------------------------------------------------------------------- before a run: whose tokens?

@@ -234,7 +234,8 @@ def faults_of_row(args, row):
         "--losses takes itc, itm and itg with a comma, for stage 1 of blip2 and no other")
     yield row.caption_style not in CAPTION_STYLES, (
         f"--caption-style {row.caption_style!r} must be one of {', '.join(CAPTION_STYLES)}")
-    yield args.sample_every and (args.base != "toy" or args.data or row.losses), (
+    no_scenes = args.base != "toy" or args.data or row.losses or args.stage == 0
+    yield args.sample_every and no_scenes, (
         "--sample-every describes scenes of the toy world, beside training on them: leave it out")
     yield args.show_batch and (args.stage == 0 or row.losses), (
         "--show-batch is for stages 1 and 2, and not for BLIP-2's first, which has no labels")

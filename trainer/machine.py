@@ -35,7 +35,7 @@ def prepare(args, set_trainable):
         raise UsageError(f"--base {args.base} learns from your data: give --data FILE and --images "
                          "FOLDER")
     set_start(args, output_folders(args)[0])
-    fit_rates(args)                         # of the toy, before a larger language model
+    fit_rates(args, set_trainable)          # of the toy, where a larger language model trains
     device = choose_device(args.device)
     trains_llama = args.stage and not args.row.losses
     if device.startswith("cuda") and trains_llama and not args.show_batch:

@@ -126,6 +126,9 @@ def own_template(folder):
     found = folder_template(folder, tokenizer, data.TEMPLATES, data.prompt)
     if found in data.TEMPLATES and data.TEMPLATES[found].style != "plain":
         return str(found)                       # without a system text of its own: ours is trained
+    text = config.get("text_config")
+    if found is None and isinstance(text, dict) and text.get("model_type") == "mistral":
+        return "mistral_instruct"               # of a LLaVA, as it is loaded
     by_vocabulary = template_of_vocabulary(tokenizer)
     if found in (None, "plain") or by_vocabulary != "v1":
         return by_vocabulary
