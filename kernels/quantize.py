@@ -18,8 +18,9 @@ bytes, and cost a model of 135 M weights half of its perplexity; these cost a te
 (docs/weights.md). The output head, whose errors no later layer evens out, has int8 beside int4.
 
     B = 1         multiply and add in the threads that hold the codes; each has its own sums
-    B 2 to 16     the tensor cores: codes are turned into x's number format, which holds all of them
-                  exactly, x is padded to 16 rows; the codes are read and turned once for all rows
+    B 2 to 16     the tensor cores: codes are turned into x's number format (int8's exactly, int4's
+                  with s and m, rounded once), x is padded to 16 rows; they are read and turned once
+                  for all rows
     B above 16    a prompt, or a large batch: its time is that of the products, and W is written out
                   again for each pass; so it is on a CPU, where there is no kernel, for every token
 
@@ -179,24 +180,30 @@ def few_int8(x_ptr, codes_ptr, scales_ptr, y_ptr, rows, N,
 
 
 @jit
-def few_int4(x_ptr, codes_ptr, scales_ptr, y_ptr, rows, N,
-             C: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
-    """The same; HALF: bytes of a group, which meet two stretches of x."""
+def few_int4(x_ptr, codes_ptr, scales_ptr, y_ptr, rows, N, C: tl.constexpr, ROWS: tl.constexpr,
+             BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, HALF: tl.constexpr):
+    """The same for BLOCK_G groups at a time, whose halves of 16 meet two stretches of x each."""
     offs_b, offs_n = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c, real = tl.arange(0, HALF), offs_n < N
+    offs_g, offs_c, real = tl.arange(0, BLOCK_G), tl.arange(0, HALF), offs_n < N
     GROUPS: tl.constexpr = (C + 2 * HALF - 1) // (2 * HALF)
-    at = offs_n.to(tl.int64)[:, None] * (GROUPS * HALF)
+    at = offs_n.to(tl.int64)[:, None, None] * (GROUPS * HALF)
     y = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for group in range(0, GROUPS):
-        w = tl.load(codes_ptr + at + (group * HALF + offs_c)[None, :], mask=real[:, None], other=0)
-        c = group * 2 * HALF + offs_c
-        low, high = few_rows(x_ptr, offs_b, c, rows, C), few_rows(x_ptr, offs_b, c + HALF, rows, C)
-        part = tl.dot(low, tl.trans((w & 15).to(low.dtype)), input_precision="ieee")
-        part = tl.dot(high, tl.trans((w >> 4).to(high.dtype)), part, input_precision="ieee")
-        x = tl.sum(low.to(tl.float32) + high.to(tl.float32), 1)             # of each row of x
-        scale = scales_ptr + group * N + offs_n
-        y += part * tl.load(scale, mask=real, other=0.).to(tl.float32)[None, :]
-        y += x[:, None] * tl.load(scale + GROUPS * N, mask=real, other=0.).to(tl.float32)[None, :]
+    for first in range(0, GROUPS, BLOCK_G):
+        group = first + offs_g
+        inside = real[:, None] & (group < GROUPS)[None, :]
+        places = (group * HALF)[:, None] + offs_c[None, :]                  # of bytes, (G, HALF)
+        code = tl.load(codes_ptr + at + places[None, :, :], mask=inside[:, :, None], other=0)
+        scale = scales_ptr + group[None, :] * N + offs_n[:, None]
+        s = tl.load(scale, mask=inside, other=0.).to(tl.float32)[:, :, None]
+        m = tl.load(scale + GROUPS * N, mask=inside, other=0.).to(tl.float32)[:, :, None]
+        low = tl.reshape((code & 15).to(tl.float32) * s + m, (BLOCK_N, BLOCK_G * HALF))
+        high = tl.reshape((code >> 4).to(tl.float32) * s + m, (BLOCK_N, BLOCK_G * HALF))
+        k = first * HALF + tl.arange(0, BLOCK_G * HALF)
+        c = k // HALF * 2 * HALF + k % HALF                                 # of x
+        x = few_rows(x_ptr, offs_b, c, rows, C)
+        y = tl.dot(x, tl.trans(low.to(x.dtype)), y, input_precision="ieee")
+        x = few_rows(x_ptr, offs_b, c + HALF, rows, C)
+        y = tl.dot(x, tl.trans(high.to(x.dtype)), y, input_precision="ieee")
     tl.store(y_ptr + offs_b[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
              mask=(offs_b < rows)[:, None] & real[None, :])
 
@@ -204,8 +211,8 @@ def few_int4(x_ptr, codes_ptr, scales_ptr, y_ptr, rows, N,
 def tiles(bits, few=False):
     """A thread holds 16 bytes of codes, a group: 16 rows of 4 groups are two warps' share."""
     if few:
-        return {"ROWS": FEW, "BLOCK_N": 32, **({"HALF": GROUP // 2} if bits == 4 else
-                                               {"BLOCK_C": 256})}
+        columns = {"BLOCK_G": 4, "HALF": GROUP // 2} if bits == 4 else {"BLOCK_C": 256}
+        return {"ROWS": FEW, "BLOCK_N": 32, **columns}
     if bits == 4:
         return {"BLOCK_N": 16, "BLOCK_G": 4, "HALF": GROUP // 2}
     return {"BLOCK_N": 4, "BLOCK_C": 512}

@@ -485,6 +485,7 @@ def test_a_picture_that_has_changed_is_asked_about_again(folder, inside, tmp_pat
     for name in "ab":
         Image.new("RGB", (30, 20)).save(tmp_path / f"{name}.png")
     call = [folder, tmp_path, "What?", "--batch-size", 1, "--out", tmp_path / "out.json"]
+    # the output may lie beside the pictures: it is none of them
     with monkeypatch.context() as context:
         killed_after(context, 1)
         with pytest.raises(Killed):
@@ -494,7 +495,7 @@ def test_a_picture_that_has_changed_is_asked_about_again(folder, inside, tmp_pat
     assert inside(args_for(*call))[0] == 0 and asked_about == [1, 1]
     (tmp_path / "out.json.partial").write_text("[]\n")
     code, _, err = inside(args_for(*call))
-    assert code == 3 and "not a journal" in err and err.count("\n") == 1
+    assert code == 3 and "not a journal" in err.splitlines()[-1]
 
 
 def test_folder_without_a_good_picture(folder, inside, tmp_path):

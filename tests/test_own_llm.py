@@ -324,7 +324,7 @@ def test_byte_level_texts_are_counted_by_words(tmp_path, kind):
 
 def test_other_patterns_are_tokenized_in_full(tmp_path):
     for i, pattern in enumerate([r"\S+ \S+|\s", r".{3}"]):
-        assert TokenCounter(byte_level(tmp_path / str(i), pattern, last=False)).cut is None
+        assert not TokenCounter(byte_level(tmp_path / str(i), pattern, last=False)).apart
     spec = json.loads((tmp_path / "0/tokenizer.json").read_text())
     assert words.word_cutter({**spec, "model": {**spec["model"], "dropout": .1}}) is None
 

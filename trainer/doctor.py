@@ -33,7 +33,7 @@ from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN, images_of, read_rows
 from formats.errors import BadData, BadImage, exit_status, printable, progress, UsageError
 from formats.pictures import check_pixels, load_image, picture_path
-from formats.words import word_cutter
+from formats.words import cut_before_spaces, word_cutter
 from trainer.doctor_flags import parse
 from trainer.samples import check_size, encode_sample, joined, lesson, sample_pieces
 
@@ -46,12 +46,13 @@ class TokenCounter(dict):
     """word -> how many tokens it is; `of` adds up a sample, to the length that `encode` gives it.
 
     A word looked up once is ten times faster than the library, to which LLaMA's texts are one long
-    word. `cut` takes a text apart where no token can reach across (formats/words.py); vocabularies
-    for which we know no such place are tokenized in full."""
+    word. `cut` takes a text apart where no token can reach across (formats/words.py). Vocabularies
+    for which we know no such place (apart: False) are tokenized in full."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.cut = word_cutter(json.loads(tokenizer._lib.to_str()))
+        cut = word_cutter(json.loads(tokenizer._lib.to_str()))
+        self.apart, self.cut = cut is not None, cut or cut_before_spaces
 
     def __missing__(self, word):
         if len(self) > 500_000:             # the memory is bounded
@@ -62,7 +63,7 @@ class TokenCounter(dict):
     def of(self, segments, pictures: int) -> int:
         """Tokens of the segments; pictures: -1: each <image> is one, 0: none is."""
         tokenizer, n, texts = self.tokenizer, 0, [""]
-        if not self.cut or any("▁" in segment.text for segment in segments):
+        if not self.apart or any("▁" in segment.text for segment in segments):
             return len(tokenize_segments(segments, tokenizer, pictures)[0])
         for segment in segments:
             if segment.start:               # a text of its own begins here

@@ -20,7 +20,7 @@ RATES = ("lr", "muon", "projector_lr", "decay", "warm_lr", "min_lr")
 
 
 def trained_weights(args, set_trainable):
-    """How many weights the run changes, by the sizes in config.json; LoRA changes all of a LLaMA."""
+    """How many weights the run changes, by the sizes in config.json: LoRA all of a LLaMA's."""
     model = meta_model(args, set_trainable)
     if args.lora:
         return weights_in(model.llm)
