@@ -14,7 +14,7 @@ reads at its full speed, and fewer bytes a weight.
 
 Weights only: x stays what it is, sums are fp32. int8: s is the largest |w| / 127. int4: m is the
 smallest and m + 15 s the largest of the 32 weights. One s for 128 weights and no m would be 0.52
-bytes, and cost a model of 135 M weights half of its perplexity; these cost a tenth at most
+bytes, and raise the perplexity of a model of 135 M weights by half; these raise it by 11 %
 (docs/weights.md). The output head, whose errors no later layer evens out, has int8 beside int4.
 
     B = 1         multiply and add in the threads that hold the codes; each has its own sums
