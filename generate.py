@@ -48,7 +48,7 @@ from decoding.loading import load_model, speed_line
 from decoding.logits import ids_seen, nan_error, repetition_penalty, written_so_far
 from decoding.page import serve
 from decoding.pictures import check_pictures, find_pictures, image_turns, join_batch
-from decoding.pictures import join_pictures, load_pictures
+from decoding.pictures import join_pictures, load_groups
 from decoding.prompt import answer_length, build_prompt, prompt_length, typed_questions
 from decoding.stopping import AnswerEnd, cut_reason, limit_reason, Stops
 from decoding.streaming import stream_text
@@ -290,10 +290,10 @@ def main(args):
         return caption_folder(load_model(args, args.quantize), files, args, generate_batch)
     check_pictures(args.images)
     model = load_model(args, args.quantize)
-    pictures = load_pictures(model, args.images)    # and the context has room for them
+    groups = load_groups(model, args.images)        # and the context has room for them
     if args.prompt is None:                         # no question: a chat
-        return chat(model, pictures, args, print_answer)
-    print_answer(model, [args.prompt], {0: pictures}, args)
+        return chat(model, groups, args, print_answer)
+    print_answer(model, [args.prompt], groups, args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ change when t + 1 comes. So they are kept, and a step computes one token only:
 
 Letters: B batch, T query-side tokens, S key-side tokens, C width, H heads, G key/value heads,
 D head size, F MLP width, V vocabulary.
-Alone: `python llama.py "The red star"` continues a text with the shipped toy model.
+Alone: `python llama.py "The red star" [FOLDER]` continues a text, with the shipped toy model or
+with your own. A question to a model that answers: `python generate.py --text`.
 Next: projector.py, which puts an image's vectors between the tokens.
 """
 
@@ -32,6 +33,7 @@ from torch import nn
 
 import data
 from formats import checkpoints, configs, folders, names
+from formats.errors import exit_status
 from kernels import checkpointed, rms_norm, rope, rope_table, self_attention, swiglu
 
 
@@ -232,17 +234,20 @@ class Llama(nn.Module):
 
 def main():
     """Continue a text by 40 tokens, without a cache: the whole row is read for every token."""
-    folder = Path(__file__).parent / "toy/weights/llama"
-    llama, tokenizer = Llama.from_pretrained(folder), data.Tokenizer(folder)
+    toy = Path(__file__).parent / "toy/weights/llama"
     text = sys.argv[1] if len(sys.argv) > 1 else "This picture shows two objects on"
+    folder = checkpoints.resolve(sys.argv[2] if len(sys.argv) > 2 else toy)
+    llama, tokenizer = Llama.from_pretrained(folder), data.Tokenizer(folder)
     ids = tokenizer.encode(text)
     print(f"{sum(p.numel() for p in llama.parameters()):,} weights; {len(ids)} tokens in")
     with torch.inference_mode():
         for _ in range(40):
             logits = llama(torch.tensor([ids]))             # (1, T, V)
             ids.append(int(logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos:
+                break
     print(tokenizer.decode(ids))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

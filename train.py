@@ -107,6 +107,13 @@ RECIPES = {
         Stage("ShareGPT4V, November 2023", "mlp", ("projector", "llm"), "v1", "pad", 2e-5, 128,
               loss_groups=16, order="modality", caption_style="dialogue")),
 }
+# --base small. TinyLLaVA Factory (2405.11788), scripts/train/openelm: LLaVA-1.5's data, projector,
+# rates and batches before OpenELM-270M, on 2 GPUs x 2 micro-batches of 64, then on 4 x 2 of 16. It
+# crops pictures in stage 2, too; here they are padded. Not run by us. ShareGPT4V's upper half is
+# that of a tower of 12 blocks.
+SMALL = {"llava-1.5": (dict(lr=1e-3, batch=256, loss_groups=4),
+                       dict(lr=2e-5, batch=128, loss_groups=8)),
+         "sharegpt4v": (dict(train=("vision.blocks.6+", "projector", "llm")), {})}
 # The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
 LLAVA_TOY = (dict(lr=1.2e-2, muon=.01, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
@@ -125,7 +132,7 @@ TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
 
 def parse_args(argv=None):
     """The command line. args.row is the recipe's row of this stage, with what the flags change."""
-    return parse(Stage, RECIPES, TOY, argv)
+    return parse(Stage, RECIPES, {"toy": TOY, "small": SMALL}, argv)
 
 
 if __name__ == "__main__":
@@ -153,10 +160,11 @@ from trainer.machine import prepare
 from trainer.plan import print_plan
 from trainer.qformer_job import qformer_job
 from trainer.qlora import merge_additions
-from trainer.run_folder import output_folders, Run
+from trainer.run_folder import Run
 from trainer.saved_bytes import measure_saved_bytes
 from trainer.schedules import lr_schedule
 from trainer.show import show_batch
+from trainer.start import output_folders
 from trainer.step import GradientStep
 
 

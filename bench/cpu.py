@@ -130,7 +130,7 @@ def cpu_generate():
         copies = [ours, *(copy.deepcopy(ours).to(dtype) for dtype in dtypes)]
         image_token, patches, runs = ours.image_token, ours.patches, {}
         for kind, model, reference in zip(kinds, copies, references):
-            ready = prepare_for_inference(model)
+            ready = prepare_for_inference(model, lay_out=True)
             runs["ours" + kind] = partial(timed_tokens, ready, ids, new=new)
             runs["transformers" + kind] = partial(timed_reference, reference, words, image_token,
                                                   patches, new=new)

@@ -87,6 +87,9 @@ def save_conversation(path, turns, groups):
         if turn < len(turns):                       # the next question has pictures already
             asked[turn] = groups[turn]
             paths += groups[turn][2]
+    if not paths:
+        write_json(path, [llava_row(None, turns, ())])
+        return note(f"saved: {path}")
     root, names = relative_names(paths)
     if len(names) == 1:                             # one picture: LLaVA's form, a name and no list
         write_json(path, [llava_row(names[0], turns, image_turns(asked))])
@@ -101,10 +104,11 @@ class Chat:
 
     A method for each command; each takes what stands behind the command's name."""
 
-    def __init__(self, model, group, args, reply):
-        """reply(model, turns, groups, args) prints an answer and returns it."""
+    def __init__(self, model, groups, args, reply):
+        """groups: the pictures before the first question, {} if there are none. reply(model, turns,
+        groups, args) prints an answer and returns it."""
         self.model, self.args, self.reply = model, args, reply
-        self.turns, self.groups = [], {0: group}    # the first question has its pictures
+        self.turns, self.groups = [], dict(groups)
         self.commands = {"/image": self.image, "/reset": self.reset, "/save": self.save}
 
     def image(self, path):
@@ -115,7 +119,8 @@ class Chat:
 
     def reset(self, _):
         """Forget all but the newest pictures."""
-        self.turns, self.groups = [], {0: self.groups[max(self.groups)]}
+        newest = self.groups[max(self.groups)] if self.groups else None
+        self.turns, self.groups = [], {0: newest} if newest else {}
 
     def save(self, path):
         """Write the conversation so far."""
@@ -146,9 +151,9 @@ class Chat:
             self.question(text)
 
 
-def chat(model, group, args, reply):
+def chat(model, groups, args, reply):
     """Lines from stdin until it ends or says /quit; returns the exit status."""
-    conversation = Chat(model, group, args, reply)
+    conversation = Chat(model, groups, args, reply)
     note("chat: /image PATH (one more picture, behind those before)  /reset  /save FILE  /quit")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:

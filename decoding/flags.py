@@ -15,6 +15,7 @@ DEFAULT_MODEL = "runs/toy/llava-1.5/stage2/model"
 SETTINGS = {"max_new_tokens": 256, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_beams": 1,
             "repetition_penalty": 1.0, "stop": [], "length_penalty": 1.0}
 DEFAULT_PORT = 7860
+LAID_BYTES = 200e6      # of fp32 weights: so many are laid out for a CPU without being asked
 
 
 def first_error(checks):
@@ -88,6 +89,8 @@ def build_parser():
                    "together, or a folder of pictures (then with --out)")
     p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
     p.add_argument("--caption", action="store_true", help="no question: a caption (BLIP-2)")
+    p.add_argument("--text", action="store_true", help="no picture: a question or a chat about "
+                   "text alone; --model may be a LLaMA's folder")
 
     add = p.add_argument_group("the model").add_argument
     add("--model", default=DEFAULT_MODEL, help="folder or hub id (default: %(default)s)")
@@ -98,6 +101,8 @@ def build_parser():
         help="of the weights in memory; auto: as they are in the file, but fp16 becomes bf16 "
         "where the GPU has it, and on a CPU 16 bits become bf16 if it is quick at it, else fp32")
     add("--quantize", choices=("int8", "int4"), help="of the language model's weights")
+    add("--lay-out", action="store_true", help="on a CPU: fp32 weights in its fastest layout, over "
+        f"{LAID_BYTES / 1e6:.0f} MB of them too: a little faster for twice the memory")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 
     add = p.add_argument_group("how the next token is chosen").add_argument
@@ -136,7 +141,12 @@ def page_error(a):
     """What is wrong with --page and the other arguments, or None."""
     port = DEFAULT_PORT if a.port is None else a.port
     return first_error([
-        (not a.images and not a.page,
+        (a.text and (a.page or a.out or a.attention or a.caption or a.batch_size is not None),
+         "--text is one question, or a chat in the terminal, about no picture: leave out --page, "
+         "--out, --attention, --caption and --batch-size"),
+        (a.text and a.images,
+         "--text takes no pictures, and one question in quotes at most"),
+        (not a.images and not a.page and not a.text,
          "give a picture (generate.py img.jpg \"What is it?\"), or --page for a web page"),
         (a.port is not None and not a.page, "--port is the page's: give --page as well"),
         (a.page and a.images, "--page takes pictures and questions in the browser: leave them out"),
@@ -193,11 +203,11 @@ def parse(argv=None):
         setattr(a, name, SETTINGS[name])
     a.settings = {name: getattr(a, name) for name in SETTINGS}
     # argparse puts all it gets into `images`: the last is the question if it is no picture
-    if len(a.images) > 1 and not is_picture_name(a.images[-1]):
+    if a.text and len(a.images) == 1 or len(a.images) > 1 and not is_picture_name(a.images[-1]):
         a.prompt = a.images.pop()
     if a.prompt is not None:
         a.prompt = a.prompt.strip()
-    a.image = a.images[0] if a.images else None     # none for a page
+    a.image = a.images[0] if a.images else ""       # none for a page, and with --text
     if wrong := arguments_error(a):
         p.error(wrong)
     if a.caption:

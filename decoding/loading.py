@@ -12,8 +12,9 @@ import torch
 import data
 from decoding.cuda_graph import WARMUP_STEPS
 from decoding.defaults import apply_defaults
-from decoding.flags import DEFAULT_MODEL
+from decoding.flags import DEFAULT_MODEL, LAID_BYTES
 from decoding.prompt import prompt_length
+from decoding.text_model import check_answers_text, is_language_model, TextModel
 from formats.checkpoints import dtype_name
 from formats.errors import note, UsageError
 from formats.templates import BLIP2
@@ -23,10 +24,11 @@ from projector import VLM
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare_for_inference(model, codes=None):
+def prepare_for_inference(model, codes=None, lay_out=None):
     """The model with its weights as decoding reads them best, or quantized (kernels/quantize.py).
 
-    codes: "int8", "int4" or None. The model is not to be trained or saved after this."""
+    codes: "int8", "int4" or None. lay_out: on a CPU, into the layout that it reads fastest; None:
+    unless it takes much memory. The model is not to be trained or saved after this."""
     if codes:
         if model.llm.embed.weight.device.type == "cpu":
             note("note: --quantize saves memory; on a CPU the weights are written out again for "
@@ -35,7 +37,16 @@ def prepare_for_inference(model, codes=None):
             quantize(model.llm, {"int8": 8, "int4": 4}[codes])
         except ValueError as error:
             raise data.BadModel(f"--quantize {codes}: {error}") from None
-    return lay(model)
+    if lay_out is None:
+        lay_out = is_cheap_to_lay_out(model)
+    return lay(model) if lay_out else model
+
+
+def is_cheap_to_lay_out(model):
+    """bf16 weights take no more memory in the CPU's layout; fp32 ones take it twice, and while they
+    are laid out 2.3 times: of SmolLM2-135M 1.2 GB for 3 to 9 % (docs/weights.md)."""
+    fp32 = [p for p in model.parameters() if p.dtype == torch.float32]
+    return sum(p.nbytes for p in fp32) <= LAID_BYTES
 
 
 def cast_for_cpu(model, device):
@@ -85,7 +96,11 @@ def load_model(args, codes=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)               # kernels start on the current one
     dtype = DTYPES.get(args.dtype)                  # None: auto
-    model = VLM.from_pretrained(args.model, dtype, getattr(args, "model_base", None))
+    text = getattr(args, "text", False)
+    if text and not getattr(args, "model_base", None) and is_language_model(args.model):
+        model = TextModel.from_pretrained(args.model, dtype)
+    else:
+        model = VLM.from_pretrained(args.model, dtype, getattr(args, "model_base", None))
     if dtype is None:
         model = cast_for_cpu(model, device)
     if args.template and args.template not in data.TEMPLATES:
@@ -94,14 +109,16 @@ def load_model(args, codes=None):
     model.template = args.template or model.template
     apply_defaults(model, args)
     style = data.template_of(model.template).style
-    if getattr(args, "caption", False):
+    if text:
+        check_answers_text(model)
+    elif getattr(args, "caption", False):
         if style not in ("plain", *BLIP2):
             raise UsageError("--caption: this model answers questions: ask one, such as "
                              '"Describe this image"')
     elif style == "plain":
         note("note: this model knows pictures and captions but no questions: yours is ignored, it "
              "writes a caption")
-    return prepare_for_inference(model.to(device), codes)
+    return prepare_for_inference(model.to(device), codes, getattr(args, "lay_out", None) or None)
 
 
 def memory_bandwidth(device):

@@ -54,6 +54,11 @@ def load_pictures(model, paths):
     return group
 
 
+def load_groups(model, paths):
+    """{0: the group of these pictures}, in front of the first question; {} without pictures."""
+    return {0: load_pictures(model, paths)} if paths else {}
+
+
 def png_address(image):
     """PIL image -> its PNG as an address that a web page can show: data:image/png;base64,..."""
     file = io.BytesIO()

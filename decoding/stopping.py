@@ -21,9 +21,12 @@ from formats.errors import UsageError
 
 def stop_ids(model, eos=None):
     """Ids after which the model has finished: eos (an id or a set) if given, else those of its
-    tokenizer, of its template and of its generation_config.json."""
+    tokenizer, of its template and of its generation_config.json; of a bare llama.Llama, which has
+    none of them, those of its config."""
+    if eos is None and not hasattr(model, "tokenizer"):
+        eos = model.config.eos
     if eos is not None or not hasattr(model, "tokenizer"):
-        return eos if isinstance(eos, (set, frozenset)) else {eos}
+        return set(eos) if isinstance(eos, (set, frozenset, tuple)) else {eos} - {None}
     return data.end_ids(model.template, model.tokenizer) | set(getattr(model, "stop_ids", ()))
 
 

@@ -164,7 +164,8 @@ def answers(model, texts, pixels, max_new_tokens, batch=200, template=None, temp
         raise UsageError("the toy world's pictures are not cut in tiles: take a LLaVA-1.5")
     found = []
     # a model of stage 1 is asked in stage 2's template, in which answers are more than captions
-    template = template or ("v1" if model.template == "plain" else model.template)
+    after_captions = getattr(model, "llm_template", None) or "v1"
+    template = template or (after_captions if model.template == "plain" else model.template)
     for start in range(0, len(texts), batch):
         prompts = [build_prompt([text], template, model.tokenizer)
                    for text in texts[start:start + batch]]

@@ -218,6 +218,20 @@ class ChatTemplate(str):
         return text.rpartition(answer[1][0])[2].partition(question[1][0])[0]
 
 
+# Lists of parts become texts, each picture a line of its own, as `parts_as_text` writes them.
+FLATTEN = ("{% set flat = namespace(turns=[]) %}{% for m in messages %}{% set said %}"
+           "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+           "{% if c['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ c['text'] }}{% endif %}"
+           "{% endfor %}{% endif %}{% endset %}{% set flat.turns = flat.turns + "
+           "[{'role': m['role'], 'content': said}] %}{% endfor %}{% set messages = flat.turns %}")
+
+
+def for_processor(chat: ChatTemplate) -> str | None:
+    """A chat template of texts as a processor needs it, which hands on lists of parts; None where it
+    takes parts already. (A language model's ChatML would print the list.)"""
+    return None if chat.parts else FLATTEN + chat.source
+
+
 def _plain_tokens(segments, tokenizer) -> list[int]:
     """Ids of the joined segments. In what people typed no control token is looked for."""
     text, typed = "", bytearray()           # typed: a flag for each character

@@ -144,9 +144,13 @@ def vit_to_hf(c, text=False):
 # ---------------------------------------------------------------------------- LLaMA and Mistral
 
 def read_llama(folder, weights):
-    """llama.Config of a LLaMA's or Mistral's folder, and the weights in it."""
-    return untie(llama_from_hf(read_config(folder)), weights,
-                 names.LLAMA["embed.weight"], names.LLAMA["head.weight"])
+    """llama.Config of a LLaMA's or Mistral's folder, and the weights in it. The ids that end a text
+    are those of generation_config.json, where the folder has one, as in transformers."""
+    c = read_config(folder)
+    written = read_config(folder, "generation_config.json", missing_ok=True)
+    if written.get("eos_token_id") is not None:
+        c["eos_token_id"] = written["eos_token_id"]
+    return untie(llama_from_hf(c), weights, names.LLAMA["embed.weight"], names.LLAMA["head.weight"])
 
 
 def untie(out, weights, embed, head):

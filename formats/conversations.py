@@ -389,10 +389,11 @@ def llava_row(name, turns, shown=(0,)):
     """One LLaVA sample of texts of person and model alternately, the person's first.
 
     shown: numbers of turns, each for a picture at the front of that turn. name: of the picture, or
-    a list with one for each. In a file any <image> is a picture, so a typed one gets a space."""
-    conversation = []
+    a list with one for each, or None. In a file any <image> is a picture, so a typed one gets a
+    space."""
+    conversation, identity = [], name if type(name) is str else (name or "0")[0]
     for i, text in enumerate(turns):
         text = f"{IMAGE_TOKEN}\n" * list(shown).count(i) + text.replace(IMAGE_TOKEN, "< image>")
         conversation.append({"from": ("human", "gpt")[i % 2], "value": text})
-    identity = name if type(name) is str else name[0]
-    return {"id": identity, "image": name, "conversations": conversation}
+    image = {} if name is None else {"image": name}
+    return {"id": identity, **image, "conversations": conversation}

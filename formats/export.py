@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from formats import configs, language_models
-from formats.chat_templates import ChatTemplate
+from formats.chat_templates import ChatTemplate, for_processor
 from formats.checkpoints import dtype_name, export, save_weights
 from formats.conversations import IMAGE_TOKEN
 from formats.files import atomic_write
@@ -129,6 +129,9 @@ def llava_config(model, kind):
         "vision_config": configs.vit_to_hf(model.vision.config)}
     if not isinstance(model.template, ChatTemplate):        # a folder's own is in a file of its own
         config["template"] = model.template
+    # a captioner's template says nothing of the format in which its language model can converse
+    if model.template == "plain" and getattr(model, "llm_template", None) not in (None, "v1"):
+        config["llm_template"] = model.llm_template
     config["image_aspect_ratio"] = model.aspect
     return config
 
@@ -198,11 +201,11 @@ def eos_token_id(stop_ids, tokenizer):
 def save_chat_template(folder, name, t, tokenizer):
     """Write the chat templates, or remove those of an earlier save.
 
-    name: the model's template, a name or a ChatTemplate, which is written as it was read; t: its
-    data.Template. The .json is for a processor, the .jinja for a tokenizer alone."""
+    name: the model's template, a name or a ChatTemplate, which is written as it was read, for a
+    processor so that it takes parts; t: its data.Template. The .json is for a processor, the .jinja for a tokenizer alone."""
     jinja, processor = None, None
     if isinstance(name, ChatTemplate):
-        jinja = name.source
+        jinja, processor = name.source, for_processor(name)
     else:
         processor = chat_template(t)
         if processor is not None:

@@ -117,8 +117,12 @@ def read_vlm_config(folder, c):
     """The Family of a folder in transformers' layout; c: its config.json."""
     kind = c.get("model_type")
     if kind not in ("llava", "llava_next", "blip-2", "instructblip"):
+        alone = ""
+        if kind in ("llama", "mistral"):
+            alone = ", or ask this language model alone: generate.py --text"
         raise BadModel(f"{folder}: config.json says model_type {kind!r}, not 'llava', "
-                       "'llava_next', 'blip-2' or 'instructblip'; give the model/ folder of a run")
+                       "'llava_next', 'blip-2' or 'instructblip'; give the model/ folder of a "
+                       f"run{alone}")
     with_qformer = kind in ("blip-2", "instructblip")
     aspects = ("squash",) if with_qformer else ("square", "pad", "squash", "anyres")
     require_values(folder, c, vision_feature_select_strategy=("default",),
@@ -256,8 +260,11 @@ def choose_template(family, tokenizer, templates, prompt):
     if isinstance(found, ChatTemplate) and not found.known:
         print(f"note: {tokenizer.folder}: its chat template ({found.file}) is none of ours: the "
               "model is asked as it says; training needs --template", file=sys.stderr)
-    if found or family.template:
-        return found or family.template
+    return found or family.template or template_of_vocabulary(tokenizer)
+
+
+def template_of_vocabulary(tokenizer):
+    """The conversation format that the tokens of a vocabulary are for; Vicuna's needs none."""
     if tokenizer.added("<|start_header_id|>") is not None:
         return "llama_3"
     if tokenizer.added("<|im_start|>") is not None:
@@ -289,6 +296,7 @@ def load_vlm(model, family, weights, dtype, load_tower):
     load_tower(folder, dtype): clip.ViT.from_pretrained, for official files without a tower, which
     was frozen in training."""
     model.grids, hf_names = family.grids, dict(family.hf_names)
+    model.llm_template = family.config.get("llm_template")      # of a captioner: trainer/start.py
     ignore = {**unused.VISION, **family.llm_unused}
     if family.llm_kind == "llama":
         ignore |= unused.llama(model.llm.config)

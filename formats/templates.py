@@ -80,6 +80,8 @@ ROWS = {
     # other templates, the answers with their end.
     "llama_3": row(system=HELPFUL, **LLAMA_3),
     "qwen_1_5": row(system="You are a helpful assistant.", **QWEN),
+    "smollm2": row(system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+                   **QWEN),
     "blip2": row("plain", end="\n", image_first=True),
     "blip2_opt": row("continued", end="\n", image_first=True),
     "blip2_t5": row("prefixed", image_first=True),

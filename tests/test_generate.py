@@ -25,6 +25,7 @@ from decoding.flags import parse, prompt_error
 from decoding.pictures import load_picture
 from decoding.stopping import stop_ids, Stops
 from formats.errors import UsageError, UserError, exit_status
+from formats.pictures import FORMATS
 
 ROOT = Path(__file__).parents[1]
 TONGUE = dict(width=32, depth=2, heads=4, kv_heads=2, mlp=48)
@@ -427,6 +428,74 @@ def test_folder(folder, inside, model):
         single = g.stream(model, asked(model, "What <image>?"), seen, max_new_tokens=8)
         assert said == "".join(single).strip()
     assert not list(folder.glob("*.tmp"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, batches):
+    """generate_batch ends the process in the batch after so many; the list of all it was asked."""
+    asked_about, real = [], g.generate_batch
+
+    def batch(model, prompts, pictures, **settings):
+        if len(asked_about) == batches:
+            raise Killed
+        asked_about.append(len(prompts))
+        return real(model, prompts, pictures, **settings)
+    monkeypatch.setattr(g, "generate_batch", batch)
+    return asked_about
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["whole", "torn line"])
+def test_a_killed_folder_goes_on_and_writes_no_line_twice(folder, inside, tmp_path, monkeypatch,
+                                                          torn):
+    """With draws, too: the same bytes as without the kill. WebP, AVIF, JPEG, and one that is bad."""
+    (tmp_path / "photos").mkdir()
+    first = "a.avif" if "AVIF" in FORMATS else "a.tif"
+    names = ["b.webp", first, "d.jpg", "e.png", "c.webp", "f.gif", "g.png"]
+    for i, name in enumerate(names):
+        Image.new("RGB", (30 + i, 20), (40 * i, 99, 0)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos/h.png").write_bytes(b"")
+    call = [folder, tmp_path / "photos", "What?", "--batch-size", 2, "--temperature", 1, "--out"]
+    code, _, err = inside(args_for(*call, tmp_path / "whole.json"))
+    assert code == 0 and "8 pictures in " in err and "pictures/s, " in err and "there" not in err
+    out, partial = tmp_path / "cut.json", tmp_path / "cut.json.partial"
+    with monkeypatch.context() as context:
+        asked_about = killed_after(context, 2)
+        with pytest.raises(Killed):
+            inside(args_for(*call, out))
+    assert asked_about == [2, 2] and not out.exists()
+    lines = partial.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 4
+    if torn:
+        partial.write_text("".join(lines)[:-9])             # a power cut in the last line
+    refused = inside(args_for(*call[:2], "Why?", *call[3:], out))
+    assert refused[0] == 3 and "question" in refused[2] and not out.exists()
+    with monkeypatch.context() as context:
+        asked_about = killed_after(context, 99)
+        code, _, err = inside(args_for(*call, out))
+    assert code == 0 and asked_about == [2] * torn + [2, 1]     # the broken one is no prompt
+    assert f"{4 + 2 * torn} pictures in " in err and f", {4 - 2 * torn} were there" in err
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes() and not partial.exists()
+    assert [row["image"] for row in json.loads(out.read_text())] == sorted(names)
+
+
+def test_a_picture_that_has_changed_is_asked_about_again(folder, inside, tmp_path, monkeypatch):
+    for name in "ab":
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{name}.png")
+    call = [folder, tmp_path, "What?", "--batch-size", 1, "--out", tmp_path / "out.json"]
+    # the output may lie beside the pictures: it is none of them
+    with monkeypatch.context() as context:
+        killed_after(context, 1)
+        with pytest.raises(Killed):
+            inside(args_for(*call))
+    Image.new("RGB", (60, 20), "red").save(tmp_path / "a.png")
+    asked_about = killed_after(monkeypatch, 99)
+    assert inside(args_for(*call))[0] == 0 and asked_about == [1, 1]
+    (tmp_path / "out.json.partial").write_text("[]\n")
+    code, _, err = inside(args_for(*call))
+    assert code == 3 and "not a journal" in err.splitlines()[-1]
 
 
 def test_folder_without_a_good_picture(folder, inside, tmp_path):

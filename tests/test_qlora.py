@@ -204,15 +204,15 @@ def test_flags_that_do_not_go_together(argv, words, capsys):
 # ------------------------------------------------------------------------------------ the forecast
 
 def test_bytes_and_flops_of_7b():
-    """6.476 G weights in codes: half a byte and 4 bytes of scale for 128 of them."""
+    """6.476 G weights in codes: half a byte and 4 bytes of step and lowest for 32 of them."""
     args, plain = asked("--lora", 128, "--quantize", "int4"), asked("--lora", 128)
     model, dense = model_of(args), model_of(plain)
     blocks = 32 * (4096 * 12288 + 4096 * 4096 + 4096 * 22016 + 11008 * 4096)
-    assert coded_weights(model) == blocks and code_bytes(model) == blocks * (.5 + 4 / 128)
+    assert coded_weights(model) == blocks and code_bytes(model) == blocks * (.5 + 4 / 32)
     assert code_bytes(model_of(asked("--lora", 128, "--quantize", "int8"))) == (
         blocks + 4 * 32 * (12288 + 4096 + 22016 + 4096))
     less = static_bytes(dense, plain)["weights"] - static_bytes(model, args)["weights"]
-    assert less == pytest.approx(blocks * (2 - .5 - 4 / 128))
+    assert less == pytest.approx(blocks * (2 - .5 - 4 / 32))
     assert static_bytes(model, args)["moments"] == static_bytes(dense, plain)["moments"]
     for policy in ("none", "attention", "full"):
         assert flops_per_sample(model)(324, 180, 1, policy) == pytest.approx(

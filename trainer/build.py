@@ -25,7 +25,7 @@ from clip import LayerNorm, ViT
 from formats import configs, language_models, names
 from formats.bert import BertTokenizer
 from formats.checkpoints import load_into
-from formats.errors import note, UsageError
+from formats.errors import UsageError
 from formats.families import ln_vision_eps
 from formats.folders import init_weights, SHIPPED_QFORMER, tower_folder
 from formats.hub import resolve
@@ -36,10 +36,10 @@ from qformer import Blip2Stage1, LMHead, QFormer
 from qformer import Config as QFormerConfig
 from toy import texts as toy_texts
 from toy.world import make_scene
-from trainer.flags import BASES, BERT, EVA, FLAN, KNOWN_KINDS, SMALL
+from trainer.flags import BERT, FLAN
 from trainer.qlora import add_additions
+from trainer.start import base_models, HERE, stage_before
 
-HERE = Path(__file__).parents[1]
 TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, num_queries=16)
 
 
@@ -48,18 +48,6 @@ def weight_dtype(args):
     if args.optimizer == "adamw8" and args.dtype != "fp32":
         return torch.bfloat16
     return torch.float32
-
-
-def base_models(args):
-    """(vision tower, LLaMA) of a run: folders or hub ids. The toy's are in this repository."""
-    vision, llm = BASES[args.base]
-    if args.base == "toy":
-        vision, llm = HERE / vision, HERE / llm
-    elif args.row.projector_type == "qformer":
-        vision = EVA
-    elif args.recipe == "llava":
-        vision = SMALL
-    return args.vision or vision, args.llm or llm
 
 
 # ---------------------------------------------------------------------- BLIP-2's first stage
@@ -177,16 +165,6 @@ def check_llm(folder, template):
         raise UsageError(f"{folder}: its language model is {kind!r}, which only stage 2 of "
                          "--recipe blip2 trains, with the template "
                          f"{language_models.BLIP2_TEMPLATES[kind]}; give a LLaMA")
-
-
-def blip2_template(args):
-    """The template of BLIP-2's stage 2 for this run's language model. Raises BadModel, Offline."""
-    kind = "llama"                              # of every base
-    if args.llm in KNOWN_KINDS:
-        kind = KNOWN_KINDS[args.llm]
-    elif args.llm and (Path(args.llm).is_dir() or not args.plan):   # a plan downloads nothing
-        kind = language_models.kind_of(read_config(resolve(args.llm)))
-    return language_models.BLIP2_TEMPLATES[kind]
 
 
 def new_blip2(vision, llm, tokenizer, template, aspect, seed, dtype, source):
@@ -315,30 +293,10 @@ def load_projector(model, path):
 
 # ------------------------------------------------------------------------ what a run starts with
 
-def set_start(args, out):
-    """Where stage 2 of blip2 starts: from --qformer; or the toy's from the shipped Q-Former, where
-    there is no stage 1 beside the run's folder. Set before the flags are written down: a resumed
-    run then starts from the same one, or is refused."""
-    if (args.recipe, args.stage) != ("blip2", 2):
-        return
-    before = out.parent / "stage1/model"
-    args.start = args.start or args.qformer
-    if args.start is None and args.base == "toy" and not before.exists():
-        args.start = SHIPPED_QFORMER
-        note(f"starts from the shipped Q-Former, {SHIPPED_QFORMER}: there is no {before}")
-
-
 def start_model(args, out):
     """The VLM that a stage starts from: new parts, or the finished model of the stage before.
-
-    Stage 1 of sharegpt4v starts from llava-1.5's stage 1. Raises BadModel or UsageError for a
-    folder that this stage cannot start from."""
-    before = "none"
-    if args.stage == 2:
-        before = out.parent / "stage1/model"
-    elif args.recipe == "sharegpt4v":
-        before = out.absolute().parents[1] / "llava-1.5/stage1/model"
-    start = str(args.start or before)
+    Raises BadModel or UsageError for a folder that this stage cannot start from."""
+    start = str(args.start or stage_before(args, out))
     if args.start is None and start != "none" and not Path(start).exists():
         first = "--recipe llava-1.5 " if args.stage == 1 else ""
         raise data.BadModel(f"{start}: this stage starts from that model, beside its own folder, "
@@ -354,6 +312,7 @@ def start_model(args, out):
         model = VLM.from_pretrained(start, weight_dtype(args))
         check_start(model, start, args)
         model.template, model.aspect = args.row.template, args.row.image_aspect
+    model.llm_template = getattr(args, "llm_template", None)        # for stage 2: trainer/start.py
     add_additions(model.llm, args)
     return model
 

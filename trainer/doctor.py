@@ -33,6 +33,7 @@ from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN, images_of, read_rows
 from formats.errors import BadData, BadImage, exit_status, printable, progress, UsageError
 from formats.pictures import check_pixels, load_image, picture_path
+from formats.words import cut_before_spaces, word_cutter
 from trainer.doctor_flags import parse
 from trainer.samples import check_size, encode_sample, joined, lesson, sample_pieces
 
@@ -45,22 +46,13 @@ class TokenCounter(dict):
     """word -> how many tokens it is; `of` adds up a sample, to the length that `encode` gives it.
 
     A word looked up once is ten times faster than the library, to which LLaMA's texts are one long
-    word. Exact where no token has a ▁, which is a space, behind another letter: then no pair of
-    bytes is merged across two words. Other vocabularies are tokenized in full."""
+    word. `cut` takes a text apart where no token can reach across (formats/words.py). Vocabularies
+    for which we know no such place (apart: False) are tokenized in full."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        spec = json.loads(tokenizer._lib.to_str())
-        self.apart = self.words_stand_apart(spec)
-
-    @staticmethod
-    def words_stand_apart(spec) -> bool:
-        """Is no token of this tokenizer.json longer than a word with the space before it?"""
-        model, cut = spec["model"], spec["pre_tokenizer"] or {"type": "Metaspace"}
-        steps = set(re.findall(r'"type": "(\w+)"', json.dumps(spec["normalizer"])))
-        return (model["type"] == "BPE" and not model["dropout"] and "▁" in model["vocab"]
-                and not any("▁" in token.lstrip("▁") for token in model["vocab"])
-                and cut["type"] == "Metaspace" and steps <= {"Sequence", "Replace"})
+        cut = word_cutter(json.loads(tokenizer._lib.to_str()))
+        self.apart, self.cut = cut is not None, cut or cut_before_spaces
 
     def __missing__(self, word):
         if len(self) > 500_000:             # the memory is bounded
@@ -88,8 +80,7 @@ class TokenCounter(dict):
                     n += 1                  # the special token before it
                 if part:
                     pad = tokenizer.prefix == "every" or tokenizer.prefix == "first" and i == 0
-                    words = re.findall(" *[^ ]+| +", " " * pad + part)
-                    n += sum(map(self.__getitem__, words))
+                    n += sum(map(self.__getitem__, self.cut(" " * pad + part)))
         return n
 
 

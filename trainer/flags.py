@@ -12,9 +12,10 @@ from trainer.schedules import SCHEDULES
 
 # base -> (vision tower, LLaMA): folders beside this program, or ids on the hub
 BASES = {"toy": ("toy/weights/clip", "toy/weights/llama"),
+         "small": ("openai/clip-vit-base-patch16", "HuggingFaceTB/SmolLM2-360M-Instruct"),
          "7b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"),
          "13b": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-13b-v1.5")}
-SMALL = "openai/clip-vit-large-patch14"     # LLaVA's first tower: 224 pixels, 256 patches
+LLAVA_TOWER = "openai/clip-vit-large-patch14"       # LLaVA's first: 224 pixels, 256 patches
 # of the recipes with a Q-Former: EVA's ViT-g, what the Q-Former starts as, and, for MiniGPT-4, ends
 EVA, BERT, FLAN = ("Salesforce/blip2-itm-vit-g", "google-bert/bert-base-uncased",
                    "Salesforce/blip2-flan-t5-xxl")
@@ -55,6 +56,8 @@ FLAGS = {
              action="store_true")),
     "the run": (
         count("--save-every", "steps between checkpoints", 100),
+        count("--sample-every", "steps between descriptions of four held-out scenes of the toy "
+              "world, which take time; 0: none (default: five times in a run)", None, metavar="N"),
         count("--keep-last", "checkpoints kept", 2),
         count("--seed", "of the order of samples and of new weights", 0),
         count("--threads", "CPU threads; 0: all cores", 0),
@@ -114,7 +117,8 @@ FLAGS = {
              type=float, default=25., metavar="GB/s")),
 }
 LOWEST = {"accum": 1, "save_every": 1, "keep_last": 1, "threads": 0, "show_batch": 0, "seed": 0,
-          "pack": 0, "workers": 0, "lora": 0, "gpus": 1, "most_bad": 0, "max_length": 0}
+          "pack": 0, "workers": 0, "lora": 0, "gpus": 1, "most_bad": 0, "max_length": 0,
+          "sample_every": 0}
 
 
 def parser(Stage, RECIPES):
@@ -141,8 +145,10 @@ def row_fields(Stage):
     return [field for field in fields(Stage) if field.name != "source"]
 
 
-def parse(Stage, RECIPES, TOY, argv=None):
-    """The command line: the recipe's row of this stage as args.row, each field overridable."""
+def parse(Stage, RECIPES, changes, argv=None):
+    """The command line: the recipe's row of this stage as args.row, each field overridable.
+
+    changes: {base: {recipe: what differs from the rows of RECIPES, a dict a stage}}."""
     p = parser(Stage, RECIPES)
     args = p.parse_args(argv)
     given = {}
@@ -152,10 +158,10 @@ def parse(Stage, RECIPES, TOY, argv=None):
             if field.type is tuple:
                 value = tuple(filter(None, value.split(",")))
             given[field.name] = value
-    args.row = recipe_row(args, RECIPES, TOY, given)
+    args.row = recipe_row(args, RECIPES, changes, given)
     set_defaults(args)
     for name, lowest in LOWEST.items():
-        if getattr(args, name) < lowest:
+        if getattr(args, name) is not None and getattr(args, name) < lowest:
             p.error(f"--{name.replace('_', '-')} must be at least {lowest}")
     faults = chain(faults_of_row(args, args.row), faults_of_start(args, args.row, given),
                    faults_of_batch(args, args.row), faults_of_memory(args, args.row))
@@ -165,12 +171,13 @@ def parse(Stage, RECIPES, TOY, argv=None):
     return args
 
 
-def recipe_row(args, RECIPES, TOY, given):
-    """The recipe's row, the toy's changes, then the flags."""
+def recipe_row(args, RECIPES, changes, given):
+    """The recipe's row (args.published), with the base's changes and then the flags."""
     place = max(args.stage, 1) - 1
-    row = RECIPES[args.recipe][place]
+    args.published = row = RECIPES[args.recipe][place]
+    if args.recipe in changes.get(args.base, {}):
+        row = replace(row, **changes[args.base][args.recipe][place])
     if args.base == "toy":
-        row = replace(row, **TOY[args.recipe][place])
         if args.data:
             row = replace(row, steps=0)         # the file says how many
         row = replace(row, loss_groups=1)       # the toy was never trained on several GPUs
@@ -227,6 +234,9 @@ def faults_of_row(args, row):
         "--losses takes itc, itm and itg with a comma, for stage 1 of blip2 and no other")
     yield row.caption_style not in CAPTION_STYLES, (
         f"--caption-style {row.caption_style!r} must be one of {', '.join(CAPTION_STYLES)}")
+    no_scenes = args.base != "toy" or args.data or row.losses or args.stage == 0
+    yield args.sample_every and no_scenes, (
+        "--sample-every describes scenes of the toy world, beside training on them: leave it out")
     yield args.show_batch and (args.stage == 0 or row.losses), (
         "--show-batch is for stages 1 and 2, and not for BLIP-2's first, which has no labels")
 
@@ -235,7 +245,8 @@ def faults_of_start(args, row, given):
     start = args.start or "stage 1"
     if not args.start and args.stage == 1 and args.recipe != "sharegpt4v":
         start = "none"
-    if args.stage and start != "none" and args.recipe != "blip2" and not args.plan:
+    looks = args.plan or args.show_batch            # nothing is loaded: the parts are as good
+    if args.stage and start != "none" and args.recipe != "blip2" and not looks:
         for name in ("vision", "llm", "qformer", "projector"):
             yield getattr(args, name), (
                 f"--{name} is a part of a new model, and this one begins with {start}: leave it "

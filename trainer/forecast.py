@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 
 import llms
-from clip import Config as TowerConfig
-from clip import LayerNorm, ViT
+from clip import Config as TowerConfig, LayerNorm, ViT
 from formats import configs, language_models
 from formats.errors import UsageError
 from formats.families import read_vlm_config
@@ -22,18 +21,20 @@ from formats.strict_json import read_config
 from llama import Config as LlamaConfig
 from llms import OptConfig, T5Config
 from projector import Blip2, QFormerProjector, VLM
-from qformer import Config as QFormerConfig
-from qformer import QFormer
+from qformer import Config as QFormerConfig, QFormer
 from trainer import build
-from trainer.flags import BASES, EVA, SMALL
+from trainer.flags import BASES, EVA, LLAVA_TOWER
 from trainer.lengths import mean_lengths, sample_lengths
 from trainer.qlora import add_additions, code_bytes, coded_weights, written_out_bytes
 from trainer.stacks import cross_flops, cross_weights, last_products, stacks
+from trainer.start import base_models, start_folder
 from trainer.traffic import bytes_a_step, split_by_place
 
 # the hub's parts that recipes begin with: a plan needs no network
 KNOWN_SIZES = {
-    BASES["7b"][0]: TowerConfig(image_size=336), SMALL: TowerConfig(image_size=224),
+    BASES["small"][0]: TowerConfig(768, 12, 12, 3072, image_size=224, patch_size=16),
+    BASES["small"][1]: LlamaConfig(49152, 960, 32, 15, 5, 2560, 1e-5, 100000., 8192, True),
+    BASES["7b"][0]: TowerConfig(image_size=336), LLAVA_TOWER: TowerConfig(image_size=224),
     BASES["7b"][1]: LlamaConfig(eps=1e-5, context=4096),
     BASES["13b"][1]: LlamaConfig(32000, 5120, 40, 40, 40, 13824, 1e-5, context=4096),
     "facebook/opt-2.7b": OptConfig(), "google/flan-t5-xl": T5Config(),
@@ -74,12 +75,11 @@ def meta_model(args, set_trainable):
 
 
 def part_configs(args):
-    """(TowerConfig, the language model's Config) of the run's parts, or of the model that it starts
-    from. BLIP-2's stage 2 takes no language model from there."""
-    if args.start not in (None, "none") and args.recipe != "blip2":
-        family = read_vlm_config(args.start, read_sizes(args, args.start))
+    """(TowerConfig, the language model's Config) of the run's parts, or of its first model's."""
+    if start := start_folder(args):
+        family = read_vlm_config(start, read_sizes(args, start))
         return TowerConfig(**family.vision), llms.config_of(family.llm_kind, family.llm)
-    vision_name, llm_name = build.base_models(args)
+    vision_name, llm_name = base_models(args)
     vision, llm = KNOWN_SIZES.get(vision_name), KNOWN_SIZES.get(llm_name)
     if vision is None:
         vision = TowerConfig(**configs.vision_tower(read_sizes(args, vision_name)))

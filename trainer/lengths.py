@@ -7,9 +7,9 @@ import data
 from formats.conversations import images_of
 from formats.errors import NothingToLearn, UsageError
 from toy.texts import training_sample
-from trainer.build import base_models
 from trainer.loader import count_learned, Samples
 from trainer.samples import encode_sample
+from trainer.start import llm_folder
 
 # samples of the data as released: (stage 1, stage 2). BLIP-2's are what its paper's steps see (250k
 # of 1,680 pictures and 80k of 1,920) in each of the script's 10 epochs
@@ -26,7 +26,7 @@ MIXED = ((1 - TEXT_ONLY, 324, 180, 1), (TEXT_ONLY, 1200, 800, 0))
 
 def sample_lengths(args):
     """(samples of an epoch, their kinds, where that is from). A kind: see CAPTIONS above."""
-    row, llm = args.row, base_models(args)[1]
+    row, llm = args.row, llm_folder(args)
     if not args.data and args.base != "toy":
         return official_lengths(args)
     total, named, source = some_samples(args)

@@ -9,9 +9,9 @@ import torch
 
 import data
 from formats.errors import UsageError
-from trainer.build import blip2_template, set_start
 from trainer.forecast import fit_to_card
-from trainer.run_folder import output_folders
+from trainer.rates import fit_rates
+from trainer.start import blip2_template, output_folders, set_start, set_template
 
 
 def prepare(args, set_trainable):
@@ -27,12 +27,15 @@ def prepare(args, set_trainable):
     if template and template not in data.TEMPLATES:
         raise UsageError(f"--template {template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
+    if args.stage:
+        set_template(args)                  # of stage 2: the language model's own
     if args.plan:
         return None
     if args.base != "toy" and not args.data and args.stage:
         raise UsageError(f"--base {args.base} learns from your data: give --data FILE and --images "
                          "FOLDER")
     set_start(args, output_folders(args)[0])
+    fit_rates(args, set_trainable)          # of the toy, where a larger language model trains
     device = choose_device(args.device)
     trains_llama = args.stage and not args.row.losses
     if device.startswith("cuda") and trains_llama and not args.show_batch:

@@ -2,7 +2,7 @@
 
     y_i = Ŵ_i x + (alpha / r) B_i A_i x         Ŵ: what the codes of kernels/quantize.py stand for
 
-Frozen weights are only read, so they may be coded: of the 7B's blocks 3.4 GB in int4, where bf16
+Frozen weights are only read, so they may be coded: of the 7B's blocks 4.0 GB in int4, where bf16
 takes 13. A and B keep their dtype, and so do the embedding, the output head and the vision tower.
 Every forward and every backward writes a layer's Ŵ out for its product and forgets it.
 
@@ -11,7 +11,8 @@ they are merged into Ŵ, written out: the saved model is the one that was traine
 the run. Merged into the weights from before, A and B would meet other weights than those they were
 trained beside; what that costs in the toy world stands in docs/training.md.
 
-The paper's code is NF4; ours is symmetric, 128 weights a scale, and its scales are not coded again.
+The paper's code is NF4, 64 weights a scale. Ours are 16 equal steps between the smallest and the
+largest of 32 weights, kept in fp16 and not coded again: 0.625 bytes a weight for its 0.52.
 """
 
 import functools
@@ -55,7 +56,8 @@ def empty_codes(weight, bits):
     with torch.device("meta"):
         if bits == 8:
             return torch.empty(N, C, dtype=torch.int8), torch.empty(N)
-        return torch.empty(N, groups * GROUP // 2, dtype=torch.uint8), torch.empty(groups, N)
+        return (torch.empty(N, groups * GROUP // 2, dtype=torch.uint8),
+                torch.empty(2, groups, N, dtype=torch.float16))
 
 
 def add_additions(llm, args):

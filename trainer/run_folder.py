@@ -36,6 +36,7 @@ from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, wor
 from trainer.loader import MicroBatch, Samples
 from trainer.qlora import weights_in
 from trainer.rows import LISTS
+from trainer.schedules import is_time
 from trainer.speed import Throughput
 
 LOGS = ("metrics.jsonl", "samples.jsonl", *LISTS)
@@ -46,21 +47,12 @@ OWN_FILES = ("step-*", "model", "model.tmp", *LOGS, "rows.safetensors", "loss.pn
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
               "checkpoint", "offload", "offload_optimizer", "offload_gradients", "pcie",
-              "on_bad_sample", "most_bad", "follow_links"}
+              "on_bad_sample", "most_bad", "follow_links", "sample_every", "published",
+              "llm_template"}
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
 # ------------------------------------------------------------------------------ files of the folder
-
-def output_folders(args):
-    """The folders that the command writes, one after the other: stage 0 has one for each part."""
-    if args.stage == 0:
-        top = Path(args.output_dir or "runs/toy/stage0")
-        # the Q-Former is trained on the two that are shipped
-        parts = ("clip", "llama") if args.part == "both" else (args.part,)
-        return [top / part for part in parts]
-    return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")]
-
 
 def truncate_log(path, step):
     """Drop the lines of a .jsonl that a resumed run will write again, and one cut short."""
@@ -352,7 +344,7 @@ class Run:
             append_lines(self.out / "metrics.jsonl", [line])
         self.show_progress(step, line)
         is_end = step == job.steps
-        if job.sample and (is_end or step % max(1, job.steps // 5) == 0):
+        if job.sample and is_time(step, job.steps, self.args.sample_every):
             with unsharded(job.model):
                 rows = [{"step": step, **row} for row in job.sample()]
             if self.writes:

@@ -3,9 +3,9 @@
 import data
 from formats.errors import NothingToLearn, UserError
 from formats.hub import resolve
-from trainer.build import base_models
 from trainer.forecast import meta_model
 from trainer.loader import MicroBatches, Samples
+from trainer.start import llm_folder
 
 
 def show_batch(args, set_trainable):
@@ -14,10 +14,7 @@ def show_batch(args, set_trainable):
     What a run would refuse is refused here, with the same message."""
     samples = Samples(args)
     model = meta_model(args, set_trainable)             # sizes only: no weights are loaded
-    folder = args.start
-    if folder in (None, "none") or args.recipe == "blip2":      # that starts from a Q-Former
-        folder = base_models(args)[1]
-    model.tokenizer = data.Tokenizer(resolve(folder))
+    model.tokenizer = data.Tokenizer(resolve(llm_folder(args)))
     batches = MicroBatches(samples, model, args)
     for index in range(args.show_batch):
         try:
