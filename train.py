@@ -62,11 +62,14 @@ class Stage:
 
 RECIPES = {
     # [LLaVA] 2304.08485, scripts/pretrain.sh, finetune.sh. Paper: stage 2 with batch 32, 3 epochs;
-    # a later script says 128. Not run by us at 7B.
+    # a later script says 128. The third row is stage 2 with --task scienceqa: finetune_sqa.sh, and
+    # the paper's 12 epochs. Not run by us at 7B.
     "llava": (
         Stage("LLaVA, April 2023", "linear", ("projector",), "plain", "square", 2e-3, 128,
               caption_style="captions"),
         Stage("LLaVA, April 2023", "linear", ("projector", "llm"), "v1", "square", 2e-5, 32, 3,
+              caption_style="dialogue"),
+        Stage("LLaVA, ScienceQA", "linear", ("projector", "llm"), "v1", "square", 2e-5, 128, 12,
               caption_style="dialogue")),
     # [LLaVA15] 2310.03744, scripts/v1_5/pretrain.sh, finetune.sh. Not run by us at 7B.
     # quirk: stage 1 crops pictures to a square, stage 2 and inference pad them.
@@ -110,7 +113,7 @@ RECIPES = {
 # The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
 LLAVA_TOY = (dict(lr=1.2e-2, muon=.01, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
-TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
+TOY = {"llava": (*LLAVA_TOY, LLAVA_TOY[1]), "llava-1.5": LLAVA_TOY,
        "blip2": (dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0.,
                       min_lr=1e-4),
                  dict(lr=2e-3, muon=.01, batch=16, steps=400, warmup=.05, clip=1.0, warm_lr=0.,

@@ -44,6 +44,8 @@ FLAGS = {
         flag("--stage", "1: the projector; 2: instructions; 0: the toy's parts", type=int,
              choices=(0, 1, 2), required=True),
         flag("--recipe", "whose training is repeated", default="llava-1.5"),
+        flag("--task", "what stage 2 of llava learns: conversations (default), or ScienceQA",
+             choices=("scienceqa",)),
         flag("--base", "the parts to start from", default="toy"),
         flag("--data", "LLaVA JSON or JSONL; without it, the toy world"),
         flag("--images", "folder that the data's pictures are relative to", default="."),
@@ -168,6 +170,8 @@ def parse(Stage, RECIPES, TOY, argv=None):
 def recipe_row(args, RECIPES, TOY, given):
     """The recipe's row, the toy's changes, then the flags."""
     place = max(args.stage, 1) - 1
+    if args.task and (args.recipe, args.stage) == ("llava", 2):     # else: faults_of_start
+        place = 2
     row = RECIPES[args.recipe][place]
     if args.base == "toy":
         row = replace(row, **TOY[args.recipe][place])
@@ -251,6 +255,9 @@ def faults_of_start(args, row, given):
         "--projector is for a new projector: stage 1, or stage 2 with --from none")
     yield row.losses and (args.start or args.max_length or args.on_bad_sample == "skip"), (
         "--from, --max-length and --on-bad-sample skip are for stages with a LLaMA")
+    yield args.task and ((args.recipe, args.stage) != ("llava", 2) or not args.data), (
+        "--task scienceqa is for --stage 2 of --recipe llava with --data FILE, which python -m "
+        "instruct scienceqa writes")
     own = (given, args.seed, args.data, args.start, args.projector, args.vision, args.llm)
     yield args.stage == 0 and any(own), (
         "--stage 0 makes toy/weights with steps, rates and seed of its own: it takes --part, "

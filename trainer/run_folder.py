@@ -59,7 +59,8 @@ def output_folders(args):
         # the Q-Former is trained on the two that are shipped
         parts = ("clip", "llama") if args.part == "both" else (args.part,)
         return [top / part for part in parts]
-    return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")]
+    task = f"-{args.task}" if args.task else ""
+    return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}{task}")]
 
 
 def truncate_log(path, step):
