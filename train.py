@@ -146,11 +146,13 @@ from kernels.adamw import AdamW
 from toy.parts import clip_job, llama_job, muon
 from toy.texts import description
 from toy.world import draw, make_scene
+from trainer.adapter import kept_adapter
 from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
 from trainer.forecast import flops_counter
+from trainer.held_out import held_out
 from trainer.loader import MicroBatches, Samples
 from trainer.machine import prepare
 from trainer.plan import print_plan
@@ -235,6 +237,7 @@ class TrainJob:
     save_model: object              # folder -> writes the finished model into it
     clip: float = 0.0
     sample: object = None           # () -> dicts for samples.jsonl
+    held_out: object = None         # () -> the loss on --eval-data
     batch: int = 0                  # samples a step, for the log
     count_flops: object = None      # micro-batch -> (tokens, FLOPs), for the log
     samples: object = None          # where the micro-batches come from, trainer.loader.Samples
@@ -270,8 +273,9 @@ def vlm_job(args, out, device):
 
     def save_model(folder):
         report()                        # the memory that was needed, beside the forecast
-        merge_additions(model.llm)      # what is saved loads like any other model
-        model.save_pretrained(folder)
+        with kept_adapter(model, folder, args):
+            merge_additions(model.llm)  # what is saved loads like any other model
+            model.save_pretrained(folder)
 
     sample = None
     if args.base == "toy" and not args.data:
@@ -280,8 +284,8 @@ def vlm_job(args, out, device):
         model, make_optimizers(local_params, row, args), steps,
         batches=MicroBatches(samples, model, args, rank(), world_size()), loss=loss,
         lr_scale=lr_schedule(row, steps), save_model=save_model, clip=row.clip, sample=sample,
-        batch=row.batch, count_flops=flops_counter(model), samples=samples,
-        local_params=local_params, offload_gradients=args.offload_gradients)
+        held_out=held_out(model, args), batch=row.batch, count_flops=flops_counter(model),
+        samples=samples, local_params=local_params, offload_gradients=args.offload_gradients)
 
 
 def blip2_stage1_job(args, out, device):

@@ -328,17 +328,22 @@ def set_start(args, out):
         note(f"starts from the shipped Q-Former, {SHIPPED_QFORMER}: there is no {before}")
 
 
-def start_model(args, out):
-    """The VLM that a stage starts from: new parts, or the finished model of the stage before.
-
-    Stage 1 of sharegpt4v starts from llava-1.5's stage 1. Raises BadModel or UsageError for a
-    folder that this stage cannot start from."""
+def start_folder(args, out):
+    """Folder or hub id of the model that a stage starts from; "none": from new parts."""
     before = "none"
     if args.stage == 2:
         before = out.parent / "stage1/model"
     elif args.recipe == "sharegpt4v":
         before = out.absolute().parents[1] / "llava-1.5/stage1/model"
-    start = str(args.start or before)
+    return str(args.start or before)
+
+
+def start_model(args, out):
+    """The VLM that a stage starts from: new parts, or the finished model of the stage before.
+
+    Stage 1 of sharegpt4v starts from llava-1.5's stage 1. Raises BadModel or UsageError for a
+    folder that this stage cannot start from."""
+    start = start_folder(args, out)
     if args.start is None and start != "none" and not Path(start).exists():
         first = "--recipe llava-1.5 " if args.stage == 1 else ""
         raise data.BadModel(f"{start}: this stage starts from that model, beside its own folder, "

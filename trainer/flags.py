@@ -60,6 +60,12 @@ FLAGS = {
         count("--keep-last", "checkpoints kept", 2),
         count("--seed", "of the order of samples and of new weights", 0),
         count("--threads", "CPU threads; 0: all cores", 0),
+        flag("--eval-data", "a file like --data, its pictures in --images, that is not learned "
+             "from: its loss goes to metrics.jsonl"),
+        count("--eval-every", "steps between two looks at --eval-data (default 100)", None,
+              metavar="N"),
+        flag("--keep-best", "end with the weights of the lowest loss on --eval-data",
+             action="store_true"),
         flag("--device", "cpu, cuda, or auto", default="auto"),
         flag("--dtype", "what the forward computes in; auto: bf16 where it is faster",
              choices=("auto", "fp32", "bf16"), default="auto"),
@@ -104,6 +110,8 @@ FLAGS = {
              "memory; adamw8 with --clip 0; the same bits", action="store_true"),
         count("--lora", "train additions of rank R to the LLaMA (official: 128), at ten times the "
               "rate; merged when saved", 0, metavar="R"),
+        flag("--keep-adapter", "with --lora: write the additions unmerged, too, in PEFT's layout: "
+             "adapter/", action="store_true"),
         flag("--quantize", "with --lora: hold the LLaMA's frozen weights in int8 or int4 (QLoRA); "
              "written out when saved", choices=("int8", "int4"))),
     "the plan": (
@@ -116,7 +124,8 @@ FLAGS = {
              type=float, default=25., metavar="GB/s")),
 }
 LOWEST = {"accum": 1, "save_every": 1, "keep_last": 1, "threads": 0, "show_batch": 0, "seed": 0,
-          "pack": 0, "workers": 0, "lora": 0, "gpus": 1, "most_bad": 0, "max_length": 0}
+          "pack": 0, "workers": 0, "lora": 0, "gpus": 1, "most_bad": 0, "max_length": 0,
+          "eval_every": 0}
 
 
 def parser(Stage, RECIPES):
@@ -160,7 +169,8 @@ def parse(Stage, RECIPES, TOY, argv=None):
         if getattr(args, name) < lowest:
             p.error(f"--{name.replace('_', '-')} must be at least {lowest}")
     faults = chain(faults_of_row(args, args.row), faults_of_start(args, args.row, given),
-                   faults_of_batch(args, args.row), faults_of_memory(args, args.row))
+                   faults_of_batch(args, args.row), faults_of_held_out(args, args.row),
+                   faults_of_memory(args, args.row))
     for is_wrong, message in faults:
         if is_wrong:
             p.error(message)
@@ -203,6 +213,7 @@ def set_defaults(args):
         defaults["optimizer"] = "adamw"
     if toy:
         defaults["checkpoint"], defaults["workers"] = None, 0
+    defaults["eval_every"] = 100 if args.eval_data else 0
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -293,6 +304,14 @@ def faults_of_batch(args, row):
         "--offload goes with --checkpoint attention or full")
 
 
+def faults_of_held_out(args, row):
+    yield args.eval_data and (args.stage == 0 or row.losses), (
+        "--eval-data is for stages with a LLaMA")
+    yield args.eval_data and not args.eval_every, "--eval-every must be at least 1"
+    yield (args.eval_every or args.keep_best) and not args.eval_data, (
+        "--eval-every and --keep-best are about --eval-data FILE: give it, too")
+
+
 def faults_of_memory(args, row):
     """Of the flags that save a GPU's memory."""
     to_host = args.offload_optimizer or args.offload_gradients
@@ -304,4 +323,13 @@ def faults_of_memory(args, row):
         "--offload-gradients needs a step inside backward: give --optimizer adamw8 and --clip 0")
     yield args.quantize and not args.lora, (
         "--quantize is for weights that stay frozen, beside --lora: give --lora R, too")
+    yield args.keep_adapter and not args.lora, (
+        "--keep-adapter keeps what --lora trains: give --lora R, too")
+    yield args.keep_adapter and args.quantize, (
+        "--keep-adapter: beside --quantize the additions make up for what the codes lose, and no "
+        "folder holds the coded weights that they belong to: leave one out")
+    yield args.keep_adapter and (args.start == "none" or args.stage == 1 and not args.start
+                                 and args.recipe != "sharegpt4v"), (
+        "--keep-adapter: an adapter belongs to the model that the run starts from: give --from "
+        "FOLDER, or start from stage 1")
     yield not 0 < args.pcie < 1e5, "--pcie is a number of GB/s above 0"

@@ -11,6 +11,7 @@ import data
 from formats.errors import UsageError
 from trainer.build import blip2_template, set_start
 from trainer.forecast import fit_to_card
+from trainer.held_out import HeldOutSamples
 from trainer.run_folder import output_folders
 
 
@@ -32,6 +33,8 @@ def prepare(args, set_trainable):
     if args.base != "toy" and not args.data and args.stage:
         raise UsageError(f"--base {args.base} learns from your data: give --data FILE and --images "
                          "FOLDER")
+    if args.eval_data:
+        HeldOutSamples(args)                # a bad file is refused before anything is loaded
     set_start(args, output_folders(args)[0])
     device = choose_device(args.device)
     trains_llama = args.stage and not args.row.losses
