@@ -238,6 +238,10 @@ def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
             i += 1
     if PAD_TOKEN in extra:
         config["pad_token"] = PAD_TOKEN
+    if tokenizer.add_bos and "add_bos_token" not in config and not spec.get("post_processor"):
+        # quirk: LLaMA's old files do not say that a text begins with BOS; transformers goes by them
+        config["add_bos_token"] = True
+        config.setdefault("bos_token", tokenizer.token(tokenizer.bos))
     if own_template:
         config.pop("chat_template", None)
         write_prefix(spec, tokenizer.prefix_in_file, tokenizer.prefix, IMAGE_TOKEN)
