@@ -70,6 +70,16 @@ def test_the_pipeline_says_what_we_say(saved, model, ask, text, scenes):        
     assert others - {wanted}
 
 
+def test_a_text_begins_with_bos_there_too(saved, model):                        # noqa: F811
+    """The tokenizer of this test has no post-processor, as LLaMA's oldest files: it gets one."""
+    source = json.loads((model.tokenizer.folder / "tokenizer.json").read_text())
+    assert not source.get("post_processor") and model.tokenizer.add_bos
+    processor = transformers.AutoProcessor.from_pretrained(saved)
+    prompt = data.prompt([{"from": "human", "value": "Hi"}], "v1")
+    found = processor(text=prompt)["input_ids"]
+    assert (found[0] if isinstance(found[0], list) else found) == model.tokenizer.encode(prompt)
+
+
 def test_interleaved_parts_in_the_pipeline(saved, model, ask):                  # noqa: F811
     images = [noise(i) for i in (2, 3)]
     content = [{"type": "text", "text": "Is "}, {"type": "image", "image": images[0]},

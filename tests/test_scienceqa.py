@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 import data
-import evaluate.benchmarks
 import evaluate.flags
 import instruct.flags
 import train
@@ -23,6 +22,7 @@ from formats.errors import exit_status
 from formats.scienceqa import prompt_text
 from instruct.scienceqa import main as converted
 from projector import VLM
+from test_train import parts, unchanged_process         # noqa: F401  fixtures
 from trainer.run_folder import output_folders
 from trainer.samples import encode_sample, official_would_mask, sample_pieces
 
@@ -283,3 +283,57 @@ def test_the_row_is_of_one_stage_of_one_recipe(words, capsys):
         train.parse_args([*words, "--task", "scienceqa"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and "--task scienceqa" in said and said.count("\n") == 1
+
+
+# ------------------------------------------------------------------------- trained, and evaluated
+
+def colour_problems():
+    """Problems whose answer is seen (1 to 4), or read in the hint (5, 6)."""
+    red_first, blue_first = ["red", "blue"], ["blue", "red"]
+    return {"1": problem("Which?", red_first, 0, "", "red.png", "It is one.", "It is red."),
+            "2": problem("Which?", red_first, 1, "", "blue.png", "It is one.", "It is blue."),
+            "3": problem("Which?", blue_first, 1, "", "red.png", "", "It is red."),
+            "4": problem("Which?", blue_first, 0, "", "blue.png", "", "It is blue."),
+            "5": problem("Which?", red_first, 0, "It is red."),
+            "6": problem("Which?", red_first, 1, "It is blue.")}
+
+
+def write_colours(folder, swapped=False):
+    """Their folder; swapped: each picture has the other colour."""
+    write_exam(folder, colour_problems(), {"train": list("123456"), "test": list("123456")})
+    for path in folder.glob("images/*/*/*.png"):
+        is_red = (path.name == "red.png") != swapped
+        Image.new("RGB", (40, 40), (250, 20, 20) if is_red else (20, 20, 250)).save(path)
+    return folder
+
+
+def scored(folder, model):
+    """{group: accuracy} of `evaluate scienceqa` on a folder's test split."""
+    args = evaluate.flags.parse([str(word) for word in (
+        "scienceqa", "--model", model, "--problems", folder / "problems.json", "--splits",
+        folder / "pid_splits.json", "--images", folder / "images/test", "--out", folder / "o.jsonl",
+        "--form", "QCM-LEA", "--max-new-tokens", 40, "--device", "cpu")])
+    assert exit_status(lambda: evaluated(args)) == 0
+    made = json.loads((folder / "o.jsonl.scores.json").read_text())
+    return {group: row["accuracy"] for group, row in made["groups"].items()}
+
+
+def test_trained_and_asked_again(parts, tmp_path):                              # noqa: F811
+    """The whole way in small: the official folder, its training file, the third row of the recipe,
+    the official score. With pictures exchanged it must fall where pictures decide, and only there.
+    """
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.mkdir(), wrong.mkdir()
+    write_colours(right), write_colours(wrong, swapped=True)
+    assert convert(right, "--out", right / "sqa.json") == 0
+    out = tmp_path / "stage2-scienceqa"
+    train.main(train.parse_args([str(word) for word in (
+        "--stage", 2, "--recipe", "llava", "--task", "scienceqa", "--data", right / "sqa.json",
+        "--images", right / "images/train", "--output-dir", out, "--threads", 1, "--from", "none",
+        "--vision", parts / "clip", "--llm", parts / "llama", "--epochs", 250, "--batch", 6,
+        "--train", "vision,projector,llm", "--lr", 5e-3)]))
+    assert VLM.from_pretrained(out / "model").projector_type == "linear"
+    seen = scored(right, out / "model")
+    assert seen["all"] == 1.0
+    unseen = scored(wrong, out / "model")
+    assert unseen["image context"] == 0 and unseen["text context"] == 1.0
