@@ -114,8 +114,8 @@ def test_a_saved_talk_comes_back_as_it_was_asked(tmp_path, words):              
     (["Is ", None, " like ", None, "?"], "Is <image> like <image>?"),
     ([None, " and ", None, "?"], "<image>\n and <image>?"),
     ([None, "\n", None, "\nAlike?"], "<image>\n<image>\nAlike?"),        # as lm-eval cuts texts
-    ([None, None], "<image>\n<image>"), (["What?", None], "<image>\nWhat?"),
-    ([None, "\nWhat? "], "<image>\nWhat?"), ([None], "<image>"), (["No picture "], "No picture ")])
+    ([None, None], "<image>\n<image>"), (["What?\n", None], "<image>\nWhat?"),
+    ([None, "\nWhat?"], "<image>\nWhat?"), ([None], "<image>"), (["No picture "], "No picture ")])
 def test_a_part_list_is_rendered_as_it_is_trained(parts, text):
     """The saved chat template, and a row of a data file with the same parts."""
     chat = ChatTemplate.of(chat_template(data.template_of("v1")), "x.jinja", {})
