@@ -62,11 +62,14 @@ class Stage:
 
 RECIPES = {
     # [LLaVA] 2304.08485, scripts/pretrain.sh, finetune.sh. Paper: stage 2 with batch 32, 3 epochs;
-    # a later script says 128. Not run by us at 7B.
+    # a later script says 128. The third row is stage 2 with --task scienceqa: finetune_sqa.sh, and
+    # the paper's 12 epochs. Not run by us at 7B.
     "llava": (
         Stage("LLaVA, April 2023", "linear", ("projector",), "plain", "square", 2e-3, 128,
               caption_style="captions"),
         Stage("LLaVA, April 2023", "linear", ("projector", "llm"), "v1", "square", 2e-5, 32, 3,
+              caption_style="dialogue"),
+        Stage("LLaVA, ScienceQA", "linear", ("projector", "llm"), "v1", "square", 2e-5, 128, 12,
               caption_style="dialogue")),
     # [LLaVA15] 2310.03744, scripts/v1_5/pretrain.sh, finetune.sh. Not run by us at 7B.
     # quirk: stage 1 crops pictures to a square, stage 2 and inference pad them.
@@ -117,7 +120,7 @@ SMALL = {"llava-1.5": (dict(lr=1e-3, batch=256, loss_groups=4),
 # The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
 LLAVA_TOY = (dict(lr=1.2e-2, muon=.01, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
-TOY = {"llava": LLAVA_TOY, "llava-1.5": LLAVA_TOY,
+TOY = {"llava": (*LLAVA_TOY, LLAVA_TOY[1]), "llava-1.5": LLAVA_TOY,
        "blip2": (dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0.,
                       min_lr=1e-4),
                  dict(lr=2e-3, muon=.01, batch=16, steps=400, warmup=.05, clip=1.0, warm_lr=0.,
@@ -150,11 +153,13 @@ from kernels.adamw import AdamW
 from toy.parts import clip_job, llama_job, muon
 from toy.texts import description
 from toy.world import draw, make_scene
+from trainer.adapter import kept_adapter
 from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
 from trainer.forecast import flops_counter
+from trainer.held_out import held_out
 from trainer.loader import MicroBatches, Samples
 from trainer.machine import prepare
 from trainer.plan import print_plan
@@ -240,6 +245,7 @@ class TrainJob:
     save_model: object              # folder -> writes the finished model into it
     clip: float = 0.0
     sample: object = None           # () -> dicts for samples.jsonl
+    held_out: object = None         # () -> the loss on --eval-data
     batch: int = 0                  # samples a step, for the log
     count_flops: object = None      # micro-batch -> (tokens, FLOPs), for the log
     samples: object = None          # where the micro-batches come from, trainer.loader.Samples
@@ -275,8 +281,9 @@ def vlm_job(args, out, device):
 
     def save_model(folder):
         report()                        # the memory that was needed, beside the forecast
-        merge_additions(model.llm)      # what is saved loads like any other model
-        model.save_pretrained(folder)
+        with kept_adapter(model, folder, args):
+            merge_additions(model.llm)  # what is saved loads like any other model
+            model.save_pretrained(folder)
 
     sample = None
     if args.base == "toy" and not args.data:
@@ -285,8 +292,8 @@ def vlm_job(args, out, device):
         model, make_optimizers(local_params, row, args), steps,
         batches=MicroBatches(samples, model, args, rank(), world_size()), loss=loss,
         lr_scale=lr_schedule(row, steps), save_model=save_model, clip=row.clip, sample=sample,
-        batch=row.batch, count_flops=flops_counter(model), samples=samples,
-        local_params=local_params, offload_gradients=args.offload_gradients)
+        held_out=held_out(model, args), batch=row.batch, count_flops=flops_counter(model),
+        samples=samples, local_params=local_params, offload_gradients=args.offload_gradients)
 
 
 def blip2_stage1_job(args, out, device):

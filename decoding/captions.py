@@ -11,9 +11,9 @@ from decoding.pictures import load_picture
 from decoding.prompt import build_prompt
 from decoding.stopping import cut_reason
 from decoding.streaming import stream_text
-from formats.conversations import llava_row
 from formats.errors import note, progress
 from formats.files import write_json
+from formats.llava_rows import llava_row
 
 
 def sort_by_length(model, files):

@@ -16,9 +16,9 @@ from pathlib import Path
 from decoding.flags import prompt_error
 from decoding.pictures import check_context, image_turns, join_pictures, load_pictures
 from decoding.prompt import build_prompt, prompt_length
-from formats.conversations import llava_row
 from formats.errors import note, UsageError, UserError
 from formats.files import write_json
+from formats.llava_rows import llava_row
 
 
 def accept_any_bytes():

@@ -33,8 +33,8 @@ from decoding.prompt import build_prompt, prompt_length, prompt_pieces
 from decoding.server import Call, FILE, html_page, JSON, listen, Server
 from decoding.streaming import stream_text
 from decoding.talk import NUMBERS, Talk
-from formats.conversations import llava_row
 from formats.errors import note, UsageError
+from formats.llava_rows import llava_row
 from toy.texts import description, KINDS, question
 from toy.world import COLOURS, CORNERS, draw, make_scene, middle_colour, SHAPES, SIDE
 

@@ -5,12 +5,15 @@ r"""decoding/prompt.py: a conversation about pictures becomes the ids that the m
     as text      USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: <image>\nAnd this? ASSISTANT:
     as ids       1 3148 .. -200 .. 319 6635 .. 2 3148 .. -200 .. 319 ..         -200: data.IMAGE
 
-What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end."""
+What people type is never parsed: a typed <image> or </s> is letters, not a picture or an end. One
+exception: a question with several pictures may have a mark for each, and they stand there. There
+are never more pictures than were given."""
 
 import data
 from decoding.streaming import inner_decode
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import UsageError, UserError
+from formats.llava_rows import marks_its_pictures
 from formats.templates import BLIP2
 
 
@@ -34,21 +37,35 @@ def check_image_count(template, counts):
                          "about one after the other")
 
 
+def check_marks(text, count):
+    """Raises UsageError for a question with several pictures and marks for some of them."""
+    marks = text.count(IMAGE_TOKEN)
+    if count > 1 and marks not in (0, count):
+        raise UsageError(f"{count} pictures and {marks} {IMAGE_TOKEN} in the question: write one "
+                         "for each, in the pictures' order, or none: then all stand before it")
+
+
 def build_prompt(turns, template, tokenizer, image_turns=(0,)):
     """`Prompt` of a conversation, ending where the model starts to write.
 
     turns: texts of the person and the model in turn; the first and the last are the person's.
     image_turns: for each picture the number of the turn that it stands in front of; (0, 0, 2) is
-    two pictures in the first turn and one in the third.
+    two pictures in the first turn and one in the third. Two and more stand where their marks do,
+    if the turn has as many (formats/llava_rows.py).
     A typed "<image>" gets spaces around it where a picture follows later.
     Raises UsageError where the template has no place for so many pictures."""
     counts = [list(image_turns).count(turn) for turn in range(len(turns))]
     check_image_count(template, counts)
     conversation, is_picture = [], []               # is_picture: one entry for each <image>
     for turn, (text, count) in enumerate(zip(turns, counts)):
-        role = ("human", "gpt")[turn % 2]
-        conversation.append({"from": role, "value": f"{IMAGE_TOKEN}\n" * count + text})
-        is_picture += [True] * count + [False] * text.count(IMAGE_TOKEN)
+        check_marks(text, count)
+        typed = text.count(IMAGE_TOKEN)
+        if marks_its_pictures(text, count):
+            typed = 0                               # its marks are its pictures
+        else:
+            text = f"{IMAGE_TOKEN}\n" * count + text
+        conversation.append({"from": ("human", "gpt")[turn % 2], "value": text})
+        is_picture += [True] * count + [False] * typed
 
     # `prompt_tokens` reads the first n <image> as pictures, and those behind them as letters
     n = len(is_picture)

@@ -23,9 +23,11 @@ from decoding.prompt import build_prompt, prompt_length
 from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import note, UsageError
+from formats.fields import require
 from formats.files import atomic_write, read_text
 from formats.pictures import picture_path
-from formats.strict_json import is_broken_text, iter_rows, read_json
+from formats.scienceqa import LETTERS, picture_name, prompt_text, read_problems
+from formats.strict_json import iter_rows
 from generate import generate_batch, stream_text
 from instruct.journal import (
     cache_key,
@@ -38,37 +40,9 @@ from instruct.journal import (
 )
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTERS = "A", "B", "C", "D", "E"
 
 
 # ------------------------------------------------------------------------------ reading rows
-
-def has_kind(value, kind):
-    """Is a value of a JSON file what its field must hold?"""
-    if kind == "text":
-        return isinstance(value, str) and not is_broken_text(value)
-    if kind == "a whole number":
-        return type(value) is int               # True is an int, too, and no number
-    if kind == "null":
-        return value is None
-    if not isinstance(value, list):
-        return False
-    if kind == "texts":
-        return all(has_kind(x, "text") for x in value)
-    if kind == "objects":
-        return all(isinstance(x, dict) for x in value)
-    return all(type(x) in (int, float) for x in value)          # "numbers"
-
-
-def require(where, row, **kinds):
-    """The row and its place, if every field is of its kind, as "text or null". Raises BadData."""
-    for name, kind in kinds.items():
-        value = row.get(name) if isinstance(row, dict) else None
-        if not any(has_kind(value, k) for k in kind.split(" or ")):
-            raise data.BadData(f"{where}.{name}: must be {kind}, in valid UTF-8: correct the row")
-    return {**row, "where": where}
-
 
 def read_rows(path, key, **kinds):
     """{value of `key`: row} of a file of JSON lines, in its order. Raises data.BadData."""
@@ -203,21 +177,6 @@ def answers_to_file(args, questions):
 
 # --------------------------------------------------------------------------------- ScienceQA
 
-def scienceqa_prompt(problem, form):
-    """A problem of ScienceQA as the model reads it, behind the picture if there is one."""
-    question, hint, choices = problem["question"], problem["hint"].strip(), problem["choices"]
-    if form == "QCM-LEA":           # convert_sqa_to_llava.py: for a model that lectures first
-        options = " ".join(f"({n}) {c}" for n, c in zip(LETTERS, choices))
-        text = f"Question: {question}\nContext: {hint or 'N/A'}\nOptions: {options}"
-        # quirk: two spaces become one, once; "Question: " goes wherever it stands
-        text = text.replace("  ", " ").strip().replace("Question: ", "")
-        return text.replace(IMAGE_TOKEN, "").strip()
-    # quirk: no released script writes this form; it is that of the released llava_test_CQM-A.json
-    lines = [f"Context: {hint}"] if hint else []
-    lines += [question, *(f"{n}. {c}" for n, c in zip(LETTERS, choices))]
-    return "\n".join(lines).replace(IMAGE_TOKEN, "").strip() + f"\n{LETTER}"
-
-
 def parse_choice(text, choices):
     """Which of so many choices an answer takes, by eval_science_qa.py; -1: one cannot tell."""
     hits = re.findall("The answer is ([A-Z]).", text)   # quirk: any sign will do at the end
@@ -254,23 +213,11 @@ def parse_choice_leniently(text, choices):
 
 def read_scienceqa(args):
     """The questions of a split. Raises data.BadData naming file, problem and field."""
-    problems, splits = read_json(args.problems), read_json(args.splits)
-    ids = splits.get(args.split) if isinstance(splits, dict) else None
-    if not isinstance(ids, list) or not ids or not isinstance(problems, dict):
-        raise data.BadData(f"{args.splits}: has no list {args.split!r}, or {args.problems} is no "
-                           "table: give pid_splits.json and problems.json")
     questions = []
-    for name in ids:
-        where = f"{args.problems}: {name}"
-        p = require(where, problems.get(str(name)), question="text", choices="texts", hint="text",
-                    answer="a whole number", image="text or null", subject="text", grade="text")
-        if not 0 <= p["answer"] < len(p["choices"]) <= len(LETTERS):
-            raise data.BadData(f"{where}: needs 1 to 5 choices, and as answer the number of one, "
-                               "from 0: correct the row")
-        text = scienceqa_prompt(p, args.form)
-        shown = f"{IMAGE_TOKEN}\n{text}" if p["image"] else text
-        image = p["image"] and f"{name}/{p['image']}"
-        questions.append({**p, "id": name, "text": text, "image": image, "shown": shown})
+    for p in read_problems(args.problems, args.splits, args.split):
+        text, image = prompt_text(p, args.form), picture_name(p)
+        shown = f"{IMAGE_TOKEN}\n{text}" if image else text
+        questions.append({**p, "text": text, "image": image, "shown": shown})
     return questions
 
 

@@ -16,7 +16,7 @@ Rows that are read:
 
 What looks like a picture and is not read is refused: it would be passed over in silence, and the
 model would learn answers about something that it has not seen.
-Behind them: the captions that BLIP-2 and MiniGPT-4 learn, and a row as LLaVA writes it."""
+Behind them: the captions that BLIP-2 and MiniGPT-4 learn. formats/llava_rows.py writes a row."""
 import re
 import sys
 from functools import lru_cache
@@ -177,14 +177,15 @@ def _parts(field: str, parts: list, answer: bool) -> tuple[str, list]:
         if not isinstance(part, dict):
             raise BadData(f"{here}: must be an object with type: correct the row")
         kind = part.get("type")
+        opens = not text.replace(IMAGE_TOKEN, "").strip()
         if kind in ("text", "input_text", "output_text"):
-            text += _text(f"{here}.text", part.get("text"))
+            words = _text(f"{here}.text", part.get("text"))
+            text += words.removeprefix("\n") if opens and names else words
         elif kind in ("image", "image_url", "input_image"):
             if answer:
                 raise BadData(f"{here}: a picture in an answer or a system text cannot be read: "
                               "move it into a question")
             names.append(_image_part(here, part))
-            opens = not text.replace(IMAGE_TOKEN, "").strip()
             text += f"{IMAGE_TOKEN}\n" if opens else IMAGE_TOKEN
         else:
             raise BadData(f"{here}.type: {kind!r} is not read, only text and image: take the part "
@@ -383,17 +384,3 @@ def blip_caption(text: str, words: int = 50) -> str:
     letters, . ! " ( ) * # : ; ~ as spaces, at most so many words."""
     text = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", text.lower()))
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:words])
-
-
-def llava_row(name, turns, shown=(0,)):
-    """One LLaVA sample of texts of person and model alternately, the person's first.
-
-    shown: numbers of turns, each for a picture at the front of that turn. name: of the picture, or
-    a list with one for each, or None. In a file any <image> is a picture, so a typed one gets a
-    space."""
-    conversation, identity = [], name if type(name) is str else (name or "0")[0]
-    for i, text in enumerate(turns):
-        text = f"{IMAGE_TOKEN}\n" * list(shown).count(i) + text.replace(IMAGE_TOKEN, "< image>")
-        conversation.append({"from": ("human", "gpt")[i % 2], "value": text})
-    image = {} if name is None else {"image": name}
-    return {"id": identity, **image, "conversations": conversation}

@@ -218,6 +218,18 @@ def save_chat_template(folder, name, t, tokenizer):
             atomic_write(folder / file, text)
 
 
+def begins_with(token, i):
+    """The part of tokenizer.json that puts a token, of id i, before every text."""
+    def texts(*names):
+        rows = []
+        for number, name in enumerate(names):
+            rows += [{"SpecialToken": {"id": token, "type_id": number}},
+                     {"Sequence": {"id": name, "type_id": number}}]
+        return rows
+    return {"type": "TemplateProcessing", "single": texts("A"), "pair": texts("A", "B"),
+            "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}
+
+
 def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
     """tokenizer.json and tokenizer_config.json of a data.Tokenizer; `extra` tokens get new ids.
 
@@ -241,6 +253,9 @@ def save_tokenizer(tokenizer, folder, extra=(), own_template=False):
             i += 1
     if PAD_TOKEN in extra:
         config["pad_token"] = PAD_TOKEN
+    if tokenizer.add_bos and not spec.get("post_processor"):
+        # quirk: transformers goes by this part of the file alone, whatever the config says
+        spec["post_processor"] = begins_with(tokenizer.token(tokenizer.bos), tokenizer.bos)
     if own_template:
         config.pop("chat_template", None)
         write_prefix(spec, tokenizer.prefix_in_file, tokenizer.prefix, IMAGE_TOKEN)

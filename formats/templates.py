@@ -269,14 +269,22 @@ def shift_labels_over_pad(ids, labels, pad, ignore):
 
 # ---------------------------------------------------------------- the same in Jinja
 
-# What somebody said, of a text or of a list of parts, in which pictures come first. A picture
-# stands on a line of its own, unless it is all.
+# What somebody said, of a text or of a list of parts. One picture stands in front, on a line of its
+# own unless it is all, as in training; of several each stands in its place, and those that open the
+# turn on lines of their own: formats/turns.py and formats/conversations.py do the same.
 SAID = ("{% macro said(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
         "{% set texts %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}"
         "{% endfor %}{% endset %}"
-        "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>' }}"
-        "{% if texts or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}{{ texts }}"
-        "{% endif %}{% endmacro %}")
+        "{% set count = m['content'] | selectattr('type', 'equalto', 'image') | list | length %}"
+        "{% if count == 1 and m['content'][0]['type'] != 'image' %}{{ '<image>' }}"
+        "{% if texts | trim %}{{ '\n' + texts | trim }}{% endif %}"
+        "{% else %}{% set at = namespace(front=true, done=0) %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}{% set at.done = at.done + 1 %}{{ '<image>' }}"
+        "{% if at.front and (texts or at.done < count) %}{{ '\n' }}{% endif %}"
+        "{% elif c['type'] == 'text' %}{% set words = c['text'] %}"
+        "{% if at.front and at.done and words[:1] == '\n' %}{% set words = words[1:] %}{% endif %}"
+        "{% if words | trim %}{% set at.front = false %}{% endif %}{{ words }}"
+        "{% endif %}{% endfor %}{% endif %}{% endif %}{% endmacro %}")
 # Of a captioner: texts and pictures in their order, and nothing between them.
 CAPTIONED = ("{% macro said(m) %}{% if m['content'] is string %}"
              "{{ m['content'] | replace('<image>\n', '<image>') }}{% else %}"

@@ -19,6 +19,7 @@ dropped. ShareGPT4V: a captioner trained on a few good descriptions writes the r
     python -m instruct detail --toy 1000 --images DIR --out OUT         the world is the oracle
     python -m instruct caption PHOTOS --model FOLDER --out OUT
     python -m instruct curate PHOTOS --model FOLDER --out OUT           or a LLaVA JSON, no --model
+    python -m instruct scienceqa FOLDER --out OUT       ScienceQA's problems; nobody is asked
 
 Every answer is kept under a hash of all that it depends on. A run that was killed is resumed from
 there, --limit 1000 after --limit 10 asks 990 more, and another seed asks anew.
@@ -36,5 +37,8 @@ if __name__ == "__main__":
     args = parse()                      # before torch is imported: --help answers at once
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from formats.errors import exit_status
-    from instruct.write import main
+    if args.what == "scienceqa":        # no model, no torch
+        from instruct.scienceqa import main
+    else:
+        from instruct.write import main
     sys.exit(exit_status(lambda: main(args), args.debug))

@@ -11,7 +11,7 @@ from formats.errors import bounded
 KINDS = ("conversation", "detail", "reasoning")
 COUNT, SECONDS, PRICE = bounded(int, 1, 10 ** 9), bounded(float, 0, 86400), bounded(float, 0, 1e9)
 
-SHARED = {              # of all five commands
+SHARED = {              # of all commands but scienceqa
     "--out": dict(required=True, help="LLaVA JSON; the answers stay in OUT.answers.jsonl"),
     "--seed": dict(type=bounded(int, 0, 2 ** 62), default=0),
     "--temperature": dict(type=bounded(float, 0, 100), help="default: the endpoint's; here 0"),
@@ -54,6 +54,17 @@ def add_kind(q):
                    "conversation has 2")
 
 
+def add_scienceqa(sub):
+    """The parser of scienceqa, which asks no model."""
+    q = sub.add_parser("scienceqa", help="ScienceQA's problems as LLaVA's training samples",
+                       allow_abbrev=False)
+    q.add_argument("source", help="folder of problems.json and pid_splits.json")
+    q.add_argument("--split", default="train", help="of pid_splits.json (default: train)")
+    q.add_argument("--out", required=True, help="LLaVA JSON")
+    q.add_argument("--debug", action="store_true", help="tracebacks")
+    return q
+
+
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="python -m instruct",
                                 description="Make and curate training text.", allow_abbrev=False)
@@ -77,6 +88,7 @@ def parse(argv=None):
         flags = SHARED if name == "caption" else SHARED | ENDPOINT_FLAGS
         for flag, settings in flags.items():
             q.add_argument(flag, **settings)
+    parsers["scienceqa"] = add_scienceqa(sub)
     a = p.parse_args(argv)
     fault = check_flags(a)
     if fault:
@@ -131,8 +143,20 @@ def check_source(a):
     return None
 
 
+def check_scienceqa(a):
+    """What is wrong with the flags of scienceqa, or None."""
+    if not os.path.isdir(a.source):
+        return f"{a.source}: no such folder: give the one with problems.json and pid_splits.json"
+    inputs = [os.path.join(a.source, name) for name in ("problems.json", "pid_splits.json")]
+    if os.path.realpath(a.out) in map(os.path.realpath, inputs):
+        return "--out would replace its own input"
+    return None
+
+
 def check_flags(a):
     """What is wrong with a command line, or None."""
     if not os.path.isdir(os.path.dirname(a.out) or ".") or os.path.isdir(a.out):
         return f"--out {a.out}: not a file in a folder that exists"
+    if a.what == "scienceqa":
+        return check_scienceqa(a)
     return check_endpoint(a) or (check_kind(a) if a.what in KINDS else check_source(a))

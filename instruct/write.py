@@ -5,8 +5,8 @@ OUT gets the samples in the order of the pictures, OUT.dropped.json the rest: id
 from collections import Counter
 
 import data
-from formats.conversations import llava_row
 from formats.files import write_json
+from formats.llava_rows import llava_row
 from instruct.answerers import curate, describe_folder, generate_texts
 from instruct.journal import Journal
 from instruct.parsing import to_turns

@@ -16,10 +16,11 @@ import standin
 from decoding import loading
 from evaluate import benchmarks
 from evaluate.__main__ import main
-from evaluate.benchmarks import LETTER, is_no, parse_choice
+from evaluate.benchmarks import is_no, parse_choice
 from evaluate.flags import parse
 from evaluate.judge import parse_scores
 from formats.errors import exit_status
+from formats.scienceqa import LETTER
 from projector import VLM
 from trainer.build import new_vlm
 

@@ -38,7 +38,7 @@ from toy import texts as toy_texts
 from toy.world import make_scene
 from trainer.flags import BERT, FLAN
 from trainer.qlora import add_additions
-from trainer.start import base_models, HERE, stage_before
+from trainer.start import base_models, chosen_start, HERE
 
 TOY_QFORMER = dict(width=128, depth=4, heads=4, mlp=256, num_queries=16)
 
@@ -296,7 +296,7 @@ def load_projector(model, path):
 def start_model(args, out):
     """The VLM that a stage starts from: new parts, or the finished model of the stage before.
     Raises BadModel or UsageError for a folder that this stage cannot start from."""
-    start = str(args.start or stage_before(args, out))
+    start = chosen_start(args, out)
     if args.start is None and start != "none" and not Path(start).exists():
         first = "--recipe llava-1.5 " if args.stage == 1 else ""
         raise data.BadModel(f"{start}: this stage starts from that model, beside its own folder, "

@@ -45,6 +45,8 @@ FLAGS = {
         flag("--stage", "1: the projector; 2: instructions; 0: the toy's parts", type=int,
              choices=(0, 1, 2), required=True),
         flag("--recipe", "whose training is repeated", default="llava-1.5"),
+        flag("--task", "what stage 2 of llava learns: conversations (default), or ScienceQA",
+             choices=("scienceqa",)),
         flag("--base", "the parts to start from", default="toy"),
         flag("--data", "LLaVA JSON or JSONL; without it, the toy world"),
         flag("--images", "folder that the data's pictures are relative to", default="."),
@@ -61,6 +63,12 @@ FLAGS = {
         count("--keep-last", "checkpoints kept", 2),
         count("--seed", "of the order of samples and of new weights", 0),
         count("--threads", "CPU threads; 0: all cores", 0),
+        flag("--eval-data", "a file like --data, its pictures in --images, that is not learned "
+             "from: its loss goes to metrics.jsonl"),
+        count("--eval-every", "steps between two looks at --eval-data (default 100)", None,
+              metavar="N"),
+        flag("--keep-best", "end with the weights of the lowest loss on --eval-data",
+             action="store_true"),
         flag("--device", "cpu, cuda, or auto", default="auto"),
         flag("--dtype", "what the forward computes in; auto: bf16 where it is faster",
              choices=("auto", "fp32", "bf16"), default="auto"),
@@ -105,6 +113,8 @@ FLAGS = {
              "memory; adamw8 with --clip 0; the same bits", action="store_true"),
         count("--lora", "train additions of rank R to the LLaMA (official: 128), at ten times the "
               "rate; merged when saved", 0, metavar="R"),
+        flag("--keep-adapter", "with --lora: write the additions unmerged, too, in PEFT's layout: "
+             "adapter/", action="store_true"),
         flag("--quantize", "with --lora: hold the LLaMA's frozen weights in int8 or int4 (QLoRA); "
              "written out when saved", choices=("int8", "int4"))),
     "the plan": (
@@ -118,7 +128,7 @@ FLAGS = {
 }
 LOWEST = {"accum": 1, "save_every": 1, "keep_last": 1, "threads": 0, "show_batch": 0, "seed": 0,
           "pack": 0, "workers": 0, "lora": 0, "gpus": 1, "most_bad": 0, "max_length": 0,
-          "sample_every": 0}
+          "eval_every": 0, "sample_every": 0}
 
 
 def parser(Stage, RECIPES):
@@ -164,7 +174,8 @@ def parse(Stage, RECIPES, changes, argv=None):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             p.error(f"--{name.replace('_', '-')} must be at least {lowest}")
     faults = chain(faults_of_row(args, args.row), faults_of_start(args, args.row, given),
-                   faults_of_batch(args, args.row), faults_of_memory(args, args.row))
+                   faults_of_batch(args, args.row), faults_of_held_out(args, args.row),
+                   faults_of_memory(args, args.row))
     for is_wrong, message in faults:
         if is_wrong:
             p.error(message)
@@ -174,6 +185,8 @@ def parse(Stage, RECIPES, changes, argv=None):
 def recipe_row(args, RECIPES, changes, given):
     """The recipe's row (args.published), with the base's changes and then the flags."""
     place = max(args.stage, 1) - 1
+    if args.task and (args.recipe, args.stage) == ("llava", 2):     # else: faults_of_start
+        place = 2
     args.published = row = RECIPES[args.recipe][place]
     if args.recipe in changes.get(args.base, {}):
         row = replace(row, **changes[args.base][args.recipe][place])
@@ -206,6 +219,7 @@ def set_defaults(args):
         defaults["optimizer"] = "adamw"
     if toy:
         defaults["checkpoint"], defaults["workers"] = None, 0
+    defaults["eval_every"] = 100 if args.eval_data else 0
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -262,6 +276,9 @@ def faults_of_start(args, row, given):
         "--projector is for a new projector: stage 1, or stage 2 with --from none")
     yield row.losses and (args.start or args.max_length or args.on_bad_sample == "skip"), (
         "--from, --max-length and --on-bad-sample skip are for stages with a LLaMA")
+    yield args.task and ((args.recipe, args.stage) != ("llava", 2) or not args.data), (
+        "--task scienceqa is for --stage 2 of --recipe llava with --data FILE, which python -m "
+        "instruct scienceqa writes")
     own = (given, args.seed, args.data, args.start, args.projector, args.vision, args.llm)
     yield args.stage == 0 and any(own), (
         "--stage 0 makes toy/weights with steps, rates and seed of its own: it takes --part, "
@@ -297,6 +314,14 @@ def faults_of_batch(args, row):
         "--offload goes with --checkpoint attention or full")
 
 
+def faults_of_held_out(args, row):
+    yield args.eval_data and (args.stage == 0 or row.losses), (
+        "--eval-data is for stages with a LLaMA")
+    yield args.eval_data and not args.eval_every, "--eval-every must be at least 1"
+    yield (args.eval_every or args.keep_best) and not args.eval_data, (
+        "--eval-every and --keep-best are about --eval-data FILE: give it, too")
+
+
 def faults_of_memory(args, row):
     """Of the flags that save a GPU's memory."""
     to_host = args.offload_optimizer or args.offload_gradients
@@ -308,4 +333,13 @@ def faults_of_memory(args, row):
         "--offload-gradients needs a step inside backward: give --optimizer adamw8 and --clip 0")
     yield args.quantize and not args.lora, (
         "--quantize is for weights that stay frozen, beside --lora: give --lora R, too")
+    yield args.keep_adapter and not args.lora, (
+        "--keep-adapter keeps what --lora trains: give --lora R, too")
+    yield args.keep_adapter and args.quantize, (
+        "--keep-adapter: beside --quantize the additions make up for what the codes lose, and no "
+        "folder holds the coded weights that they belong to: leave one out")
+    yield args.keep_adapter and (args.start == "none" or args.stage == 1 and not args.start
+                                 and args.recipe != "sharegpt4v"), (
+        "--keep-adapter: an adapter belongs to the model that the run starts from: give --from "
+        "FOLDER, or start from stage 1")
     yield not 0 < args.pcie < 1e5, "--pcie is a number of GB/s above 0"

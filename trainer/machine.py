@@ -10,6 +10,7 @@ import torch
 import data
 from formats.errors import UsageError
 from trainer.forecast import fit_to_card
+from trainer.held_out import HeldOutSamples
 from trainer.rates import fit_rates
 from trainer.start import blip2_template, output_folders, set_start, set_template
 
@@ -34,6 +35,8 @@ def prepare(args, set_trainable):
     if args.base != "toy" and not args.data and args.stage:
         raise UsageError(f"--base {args.base} learns from your data: give --data FILE and --images "
                          "FOLDER")
+    if args.eval_data:
+        HeldOutSamples(args)                # a bad file is refused before anything is loaded
     set_start(args, output_folders(args)[0])
     fit_rates(args, set_trainable)          # of the toy, where a larger language model trains
     device = choose_device(args.device)

@@ -5,8 +5,9 @@
     metrics.jsonl       a line a step: loss, gradient norm, rate, speed
     samples.jsonl       what the model says of four held-out scenes, five times in a run
     step-000500/        a checkpoint, trainer/checkpoint.py
+    best-000400/        the weights of the lowest held-out loss, trainer/held_out.py
     nan-step-7.json     the samples of a step whose loss or gradient was NaN or infinite
-    loss.png  model/    at the end
+    loss.png  model/    at the end; with --keep-adapter adapter/ beside it
     lock                held while a process trains here
 
 Only the first rank writes."""
@@ -17,7 +18,6 @@ import json
 import math
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -33,7 +33,10 @@ from formats.strict_json import read_config
 from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
+from trainer.held_out import best_so_far, load_best, save_best
 from trainer.loader import MicroBatch, Samples
+from trainer.logs import append_lines, plot_loss, truncate_log
+from trainer.model_card import git_commit, write_card
 from trainer.qlora import weights_in
 from trainer.rows import LISTS
 from trainer.schedules import is_time
@@ -41,44 +44,19 @@ from trainer.speed import Throughput
 
 LOGS = ("metrics.jsonl", "samples.jsonl", *LISTS)
 # what --overwrite deletes; config.json comes first of a run's files and goes last
-OWN_FILES = ("step-*", "model", "model.tmp", *LOGS, "rows.safetensors", "loss.png",
-             "nan-step-*.json", "run.json", "config.json")
+OWN_FILES = ("step-*", "best-*", "model", "model.tmp", "adapter", "adapter.tmp", *LOGS,
+             "rows.safetensors", "loss.png", "nan-step-*.json", "run.json", "config.json")
 # flags that do not change the finished bits, so that a run may be resumed with others
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
               "checkpoint", "offload", "offload_optimizer", "offload_gradients", "pcie",
               "on_bad_sample", "most_bad", "follow_links", "sample_every", "published",
-              "llm_template"}
+              "llm_template", "keep_adapter"}
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
 # ------------------------------------------------------------------------------ files of the folder
 
-def truncate_log(path, step):
-    """Drop the lines of a .jsonl that a resumed run will write again, and one cut short."""
-    if path.exists():
-        lines = path.read_text().splitlines(True)
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step]
-        atomic_write(path, "".join(kept))
-
-
-def append_lines(path, lines):
-    with open(path, "a") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
-
-
-def plot_loss(out):
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines])
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    figure.savefig(out / "loss.png", dpi=100)
-    pyplot.close(figure)
 
 
 def run_config(args):
@@ -161,15 +139,6 @@ def write_manifest(out, args, job, dtype):
         indent=1) + "\n")
 
 
-def git_commit():
-    """The commit of this program's folder, or None."""
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parents[1], text=True,
-                          capture_output=True)
-    return done.stdout.strip() or None
-
-
 def autocast_dtype(args, device):
     """What the forward computes in: bf16 where the processor multiplies it faster, unless --dtype
     says otherwise. The toy's parts are trained in fp32."""
@@ -247,11 +216,12 @@ class Run:
         """Load the newest good checkpoint, if --resume is given. Returns the steps done so far."""
         self.job = job
         if self.writes:
-            for unfinished in self.out.glob("step-??????.tmp"):     # killed in the middle of a save
+            for unfinished in self.out.glob("*-??????.tmp"):    # killed in the middle of a save
                 shutil.rmtree(unfinished)
         step = 0
         if self.args.resume:
             step = load_checkpoint(job, self.out)
+        self.best = best_so_far(self.out / "metrics.jsonl", step)
         if self.writes:
             for name in LOGS:
                 truncate_log(self.out / name, step)
@@ -340,10 +310,12 @@ class Run:
         # tokens of all ranks; the FLOPs are this GPU's, as its MFU is
         (tokens,) = all_reduce_sum(self.tokens)
         line.update(self.speed.step(job.batch, tokens, self.flops, self.waited))
+        is_end = step == job.steps
+        if job.held_out and (is_end or step % self.args.eval_every == 0):
+            line["eval_loss"] = self.evaluate(step)
         if self.writes:
             append_lines(self.out / "metrics.jsonl", [line])
         self.show_progress(step, line)
-        is_end = step == job.steps
         if job.sample and is_time(step, job.steps, self.args.sample_every):
             with unsharded(job.model):
                 rows = [{"step": step, **row} for row in job.sample()]
@@ -356,6 +328,20 @@ class Run:
         if self.exit_code and self.writes:
             print(f"stopped at step {step}, saved; go on with --resume auto", file=sys.stderr)
         return self.exit_code != 0
+
+    def evaluate(self, step):
+        """The loss on --eval-data after `step` steps; None if it is not finite."""
+        with self.autocast():
+            loss = round(self.job.held_out(), 5)
+        is_best = loss < self.best[1]
+        if is_best:
+            self.best = step, loss
+            if self.args.keep_best:
+                save_best(self.job, self.out, step, loss)
+        if self.writes:
+            tqdm.write(f"step {step}: held-out loss {loss:.4f}" + ", the lowest so far" * is_best)
+        self.speed.restart_clock()
+        return loss if math.isfinite(loss) else None
 
     def show_progress(self, step, line):
         """On a terminal the bar; elsewhere a line every ten seconds."""
@@ -377,13 +363,18 @@ class Run:
         if self.writes and job.samples:
             for line in job.samples.journal.report():
                 print(line, file=sys.stderr)
+        best = ""
+        if self.args.keep_best and self.best[0]:
+            load_best(job, self.out, self.best[0])
+            best = " with the weights of step {}, of held-out loss {:.4f}".format(*self.best)
         with unsharded(job.model):          # every rank takes part
             if self.writes:
                 shutil.rmtree(tmp, ignore_errors=True)
                 tmp.mkdir()
                 job.save_model(tmp)
+                write_card(tmp, self)
                 plot_loss(self.out)         # before the model, which says that all is done
                 rename_into_place(tmp, final)
                 print(f"{final} written after {job.steps} steps, "
-                      f"{time.time() - self.started:.0f} s")
+                      f"{time.time() - self.started:.0f} s{best}")
         return 0

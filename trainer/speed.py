@@ -52,6 +52,10 @@ class Throughput:
         figures["eta"] = round(self.left * seconds / len(self.steps))
         return figures
 
+    def restart_clock(self):
+        """The next step begins now: what was done since the last one is no part of it."""
+        self.began = time.perf_counter()
+
     def peak_bytes(self):
         if self.is_gpu:
             return torch.cuda.max_memory_allocated(self.device)

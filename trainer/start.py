@@ -57,7 +57,8 @@ def output_folders(args):
         # the Q-Former is trained on the two that are shipped
         parts = ("clip", "llama") if args.part == "both" else (args.part,)
         return [top / part for part in parts]
-    return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")]
+    task = f"-{args.task}" if args.task else ""
+    return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}{task}")]
 
 
 def set_start(args, out):
@@ -83,12 +84,17 @@ def stage_before(args, out):
     return "none"
 
 
+def chosen_start(args, out):
+    """Folder or hub id of the model that a stage starts from; "none": from new parts."""
+    return str(args.start or stage_before(args, out))
+
+
 def start_folder(args):
     """The folder or hub id of the whole model that the run starts from. None for new parts, or
     where the stage before has not been run: then --plan and --show-batch go by the parts."""
     if args.recipe == "blip2" or args.llm:          # --llm beside a whole model is refused
         return None
-    start = str(args.start or stage_before(args, output_folders(args)[0]))
+    start = chosen_start(args, output_folders(args)[0])
     if start == "none" or args.start is None and not Path(start).exists():
         return None
     return start

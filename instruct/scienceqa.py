@@ -1,0 +1,35 @@
+"""instruct.scienceqa: ScienceQA's problems become training samples, as LLaVA was trained on them.
+
+    FOLDER/problems.json, FOLDER/pid_splits.json --> OUT, LLaVA JSON
+
+Nobody is asked anything: the lecture, the solution and the answer are the data set's own. The form
+is QCM-LEA (formats/scienceqa.py), the only one that LLaVA published a result for.
+
+    python -m instruct scienceqa FOLDER --out sqa.json
+    python train.py --stage 2 --recipe llava --task scienceqa --data sqa.json \\
+        --images FOLDER/images/train
+    python -m evaluate scienceqa --form QCM-LEA --model MODEL ...
+
+[LLaVA] 2304.08485 section 5.2. [ScienceQA] 2209.09513.
+"""
+
+import os
+from pathlib import Path
+
+from formats.files import write_json
+from formats.scienceqa import ANSWER_FIELDS, read_problems, training_row
+
+
+def main(args):
+    """Write the samples of a split, and say how many have a picture."""
+    folder = Path(args.source)
+    problems = read_problems(folder / "problems.json", folder / "pid_splits.json", args.split,
+                             **ANSWER_FIELDS)
+    # an id that the split lists twice is one sample
+    rows = list({str(p["id"]): training_row(p) for p in problems}.values())
+    write_json(args.out, rows)
+    pictures = sum("image" in row for row in rows)
+    print(f"{args.out}: {len(rows):,} samples, {pictures:,} of them with a picture")
+    images = folder / "images" / args.split
+    if pictures and os.path.isdir(images):
+        print(f"their pictures: --images {images}")
