@@ -1,4 +1,5 @@
 # make demo: a fresh machine to a model that answers about a picture. make test: the test suite.
+# make book: the code as docs/book.html; it needs Python alone.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test book
 demo: .venv/ready
 	$(BIN)/python train.py --stage 1 --resume auto
 	$(BIN)/python train.py --stage 2 --resume auto
@@ -20,3 +21,6 @@ demo: .venv/ready
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+book:
+	$(PYTHON) docs/build.py
