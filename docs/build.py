@@ -63,7 +63,7 @@ def events(here, comments):
             starts[min([node.lineno, *(d.lineno for d in node.decorator_list)])] = full
         if isinstance(node, (ast.Module, *DEFINES)) and ast.get_docstring(node):
             skip.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    said, stop = [], 0
+    said, stop, most = [], 0, SHAPE
     for number, text in enumerate(here.lines, 1):
         column, comment = comments.get(number, (0, ""))
         alone = comment and not text[:column].strip()
@@ -71,11 +71,13 @@ def events(here, comments):
             yield "note", number - len(said), "\n".join(said)
             said = []
         if number in starts:
-            full = starts[number]
+            full, node = starts[number], here.places[starts[number]]
             if full.endswith("." + ENDS.get(here.module, " ")):
                 return
-            stop = max(stop, here.places[full].end_lineno)
-            yield "definition", number, full
+            stop = max(stop, node.end_lineno)
+            fields = any(isinstance(part, ast.AnnAssign) for part in node.body)
+            most = 99 if fields else SHAPE              # each field keeps its comment beside it
+            yield "fields" if fields else "definition", number, full
         elif number == stop + 1:
             yield "end", number, ""                     # what follows is no part of a definition
         if alone and (rule := re.match(r"# -{9,} ?(.*)", comment)):
@@ -84,7 +86,7 @@ def events(here, comments):
             said.append(comment.removeprefix("#").removeprefix(" "))
         elif number not in skip:
             comment = "" if comment.startswith("# noqa") else comment.removeprefix("# ")
-            if len(comment) > SHAPE:
+            if len(comment) > most:
                 yield "note", number, comment
                 comment = ""
             yield "code", number, comment
@@ -125,11 +127,11 @@ def chapter(module):
         elif kind == "end":
             out.append("</div><div class=def>")
             scope = module
-        elif kind == "definition":
+        elif kind in ("definition", "fields"):
             scope, title = said, said.removeprefix(f"{module}.")
             doc = prose(ast.get_docstring(here.places[said]), said)
-            out.append(f'</div><div class=def id="{said}">{beside(said)}<aside class=doc><h4>'
-                       f'<a href="#{said}">{title}</a></h4>{doc}</aside>')
+            out.append(f'</div><div class="def {kind}" id="{said}">{beside(said)}<aside class=doc>'
+                       f'<h4><a href="#{said}">{title}</a></h4>{doc}</aside>')
             if "." not in title:
                 contents.append((said, title))
         elif kind == "note":
@@ -186,8 +188,7 @@ def questions(text):
 def relink(text):
     """The page with the present line numbers of the code that its links quote."""
     def moved(match):
-        lines = read(match[2]).split("\n")
-        found = [n for n, line in enumerate(lines, 1) if match[1] in line]
+        found = [n for n, line in enumerate(read(match[2]).split("\n"), 1) if match[1] in line]
         if len(found) != 1:
             sys.exit(f"docs/questions.md: {match[1]!r} is in {len(found)} lines of {match[2]}; "
                      "quote a piece of code that is in one")
@@ -207,10 +208,10 @@ def faults(text):
         else:
             ok = (ROOT / "docs" / link.split("#")[0]).exists()
         found += [] if ok else [f"a link to nowhere: {link}"]
-    if re.search(r'src="(?!data:)|<link|<script|@import|url\((?!["\']?data:)', text):
+    if re.search(r"src=(?!\"data:)|<link|<script|@import|url\(", text):
         found.append("the book would load something")
-    if len(text.encode()) > MOST_BYTES:
-        found.append(f"{len(text.encode()):,} bytes, the most is {MOST_BYTES:,}")
+    if (size := len(text.encode())) > MOST_BYTES:
+        found.append(f"{size:,} bytes, the most is {MOST_BYTES:,}")
     return found
 
 

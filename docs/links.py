@@ -142,7 +142,7 @@ class Names(ast.NodeVisitor):
         self.local = outer
 
     def visit_Name(self, node):
-        if node.id not in self.local:
+        if node.id not in self.local and not is_stored(node):
             self.add(node.lineno, node.end_col_offset, node.id, self.definition(node))
 
     def visit_Attribute(self, node):
