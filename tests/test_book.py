@@ -1,5 +1,5 @@
 """docs/build.py's book: nothing of the code is lost, names lead to their definitions, no link is
-dead, nothing is loaded; docs/questions.md quotes lines that are there; README.ko.md keeps up.
+dead, nothing is loaded; docs/questions.md quotes lines that are there; docs/README.ko.md keeps up.
 
 In a browser at two widths only where there is one: see tests/browser.py."""
 
@@ -262,7 +262,7 @@ def test_the_books_questions_lead_to_its_own_lines(book):
 
 def test_the_korean_readme_keeps_up_with_the_first_part_of_the_english_one():
     english = (ROOT / "README.md").read_text(encoding="utf-8").split("## Use it")[0]
-    korean = (ROOT / "README.ko.md").read_text(encoding="utf-8")
+    korean = (ROOT / "docs/README.ko.md").read_text(encoding="utf-8")
     for block in re.findall(r"```.*?```", english, re.S):
         assert block in korean, block
     rows = [re.findall(r"^\|.*\|$", text, re.M) for text in (english, korean)]
@@ -272,8 +272,9 @@ def test_the_korean_readme_keeps_up_with_the_first_part_of_the_english_one():
                 "llava|blip2|minigpt4|sharegpt4v|ITC|OPT")
         figures = [re.findall(kept, row.replace(",", "")) for row in (ours, theirs)]
         assert sorted(figures[0]) == sorted(figures[1]), f"\n{ours}\n{theirs}"
-    for link in re.findall(r"\]\(([^)]+)\)", english.replace("README.ko.md", "README.md")):
-        assert f"]({link})" in korean, link
+    for link in re.findall(r"\]\(([^)]+)\)", english):
+        here = f"../{link}".replace("../docs/", "").replace("README.ko.md", "../README.md")
+        assert f"]({here})" in korean, link
     assert len(re.findall("[가-힣]+", korean)) > 150
 
 

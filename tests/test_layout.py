@@ -16,7 +16,7 @@ TUTORIAL = {"clip.py": 300, "qformer.py": 430, "llama.py": 260, "projector.py": 
             "data.py": 400, "train.py": 400, "generate.py": 300}
 MOST_LINES_OF_A_ROOM_FILE = 400         # kernels/ aside: there an operation is one file
 MOST_LINES_OF_A_FUNCTION = 50           # in the seven
-TOP = {"README.md", "README.ko.md", "requirements.txt", "Makefile", "LICENSE", ".gitignore", ".ci",
+TOP = {"README.md", "requirements.txt", "Makefile", "LICENSE", ".gitignore", ".ci",
        "pyproject.toml", *TUTORIAL, "kernels", "formats", "trainer", "decoding", "llms", "toy",
        "evaluate", "instruct", "bench", "exercises", "docs", "tests"}
 # a file may import what stands on its own floor or below

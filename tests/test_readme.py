@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "README.ko.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 ALL = "\n".join(TEXTS.values())
@@ -21,8 +21,8 @@ WRITTEN = ("loss.png", "contact-sheet.png")         # by commands: not in the re
 # ------------------------------------------------------------------------------ the pages
 
 def test_all_pages_are_there():
-    names = ("README", "README.ko", *(f"docs/{n}" for n in (
-        "claims", "kernels", "questions", "results", "training", "weights")))
+    names = ("README", *(f"docs/{n}" for n in (
+        "README.ko", "claims", "kernels", "questions", "results", "training", "weights")))
     assert set(TEXTS) >= {f"{name}.md" for name in names}
 
 
@@ -102,7 +102,7 @@ def test_links_and_images_exist(page):
 
 
 def test_every_page_is_linked_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/\w+\.md|README\.ko\.md)", README))
+    linked = set(re.findall(r"\]\((docs/[\w.]+\.md)", README))
     assert linked == set(TEXTS) - {"README.md"}
 
 
