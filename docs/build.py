@@ -130,8 +130,8 @@ def chapter(module):
         elif kind in ("definition", "fields"):
             scope, title = said, said.removeprefix(f"{module}.")
             doc = prose(ast.get_docstring(here.places[said]), said)
-            out.append(f'</div><div class="def {kind}" id="{said}">{beside(said)}<aside class=doc>'
-                       f'<h4><a href="#{said}">{title}</a></h4>{doc}</aside>')
+            out.append(f'</div><div class="def {kind}" id="{said}"><aside class=doc><h4>'
+                       f'<a href="#{said}">{title}</a></h4>{doc}</aside>{beside(said)}')
             if "." not in title:
                 contents.append((said, title))
         elif kind == "note":
