@@ -4,12 +4,13 @@
     python docs/build.py --relink    correct the line numbers in docs/questions.md
 
 The seven files and the attention essay stand in reading order: on the left docstrings and comments,
-on the right the code, between them the shapes (short comments at the ends of lines). A name is a
-link to its definition (docs/links.py); the last chapter has those of the rooms. docs/page.html is
-the frame, docs/book.css the look. Only Python's own library is needed, and no model is imported.
-A broken link, two places of one name or a book over MOST_BYTES end the build with one line.
+on the right the code, between them the shapes (short comments at the ends of lines). A name links
+to its definition (docs/links.py), which may stand in the last chapter, "The rooms". The frame is
+docs/page.html, the look docs/book.css. No package is needed, and no model is imported. A broken
+link, two places of one name or a book over MOST_BYTES end the build with one line.
 """
 
+import argparse
 import ast
 import base64
 import html
@@ -106,7 +107,8 @@ def beside(full):
             sys.exit(f"docs/build.py: no picture {name}: python docs/figures.py {name} draws it")
     for n, where in enumerate(EXERCISES, 1):
         if where == full and (ROOT / "exercises/README.md").exists():
-            out += f'<p class="try"><a href="../exercises/README.md">Exercise {n}</a></p>'
+            out += (f'<p class="try"><a href="../exercises/README.md">Exercise {n}</a>: '
+                    f"<code>python -m exercises {n}</code></p>")
     return out
 
 
@@ -156,9 +158,8 @@ def entry(full):
         return f"<div class=open>{doc}</div>"
     last = node.body[0].lineno - 1 if isinstance(node, DEFINES) else node.end_lineno
     code = html.escape("\n".join(here.lines[node.lineno - 1:min(last, node.lineno + 5)]))
-    title = full.removeprefix(here.module + ".")
-    return (f'<div class=def id="{full}"><aside class=doc><h4>{title}</h4>{doc}</aside>'
-            f"<pre>{code}</pre></div>")
+    return (f'<div class=def id="{full}"><aside class=doc><h4>{full[len(here.module) + 1:]}</h4>{doc}'
+            f"</aside><pre>{code}</pre></div>")
 
 
 def rooms(text):
@@ -174,8 +175,6 @@ def rooms(text):
         out += "".join(entries[full] for full in sorted(entries) if module_of(full) == module)
     return out
 
-
-# ------------------------------------------------------------------------------------- the book
 
 def questions(text):
     """docs/questions.md as a chapter; lines of the other chapters are linked inside the book."""
@@ -201,12 +200,11 @@ def faults(text):
     ids = re.findall(r'\bid="([^"]+)"', text)
     found = [f"two places of the name {name}" for name in sorted({*ids}) if ids.count(name) > 1]
     for link in sorted({*re.findall(r'href="([^"]*)"', text)}):
+        ok = (ROOT / "docs" / link.split("#")[0]).exists()
         if link.startswith("#"):
             ok = link[1:] in {*ids}
         elif link.startswith("https://"):
             ok = re.match(r"https://(arxiv\.org/abs/\d|github\.com/[\w./-]+/\d+$)", link)
-        else:
-            ok = (ROOT / "docs" / link.split("#")[0]).exists()
         found += [] if ok else [f"a link to nowhere: {link}"]
     if re.search(r"src=(?!\"data:)|<link|<script|@import|url\(", text):
         found.append("the book would load something")
@@ -236,7 +234,9 @@ def book():
 
 
 def main():
-    if sys.argv[1:] == ["--relink"]:
+    parser = argparse.ArgumentParser(description="Write docs/book.html.", allow_abbrev=False)
+    parser.add_argument("--relink", action="store_true", help="correct docs/questions.md instead")
+    if parser.parse_args().relink:
         text = relink(read("docs/questions.md"))
         return (ROOT / "docs/questions.md").write_text(text, encoding="utf-8")
     text = book()

@@ -216,6 +216,15 @@ def test_pictures_and_exercises_stand_at_their_definitions(monkeypatch, tmp_path
         build.beside("data.pack")
 
 
+def test_what_the_exercises_read_in_the_book_is_there(book):
+    index = ROOT / "exercises/README.md"
+    if not index.exists():
+        pytest.skip("no exercises in this checkout")
+    places = re.findall(r"book\.html#([\w.]+)", index.read_text(encoding="utf-8"))
+    assert len(places) == 12 and places == [*build.EXERCISES]
+    assert all(f'id="{place}"' in book for place in places)
+
+
 # ------------------------------------------------------------------------------ the questions
 
 def test_twenty_questions_each_with_its_line_and_its_thread():
