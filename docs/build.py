@@ -158,8 +158,8 @@ def entry(full):
         return f"<div class=open>{doc}</div>"
     last = node.body[0].lineno - 1 if isinstance(node, DEFINES) else node.end_lineno
     code = html.escape("\n".join(here.lines[node.lineno - 1:min(last, node.lineno + 5)]))
-    return (f'<div class=def id="{full}"><aside class=doc><h4>{full[len(here.module) + 1:]}</h4>{doc}'
-            f"</aside><pre>{code}</pre></div>")
+    head = f"<h4>{full.removeprefix(here.module + '.')}</h4>"
+    return f'<div class=def id="{full}"><aside class=doc>{head}{doc}</aside><pre>{code}</pre></div>'
 
 
 def rooms(text):
