@@ -324,4 +324,7 @@ def test_the_book_in_a_browser(chromium, page_file, width, scheme):
     assert tab.evaluate("document.querySelector(':target').id") == "projector.splice"
     top = tab.evaluate("document.querySelector(':target').getBoundingClientRect().top")
     assert 0 <= top < 120                                   # not under the chapter's title
+    tab.emulate_media(media="print")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("getComputedStyle(document.querySelector('header')).position") == "static"
     context.close()
