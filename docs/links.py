@@ -15,13 +15,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFINES = ast.ClassDef, ast.FunctionDef
-TYPES = {
-    "cache": "llama.KVCache", "llm": "llama.Llama", "model": "projector.VLM",
-    "vision": "clip.ViT", "qformer": "qformer.QFormer", "tokenizer": "data.Tokenizer",
-    "t": "data.Template", "row": "train.Stage", "job": "train.TrainJob",
+TYPES = {       # name, or module.name, or function.name: what it stands for there
+    "cache": "llama.KVCache", "llm": "llama.Llama", "llama.model": "llama.Llama",
+    "model": "projector.VLM", "vlm": "projector.VLM", "projector": "projector.QFormerProjector",
+    "vision": "clip.ViT", "clip": "clip.CLIP", "clip.model": "clip.ViT",
+    "qformer": "qformer.QFormer", "queries": "qformer.QFormer", "lm_head": "qformer.LMHead",
+    "qformer.model": "qformer.Blip2Stage1", "train.blip2_stage1_job.model": "qformer.Blip2Stage1",
+    "tokenizer": "data.Tokenizer", "qformer_tokenizer": "formats.bert.BertTokenizer",
+    "qformer.tokenizer": "formats.bert.BertTokenizer",
+    "t": "data.Template", "segment": "data.Segment", "row": "train.Stage", "job": "train.TrainJob",
     "grid": "formats.anyres.AnyresGrid", "family": "formats.families.Family",
     "run": "trainer.run_folder.Run", "gradients": "trainer.step.GradientStep",
-    "samples": "trainer.loader.Samples", "sampler": "generate.Sampler"}
+    "samples": "trainer.loader.Samples", "train.batch": "trainer.loader.MicroBatch",
+    "sampler": "generate.Sampler", "best": "decoding.beam.Ended",
+    "end": "decoding.stopping.AnswerEnd",
+    "generate.print_answer.answer": "decoding.answer.Generation"}
 
 
 def read(path):
@@ -54,8 +62,9 @@ class Source:
                 self.define(node.body, f"{prefix}.{node.name}")
             elif isinstance(node, ast.FunctionDef) and prefix in self.bases:
                 for part in ast.walk(node):
-                    if is_stored(part) and getattr(getattr(part, "value", 0), "id", "") == "self":
-                        self.places.setdefault(f"{prefix}.{part.attr}", part)
+                    if isinstance(part, ast.Attribute) and is_stored(part):
+                        if isinstance(part.value, ast.Name) and part.value.id == "self":
+                            self.places.setdefault(f"{prefix}.{part.attr}", part)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 for target in getattr(node, "targets", None) or [node.target]:
                     for part in ast.walk(target):
@@ -112,6 +121,7 @@ class Names(ast.NodeVisitor):
 
     def __init__(self, here):
         self.here, self.cls, self.local, self.found = here, None, set(), {}
+        self.scope = here.module            # the full name of the function or class around
         self.visit(here.tree)
 
     def add(self, line, end, name, full):
@@ -124,12 +134,13 @@ class Names(ast.NodeVisitor):
             self.found.setdefault(line, []).append((first, last, full))
 
     def visit_ClassDef(self, node):
-        outer, self.cls = self.cls, f"{self.here.module}.{node.name}"
+        outer = self.cls, self.scope
+        self.cls = self.scope = f"{self.here.module}.{node.name}"
         self.generic_visit(node)
-        self.cls = outer
+        self.cls, self.scope = outer
 
     def visit_FunctionDef(self, node):
-        outer, local = self.local, set(self.local)
+        outer, local = (self.local, self.scope), set(self.local)
         for part in ast.walk(node):
             if isinstance(part, ast.arg):
                 local.add(part.arg)
@@ -137,9 +148,9 @@ class Names(ast.NodeVisitor):
                 local.add(part.id)
             elif isinstance(part, ast.FunctionDef) and part is not node:
                 local.add(part.name)
-        self.local = local
+        self.local, self.scope = local, f"{self.scope}.{node.name}"
         self.generic_visit(node)
-        self.local = outer
+        self.local, self.scope = outer
 
     def visit_Name(self, node):
         if node.id not in self.local and not is_stored(node):
@@ -178,8 +189,12 @@ class Names(ast.NodeVisitor):
             return resolve(f"{module_of(owner or self.here.module)}.Config")
         if isinstance(node, ast.Name) and node.id not in self.local:
             return self.definition(node)
-        if name in TYPES:
-            return TYPES[name]
+        owner = self.scope
+        while owner and f"{owner}.{name}" not in TYPES:
+            owner = owner.rpartition(".")[0]
+        known = TYPES.get(f"{owner}.{name}" if owner else name)
+        if known:
+            return known
         return self.definition(node) if isinstance(node, ast.Attribute) else None
 
 

@@ -126,6 +126,10 @@ def test_every_comment_and_docstring_is_in_the_book(book, module):
     ("train", "gradients.step()", "step", "trainer.step.GradientStep.step"),
     ("train", "group[\"lr\"] = group[\"base_lr\"] * job.lr_scale(step)", "lr_scale",
      "train.TrainJob.lr_scale"),
+    ("train", "losses = model.losses(", "losses", "qformer.Blip2Stage1.losses"),
+    ("train", "return {\"loss\": model.loss(batch.ids", "loss", "projector.VLM.loss"),
+    ("qformer", "pixels = data.preprocess(data.load_image(args.image)", "image_size",
+     "qformer.Blip2Stage1.image_size"),
     ("generate", "cache = KVCache(llm.config", "KVCache", "llama.KVCache")])
 def test_a_name_leads_to_its_definition(book, module, code, name, target):
     rows = [row for _, row in lines_of(book, module).values() if bare(row).strip().startswith(code)]
