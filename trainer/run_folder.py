@@ -3,10 +3,10 @@
     config.json         the flags that decide the result, and the recipe's row
     run.json            what else would have to be equal for the same bits: versions, threads, dtype
     metrics.jsonl       a line a step: loss, gradient norm, rate, speed
-    samples.jsonl       what the model says of four held-out scenes, five times in a run
+    samples.jsonl       what the model says of four held-out scenes, at steps 0, 50, 100, 200 ...
     step-000500/        a checkpoint, trainer/checkpoint.py
     nan-step-7.json     the samples of a step whose loss or gradient was NaN or infinite
-    loss.png  model/    at the end
+    loss.png  learning.png  model/      at the end
     lock                held while a process trains here
 
 Only the first rank writes."""
@@ -32,7 +32,9 @@ from formats.files import atomic_write, rename_into_place
 from formats.strict_json import read_config
 from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.compare import report
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
+from trainer.learning import draw_learning, is_sampled, plot_loss
 from trainer.loader import MicroBatch, Samples
 from trainer.qlora import weights_in
 from trainer.rows import LISTS
@@ -41,12 +43,12 @@ from trainer.speed import Throughput
 LOGS = ("metrics.jsonl", "samples.jsonl", *LISTS)
 # what --overwrite deletes; config.json comes first of a run's files and goes last
 OWN_FILES = ("step-*", "model", "model.tmp", *LOGS, "rows.safetensors", "loss.png",
-             "nan-step-*.json", "run.json", "config.json")
+             "learning.png", "nan-step-*.json", "run.json", "config.json")
 # flags that do not change the finished bits, so that a run may be resumed with others
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
               "checkpoint", "offload", "offload_optimizer", "offload_gradients", "pcie",
-              "on_bad_sample", "most_bad", "follow_links"}
+              "on_bad_sample", "most_bad", "follow_links", "compare"}
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
@@ -74,19 +76,6 @@ def append_lines(path, lines):
     with open(path, "a") as file:
         for line in lines:
             file.write(json.dumps(line) + "\n")
-
-
-def plot_loss(out):
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines])
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    figure.savefig(out / "loss.png", dpi=100)
-    pyplot.close(figure)
 
 
 def run_config(args):
@@ -213,7 +202,7 @@ class Run:
             step = run.resume(job)          loads the newest checkpoint, cuts the logs back to it
             run.micro_batches(step)  run.autocast()  run.add_losses(...)  run.check_finite(...)
             run.log(step + 1, grad_norm)    metrics, progress, samples, checkpoint
-            run.finish()                    model/ and loss.png
+            run.finish()                    model/, loss.png and learning.png
     """
 
     def __init__(self, out, args):
@@ -243,6 +232,8 @@ class Run:
         if self.args.data and Path(self.args.data).exists():
             compare_data(self.args, self.out)           # was it trained on this file?
         print(f"{self.out / 'model'} is finished already")
+        if self.writes:
+            report(self.out, self.args)
         return True
 
     def begin(self, job):
@@ -262,7 +253,7 @@ class Run:
             step = load_checkpoint(job, self.out)
         if self.writes:
             for name in LOGS:
-                truncate_log(self.out / name, step)
+                truncate_log(self.out / name, step or -1)       # a new run has no lines at all
         if job.samples:
             job.samples.journal.begin(step, self.writes)
         self.stop = StopSignal()
@@ -271,6 +262,8 @@ class Run:
         hidden = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(total=job.steps, initial=step, disable=hidden)
         self.started, self.printed = time.time(), 0.0
+        if step == 0:
+            self.write_samples(step)
         return step
 
     # ------------------------------------------------------------------------------------ one step
@@ -352,11 +345,8 @@ class Run:
             append_lines(self.out / "metrics.jsonl", [line])
         self.show_progress(step, line)
         is_end = step == job.steps
-        if job.sample and (is_end or step % max(1, job.steps // 5) == 0):
-            with unsharded(job.model):
-                rows = [{"step": step, **row} for row in job.sample()]
-            if self.writes:
-                append_lines(self.out / "samples.jsonl", rows)
+        if is_sampled(step, job.steps):
+            self.write_samples(step)
         if world_size() == 1:
             self.exit_code = self.stop.code
         if self.exit_code or is_end or step % self.args.save_every == 0:
@@ -364,6 +354,14 @@ class Run:
         if self.exit_code and self.writes:
             print(f"stopped at step {step}, saved; go on with --resume auto", file=sys.stderr)
         return self.exit_code != 0
+
+    def write_samples(self, step):
+        """What the model says of four pictures now, into samples.jsonl."""
+        if self.job.sample:
+            with unsharded(self.job.model):     # every rank takes part
+                rows = [{"step": step, **row} for row in self.job.sample()]
+            if self.writes:
+                append_lines(self.out / "samples.jsonl", rows)
 
     def show_progress(self, step, line):
         """On a terminal the bar; elsewhere a line every ten seconds."""
@@ -379,7 +377,7 @@ class Run:
                   f"{line['data_wait']:.1%} waiting for data", flush=True)
 
     def finish(self):
-        """Write model/ and loss.png. Returns 0."""
+        """Write model/, loss.png and learning.png. Returns 0."""
         job, final, tmp = self.job, self.out / "model", self.out / "model.tmp"
         self.bar.close()
         if self.writes and job.samples:
@@ -391,7 +389,9 @@ class Run:
                 tmp.mkdir()
                 job.save_model(tmp)
                 plot_loss(self.out)         # before the model, which says that all is done
+                draw_learning(self.out)
                 rename_into_place(tmp, final)
                 print(f"{final} written after {job.steps} steps, "
                       f"{time.time() - self.started:.0f} s")
+                report(self.out, self.args)
         return 0
