@@ -1,13 +1,13 @@
 """evaluate.curves: what loss is normal? The curves that `python train.py ... --compare` knows.
 
-    python -m evaluate.curves                               all recipes and stages of the toy, 3 seeds
-    python -m evaluate.curves --only llava-1.5 --seeds 2    some of them; the others stay as they are
+    python -m evaluate.curves                               all stages of the toy, 3 seeds
+    python -m evaluate.curves --only llava-1.5 --seeds 2    some; the others stay as they are
     python -m evaluate.curves --table                       trains nothing, prints the table
 
-A stage is trained by train.py into --runs/seed<n>/<recipe>/stage<n>, if it is not finished there. The
-losses go into trainer/curves.json, in tenths of the run (trainer/compare.py), and a table for
-docs/results.md is printed. All ten stages take 25 minutes a seed on one core; two commands with
-other --only may run beside each other, on two cores.
+A stage is trained by train.py into --runs/seed<n>/<recipe>/stage<n>, if it is not finished there.
+The losses go into trainer/curves.json, in tenths of the run (trainer/compare.py), and a table for
+docs/results.md is printed. Two commands with other --only may run beside each other, on two
+cores.
 """
 import argparse
 import json

@@ -6,8 +6,8 @@
 
 A classic mistake is known as a function that makes it. What the reader's function returns is
 compared with what each of them returns on the same inputs: the mistake that agrees most, on half
-of the wrong ones at least, is called by its name. All else is told by the first thing that differs: an error, the
-shape, the first wrong element.
+of the wrong ones at least, is called by its name. All else is told by the first thing that differs:
+an error, the shape, the first wrong element.
 """
 import importlib.util
 import math

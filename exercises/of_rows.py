@@ -86,8 +86,8 @@ def without_bos(segments, tokenizer):
     return ids[1:], labels[1:]
 
 
-PROMPT = ("the label stands on the prompt, too: the model would learn to ask. Only the answers have "
-          "loss")
+PROMPT = ("the label stands on the prompt, too: the model would learn to ask. Only the answers "
+          "have loss")
 SHIFTED = "the labels are shifted by one: label t is the id at t, the loss does the shift itself"
 LABELS = Exercise(
     4, "ex04_label_mask.py", ("label_mask",), "tokenize_segments in data.py", label_mask,

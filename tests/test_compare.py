@@ -1,4 +1,4 @@
-"""--compare: a run inside the band of its recipe, above it, below it; what is named as the cause."""
+"""--compare: a run inside the band of its recipe, above it, below it; what is named as cause."""
 import copy
 import json
 from pathlib import Path
