@@ -303,13 +303,12 @@ def blip2_stage1_job(args, out, device):
 
 def sample_captions(model, row):
     """A function that describes four held-out scenes, always the same: see the model learn."""
-    scenes = shown_scenes()
     # BLIP-2 is a captioner: its OPT or FlanT5 would go on from the words of a question
     question = "" if row.template.startswith("blip2") else "Describe this image"
     ids = build_prompt([question], row.template, model.tokenizer)
 
     def sample():
-        for scene in scenes:
+        for scene in shown_scenes():
             pixels = data.preprocess(draw(scene), model.image_size, row.image_aspect)
             tokens = list(generate(model, ids, pixels, max_new_tokens=80))
             text = model.tokenizer.decode(tokens).strip().split("\n")[0]

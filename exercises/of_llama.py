@@ -51,6 +51,20 @@ def minus_twice(x, position_ids, base):
     return torch.cat((a * cos - b * sin, b * cos - a * sin), -1)
 
 
+def no_minus(x, position_ids, base):
+    cos, sin = rope_table(position_ids, x.shape[-1], base)
+    (a, b), cos, sin = x.chunk(2, -1), cos[:, :, None], sin[:, :, None]
+    return torch.cat((a * cos + b * sin, b * cos + a * sin), -1)
+
+
+def mixed_conventions(x, position_ids, base):
+    """The channels are paired as halves, and the angles lie as for neighbours: 0, 0, 1, 1 ..."""
+    cos, sin = (t.repeat_interleave(2, -1)[:, :, None]
+                for t in rope_table(position_ids, x.shape[-1], base))
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
 def heads_as_positions(x, position_ids, base):
     places = torch.arange(x.shape[2])[None]
     return rope(x.transpose(1, 2).contiguous(), places, base).transpose(1, 2)
@@ -73,6 +87,9 @@ ROPE = Exercise(
      ("`base` is not used: Llama-3 has 500,000, not 10,000",
       lambda x, position_ids, base: rope(x, position_ids, 10000.0)),
      ("the second half has the wrong sign: y[m + D / 2] adds x[m] * sin", minus_twice),
+     ("the minus is missing: y[m] subtracts x[m + D / 2] * sin", no_minus),
+     ("the channels are paired as halves and the angles repeated as for neighbours: pair m has one "
+      "angle, at m and at m + D / 2", mixed_conventions),
      ("the angles run over the heads: a position is an index of dimension 1", heads_as_positions)),
     ("y",))
 
@@ -168,7 +185,8 @@ def tile_cases():
     return cases
 
 
-def tiles_with(alpha_acc=True, alpha_l=True, inverse=False, shift=True, scale=True, lse=None):
+def tiles_with(alpha_acc=True, alpha_l=True, inverse=False, shift=True, scale=True, lse=None,
+               old=False):
     """The recurrence, with a part left out; lse(m, l) where it is not m + log l."""
     def mistake(q, k1, v1, k2, v2):
         m, l, acc = torch.full(q.shape[:1], -1e30), torch.zeros(len(q)), torch.zeros_like(q)
@@ -178,7 +196,7 @@ def tiles_with(alpha_acc=True, alpha_l=True, inverse=False, shift=True, scale=Tr
             alpha = (higher - m if inverse and k is k2 else m - higher).exp()
             if not shift:
                 alpha = torch.ones_like(m)
-            p = (s - higher[:, None]).exp()
+            p = (s - (m if old and k is k2 else higher)[:, None]).exp()
             l = (alpha if alpha_l else 1) * l + p.sum(1)
             acc = (alpha[:, None] if alpha_acc else 1) * acc + p @ v
             m = higher
@@ -227,6 +245,8 @@ TILES = Exercise(
      ("nothing is corrected when the maximum grows: alpha = exp(m - m') is missing",
       tiles_with(alpha_acc=False, alpha_l=False)),
      ("alpha is upside down: it is exp(m - m'), at most 1", tiles_with(inverse=True)),
+     ("the weights of the second tile are taken with the old maximum: exp(s - m')",
+      tiles_with(old=True)),
      ("each tile has a softmax of its own, and the two are averaged: the tile with the larger "
       "scores must count more", each_alone(.5)),
      ("each tile has a softmax of its own, and the two are added: all weights of a row must add "

@@ -179,6 +179,8 @@ NEGATIVES = Exercise(
       draw_by(hide=nothing_hidden)),
      ("only the diagonal is taken out: another picture with the same caption is right, too, `same` "
       "says which", draw_by(hide=only_diagonal)),
+     ("`same` is the wrong way round: the right columns are drawn, not the wrong ones",
+      draw_by(hide=lambda same: ~same | same.all(1, keepdim=True))),
      ("all wrong columns have the same weight: the more similar, the likelier",
       draw_by(scores=torch.zeros_like)),
      ("always the most similar is taken: it is drawn, by softmax",

@@ -181,6 +181,14 @@ def at_an_end(front):
     return mistake
 
 
+def late(ids, text_embeds, image_embeds, labels):
+    """Each picture one token too late: an IMAGE and what follows it change places."""
+    order = list(range(len(ids)))
+    for at in (ids == IMAGE).nonzero().flatten().tolist():
+        order[at:at + 2] = order[at:at + 2][::-1]
+    return splice(ids[order], text_embeds[order], image_embeds, labels[order])
+
+
 def unmoved_labels(ids, text_embeds, image_embeds, labels):
     x, _ = splice(ids, text_embeds, image_embeds, labels)
     return x, torch.cat((labels, labels.new_full((len(x) - len(labels),), IGNORE)))
@@ -198,6 +206,7 @@ SPLICE = Exercise(
       "T - 1 + P are left", kept_row(False)),
      ("the pictures stand in front of the row: each belongs where its IMAGE is", at_an_end(True)),
      ("the pictures stand behind the row: each belongs where its IMAGE is", at_an_end(False)),
+     ("off by one: the picture stands behind the token that follows its IMAGE", late),
      ("the labels did not move with their tokens: IGNORE belongs where the picture is, P times",
       unmoved_labels),
      ("the labels did not grow with the row", lambda ids, text_embeds, image_embeds, labels: (

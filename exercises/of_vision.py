@@ -60,6 +60,12 @@ def uncut(pixels, weight):
     return x.reshape(len(pixels), -1, weight[0].numel()) @ weight.flatten(1).T
 
 
+def untransposed(pixels, weight):
+    p = weight.shape[-1]
+    x = F.unfold(pixels, p, stride=p)                               # (B, 3 p p, P)
+    return x.reshape(len(x), x.shape[2], -1) @ weight.flatten(1).T
+
+
 def whole_border(pixels, weight):
     """The last rows and columns instead of the first, where a border is left over."""
     used = pixels.shape[-1] // weight.shape[-1] * weight.shape[-1]
@@ -70,6 +76,9 @@ PATCHES = Exercise(
     1, "ex01_patches.py", ("embed_patches",), "ViT.embed in clip.py", embed_patches, patch_cases,
     (("the picture is reshaped, not cut: a row of pixels runs through several patches, so reshape "
       "to (B, 3, side, p, side, p) and permute before the last reshape", uncut),
+     ("the colours stand before the patches when they are reshaped: permute them behind",
+      patches_by((0, 1, 2, 4, 3, 5))),
+     ("unfold gives (B, 3 * p * p, P): transpose(1, 2) before the product", untransposed),
      ("the patches come column by column: reading order is row by row",
       patches_by((0, 4, 2, 1, 3, 5))),
      ("inside a patch colour comes last: the weight's order is colour, row, column",

@@ -262,7 +262,8 @@ class Run:
         hidden = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(total=job.steps, initial=step, disable=hidden)
         self.started, self.printed = time.time(), 0.0
-        if step == 0:
+        # FSDP2 must run the loss before anything inside the model
+        if step == 0 and world_size() == 1:
             self.write_samples(step)
         return step
 

@@ -18,8 +18,8 @@ FONT = 'system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif'
 COLOURS = {
     "paper": ("#ffffff", "#16191d"), "ink": ("#1b1b1b", "#e8eaed"), "pale": ("#5f6368", "#a8adb4"),
     "line": ("#aeb3ba", "#5a6069"), "blue": ("#cfe2ff", "#24477a"),
-    "orange": ("#ffd9a8", "#7a4a12"), "green": ("#c6ecce", "#1f5c33"), "red": ("#ffd0d0", "#7a2a2a"),
-    "grey": ("#e9ebee", "#2c3138"),
+    "orange": ("#ffd9a8", "#7a4a12"), "green": ("#c6ecce", "#1f5c33"),
+    "red": ("#ffd0d0", "#7a2a2a"), "grey": ("#e9ebee", "#2c3138"),
     "blue-ink": ("#1a56b0", "#8ab4f8"), "orange-ink": ("#a85300", "#ffb870"),
     "green-ink": ("#0b7a33", "#7fd99a"), "red-ink": ("#c0182b", "#ff8f8f"),
     "purple-ink": ("#7a2fa0", "#d7a6f5")}
