@@ -52,7 +52,7 @@ def curve(out, size, dpi, marks=()):
     """PIL image of the loss in `out`, size in inches; marks: steps that get a dot."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     lines = read_lines(out / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     names = [name for name in ("itc", "itm", "itg") if name in lines[0]]
@@ -64,6 +64,9 @@ def curve(out, size, dpi, marks=()):
     dots = [line for line in lines if line["step"] in marks]
     axes.plot([line["step"] for line in dots], [line["loss"] for line in dots], "o", color=INK)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
+    # 0.1, not 10 to the -1; numbers between powers of ten where there is room
+    axes.yaxis.set_major_formatter(ticker.LogFormatter())
+    axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1, .4)))
     file = io.BytesIO()
     figure.savefig(file, dpi=dpi)
     pyplot.close(figure)
@@ -90,7 +93,7 @@ def judged_words(text, truth):
     colours = [INK] * len(words)
     for i in range(len(words) - 1):
         found = things_in(f"{words[i]} {words[i + 1]}")
-        if found and words[i] in COLOURS and words[i + 1].strip(".,") in SHAPES:
+        if found and words[i] in COLOURS and words[i + 1].strip(".,;:") in SHAPES:
             colours[i] = colours[i + 1] = GREEN if found[0] in there else RED
     return list(zip(words, colours))
 

@@ -57,7 +57,7 @@ def shares(words, scenes, side):
             true, wrong = words_of(thing), set().union(*words_of(other).values())
             for p in object_patches(scene, thing, side).nonzero().flatten().tolist():
                 total += 1
-                word = words[n][p]
+                word = words[n][p].lower()              # "Top left red, so ..." begins a text
                 for kind in KINDS:
                     hits[kind] += word in true[kind]
                 hits["any"] += word in set().union(*true.values())
@@ -91,7 +91,7 @@ def draw_grid(sheet, y, words, owner, side):
     for p, word in enumerate(words):
         x, top = MARGIN + p % side * wide, y + p // side * high
         thing = owner[p]
-        is_true = thing is not None and word in set().union(*words_of(thing).values())
+        is_true = thing is not None and word.lower() in set().union(*words_of(thing).values())
         sheet.box(x, top, wide, high, "green" if is_true else "paper", "line", 0)
         sheet.text(x + wide / 2, top + 17, fitted(word, wide - 3), 13, "ink" if thing else "pale",
                    "middle")

@@ -58,7 +58,7 @@ def step(sheet, x, y, width, words, under, pairs, end=None):
     end: where it has to."""
     sheet.box(x, y, width, 46, "blue")
     sheet.text(x + width / 2, y + 20, words, 15, anchor="middle", bold=True, room=width - 8)
-    sheet.text(x + width / 2, y + 38, under, 14, "pale", "middle", room=width - 4)
+    sheet.text(x + width / 2, y + 38, under, 14, anchor="middle", room=width - 4)
     top, (toy, large) = y + 46, pairs
     sheet.arrow(x + 14, top, x + 14, (end or top + 50) - 2)
     sheet.text(x + 26, top + 20, written(toy), 14)
@@ -95,7 +95,7 @@ def draw_way(path):
     sheet.box(left, a, whole, 46, "green")
     sheet.text(WIDTH / 2, a + 20, "generate.sample", 15, anchor="middle", bold=True)
     sheet.text(WIDTH / 2, a + 38, "one id from the last row; it comes back as the next token", 14,
-               "pale", "middle")
+               anchor="middle")
     # the loop back to the decoder, at the right edge
     edge = WIDTH - MARGIN / 2
     sheet.line([(WIDTH - MARGIN, a + 23), (edge, a + 23), (edge, a - 73), (WIDTH - MARGIN, a - 73)],
