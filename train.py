@@ -152,7 +152,7 @@ from generate import build_prompt, generate
 from kernels.adamw import AdamW
 from toy.parts import clip_job, llama_job, muon
 from toy.texts import description
-from toy.world import draw, make_scene
+from toy.world import draw
 from trainer.adapter import kept_adapter
 from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
@@ -160,6 +160,7 @@ from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
 from trainer.forecast import flops_counter
 from trainer.held_out import held_out
+from trainer.learning import shown_scenes
 from trainer.loader import MicroBatches, Samples
 from trainer.machine import prepare
 from trainer.plan import print_plan
@@ -317,13 +318,12 @@ def blip2_stage1_job(args, out, device):
 
 def sample_captions(model, row):
     """A function that describes four held-out scenes, always the same: see the model learn."""
-    scenes = [make_scene(i, "test", count=i) for i in (1, 2, 3, 4)]
     # BLIP-2 is a captioner: its OPT or FlanT5 would go on from the words of a question
     question = "" if row.template.startswith("blip2") else "Describe this image"
     ids = build_prompt([question], row.template, model.tokenizer)
 
     def sample():
-        for scene in scenes:
+        for scene in shown_scenes():
             pixels = data.preprocess(draw(scene), model.image_size, row.image_aspect)
             tokens = list(generate(model, ids, pixels, max_new_tokens=80))
             text = model.tokenizer.decode(tokens).strip().split("\n")[0]
@@ -361,7 +361,7 @@ def train_loop(job, run):
 
         if run.log(step, grad_norm):                        # log: metrics, samples, checkpoints
             return run.exit_code                            # it was asked to stop, and has saved
-    return run.finish()                                     # writes model/ and loss.png
+    return run.finish()                                     # writes model/ and learning.png
 
 
 def make_job(args, out, device):

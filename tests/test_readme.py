@@ -14,8 +14,9 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = TEXTS["README.md"]
 ALL = "\n".join(TEXTS.values())
 # as they are called: `python train.py`, `python -m evaluate`
-PROGRAMS = ("train.py", "generate.py", "data.py check", "-m evaluate", "-m instruct", "-m bench")
-WRITTEN = ("loss.png", "contact-sheet.png")         # by commands: not in the repository
+PROGRAMS = ("train.py", "generate.py", "data.py check", "-m evaluate", "-m instruct", "-m bench",
+            "-m exercises")
+WRITTEN = ("loss.png", "learning.png", "contact-sheet.png")     # by commands: not in the repository
 
 
 # ------------------------------------------------------------------------------ the pages
@@ -192,7 +193,7 @@ def test_commands_parse(line):
 # what each program needs before it looks at the flag that is wrong
 NEEDED = {"train.py": ["--stage", "1"], "generate.py": ["img.jpg"], "data.py check": ["x.json"],
           "-m evaluate": ["toy"], "-m instruct": ["detail", "--images", "x", "--out", "y",
-                                                  "--toy", "1"], "-m bench": []}
+                                                  "--toy", "1"], "-m bench": [], "-m exercises": []}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

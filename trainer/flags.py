@@ -8,6 +8,7 @@ import math
 from dataclasses import fields, replace
 from itertools import chain
 
+from trainer.compare import curve_for
 from trainer.schedules import SCHEDULES
 
 # base -> (vision tower, LLaMA): folders beside this program, or ids on the hub
@@ -55,6 +56,8 @@ FLAGS = {
         flag("--overwrite", "delete what the output folder holds", action="store_true"),
         count("--show-batch", "print N samples, exit", 0, metavar="N"),
         flag("--plan", "print what the run needs in memory and hours, and exit",
+             action="store_true"),
+        flag("--compare", "say at the end whether the loss is normal (the toy's stages)",
              action="store_true")),
     "the run": (
         count("--save-every", "steps between checkpoints", 100),
@@ -174,7 +177,8 @@ def parse(Stage, RECIPES, changes, argv=None):
         if getattr(args, name) is not None and getattr(args, name) < lowest:
             p.error(f"--{name.replace('_', '-')} must be at least {lowest}")
     faults = chain(faults_of_row(args, args.row), faults_of_start(args, args.row, given),
-                   faults_of_batch(args, args.row), faults_of_held_out(args, args.row),
+                   faults_of_compare(args), faults_of_batch(args, args.row),
+                   faults_of_held_out(args, args.row),
                    faults_of_memory(args, args.row))
     for is_wrong, message in faults:
         if is_wrong:
@@ -285,6 +289,15 @@ def faults_of_start(args, row, given):
         "--output-dir, --resume, --overwrite and --threads")
     yield args.overwrite and args.resume, (
         "--overwrite begins anew, --resume auto goes on: give one of them")
+
+
+def faults_of_compare(args):
+    is_toy = args.base == "toy" and args.stage and not args.data
+    yield args.compare and not is_toy, (
+        "--compare knows the toy's stages 1 and 2 alone: leave --base and --data out")
+    yield args.compare and is_toy and curve_for(args) is None, (
+        f"--compare: there is no curve of stage {args.stage} of {args.recipe}; python -m "
+        f"evaluate.curves --only {args.recipe} makes it")
 
 
 def faults_of_batch(args, row):

@@ -1,4 +1,4 @@
-"""trainer/logs.py: the .jsonl files of a run, a line a step, and the curve that is drawn of them."""
+"""trainer/logs.py: the .jsonl files of a run, a line a step."""
 
 import json
 
@@ -17,21 +17,3 @@ def append_lines(path, lines):
     with open(path, "a") as file:
         for line in lines:
             file.write(json.dumps(line) + "\n")
-
-
-def plot_loss(out):
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training")
-    held_out = [x for x in lines if x.get("eval_loss") is not None]
-    if held_out:
-        axes.plot([x["step"] for x in held_out], [x["eval_loss"] for x in held_out], "o-",
-                  label="held-out")
-        axes.legend()
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    figure.savefig(out / "loss.png", dpi=100)
-    pyplot.close(figure)

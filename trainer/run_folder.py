@@ -3,11 +3,11 @@
     config.json         the flags that decide the result, and the recipe's row
     run.json            what else would have to be equal for the same bits: versions, threads, dtype
     metrics.jsonl       a line a step: loss, gradient norm, rate, speed
-    samples.jsonl       what the model says of four held-out scenes, five times in a run
+    samples.jsonl       what the model says of four held-out scenes, at steps 0, 50, 100, 200 ...
     step-000500/        a checkpoint, trainer/checkpoint.py
     best-000400/        the weights of the lowest held-out loss, trainer/held_out.py
     nan-step-7.json     the samples of a step whose loss or gradient was NaN or infinite
-    loss.png  model/    at the end; with --keep-adapter adapter/ beside it
+    loss.png  learning.png  model/      at the end; with --keep-adapter adapter/ beside them
     lock                held while a process trains here
 
 Only the first rank writes."""
@@ -32,26 +32,28 @@ from formats.files import atomic_write, rename_into_place
 from formats.strict_json import read_config
 from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.compare import report
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
 from trainer.held_out import best_so_far, load_best, save_best
+from trainer.learning import draw_learning, is_sampled, plot_loss
 from trainer.loader import MicroBatch, Samples
-from trainer.logs import append_lines, plot_loss, truncate_log
+from trainer.logs import append_lines, truncate_log
 from trainer.model_card import git_commit, write_card
 from trainer.qlora import weights_in
 from trainer.rows import LISTS
-from trainer.schedules import is_time
 from trainer.speed import Throughput
 
 LOGS = ("metrics.jsonl", "samples.jsonl", *LISTS)
 # what --overwrite deletes; config.json comes first of a run's files and goes last
 OWN_FILES = ("step-*", "best-*", "model", "model.tmp", "adapter", "adapter.tmp", *LOGS,
-             "rows.safetensors", "loss.png", "nan-step-*.json", "run.json", "config.json")
+             "rows.safetensors", "loss.png", "learning.png", "nan-step-*.json", "run.json",
+             "config.json")
 # flags that do not change the finished bits, so that a run may be resumed with others
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
               "checkpoint", "offload", "offload_optimizer", "offload_gradients", "pcie",
               "on_bad_sample", "most_bad", "follow_links", "sample_every", "published",
-              "llm_template", "keep_adapter"}
+              "llm_template", "keep_adapter", "compare"}
 SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside the progress bar
 
 
@@ -174,7 +176,7 @@ class Run:
             step = run.resume(job)          loads the newest checkpoint, cuts the logs back to it
             run.micro_batches(step)  run.autocast()  run.add_losses(...)  run.check_finite(...)
             run.log(step + 1, grad_norm)    metrics, progress, samples, checkpoint
-            run.finish()                    model/ and loss.png
+            run.finish()                    model/, loss.png and learning.png
     """
 
     def __init__(self, out, args):
@@ -204,6 +206,8 @@ class Run:
         if self.args.data and Path(self.args.data).exists():
             compare_data(self.args, self.out)           # was it trained on this file?
         print(f"{self.out / 'model'} is finished already")
+        if self.writes:
+            report(self.out, self.args)
         return True
 
     def begin(self, job):
@@ -224,7 +228,7 @@ class Run:
         self.best = best_so_far(self.out / "metrics.jsonl", step)
         if self.writes:
             for name in LOGS:
-                truncate_log(self.out / name, step)
+                truncate_log(self.out / name, step or -1)       # a new run has no lines at all
         if job.samples:
             job.samples.journal.begin(step, self.writes)
         self.stop = StopSignal()
@@ -233,6 +237,9 @@ class Run:
         hidden = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(total=job.steps, initial=step, disable=hidden)
         self.started, self.printed = time.time(), 0.0
+        # FSDP2 must run the loss before anything inside the model
+        if step == 0 and world_size() == 1 and is_sampled(0, job.steps, self.args.sample_every):
+            self.write_samples(step)
         return step
 
     # ------------------------------------------------------------------------------------ one step
@@ -316,11 +323,8 @@ class Run:
         if self.writes:
             append_lines(self.out / "metrics.jsonl", [line])
         self.show_progress(step, line)
-        if job.sample and is_time(step, job.steps, self.args.sample_every):
-            with unsharded(job.model):
-                rows = [{"step": step, **row} for row in job.sample()]
-            if self.writes:
-                append_lines(self.out / "samples.jsonl", rows)
+        if is_sampled(step, job.steps, self.args.sample_every):
+            self.write_samples(step)
         if world_size() == 1:
             self.exit_code = self.stop.code
         if self.exit_code or is_end or step % self.args.save_every == 0:
@@ -343,6 +347,14 @@ class Run:
         self.speed.restart_clock()
         return loss if math.isfinite(loss) else None
 
+    def write_samples(self, step):
+        """What the model says of four pictures now, into samples.jsonl."""
+        if self.job.sample:
+            with unsharded(self.job.model):     # every rank takes part
+                rows = [{"step": step, **row} for row in self.job.sample()]
+            if self.writes:
+                append_lines(self.out / "samples.jsonl", rows)
+
     def show_progress(self, step, line):
         """On a terminal the bar; elsewhere a line every ten seconds."""
         self.bar.set_postfix({name: line[name] for name in SHOWN if name in line})
@@ -357,7 +369,7 @@ class Run:
                   f"{line['data_wait']:.1%} waiting for data", flush=True)
 
     def finish(self):
-        """Write model/ and loss.png. Returns 0."""
+        """Write model/, loss.png and learning.png. Returns 0."""
         job, final, tmp = self.job, self.out / "model", self.out / "model.tmp"
         self.bar.close()
         if self.writes and job.samples:
@@ -374,7 +386,9 @@ class Run:
                 job.save_model(tmp)
                 write_card(tmp, self)
                 plot_loss(self.out)         # before the model, which says that all is done
+                draw_learning(self.out)
                 rename_into_place(tmp, final)
                 print(f"{final} written after {job.steps} steps, "
                       f"{time.time() - self.started:.0f} s{best}")
+                report(self.out, self.args)
         return 0

@@ -70,14 +70,6 @@ def falling(row, done, whole):
     return low + (1 - low) * (1 + math.cos(math.pi * done / whole)) / 2
 
 
-def is_time(step, steps, every):
-    """Is what happens every `every` steps, and at the end, due after this step? 0: never; None:
-    five times in a run."""
-    if every is None:
-        every = max(1, steps // 5)
-    return every > 0 and (step % every == 0 or step == steps)
-
-
 SCHEDULES = {"llava": llava, "lavis": lavis, "minigpt4": minigpt4}
 
 

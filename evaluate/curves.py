@@ -1,0 +1,99 @@
+"""evaluate.curves: what loss is normal? The curves that `python train.py ... --compare` knows.
+
+    python -m evaluate.curves                               all stages of the toy, 3 seeds
+    python -m evaluate.curves --only llava-1.5 --seeds 2    some; the others stay as they are
+    python -m evaluate.curves --table                       trains nothing, prints the table
+
+A stage is trained by train.py into --runs/seed<n>/<recipe>/stage<n>, if it is not finished there.
+The losses go into trainer/curves.json, in tenths of the run (trainer/compare.py), and a table for
+docs/results.md is printed. Two commands with other --only may run beside each other, on two
+cores.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from formats.errors import exit_status, UsageError
+from formats.files import atomic_write
+
+RECIPES = "llava", "llava-1.5", "blip2", "minigpt4", "sharegpt4v"
+
+
+def parse(argv=None):
+    """The command line, read before torch is imported."""
+    p = argparse.ArgumentParser(prog="python -m evaluate.curves", allow_abbrev=False,
+                                description="Make the curves of train.py --compare.")
+    p.add_argument("--only", default=",".join(RECIPES), help="recipes, with commas")
+    p.add_argument("--seeds", type=int, default=3, help="trainings of each stage (default: 3)")
+    p.add_argument("--runs", default="runs/curves", help="where they lie, or will lie; runs/claims "
+                   "has some of them")
+    p.add_argument("--table", action="store_true", help="print the table, train nothing")
+    args = p.parse_args(argv)
+    args.only = list(dict.fromkeys(args.only.split(",")))
+    if set(args.only) - set(RECIPES) or not 2 <= args.seeds <= 100:
+        p.error(f"--only takes {', '.join(RECIPES)}; --seeds 2 to 100")
+    return args
+
+
+def recipe_row(recipe, stage):
+    """The toy's row of a recipe's stage, as a run writes it into its config.json."""
+    from train import parse_args
+    row = parse_args(["--stage", str(stage), "--recipe", recipe]).row
+    return json.loads(json.dumps(vars(row)))
+
+
+def train_all(args, recipe, stage):
+    """The folders of a stage with all seeds; what is not there yet is trained."""
+    from evaluate.claims import stage_flags, train_if_missing
+    outs = []
+    for seed in range(args.seeds):
+        flags = stage_flags(recipe, stage)
+        model = train_if_missing(args, f"{recipe}/stage{stage}", seed, *flags)
+        outs.append(model.parent)
+        row = json.loads((model.parent / "config.json").read_text())["stage_row"]
+        if row != recipe_row(recipe, stage):
+            raise UsageError(f"{model.parent} was trained with other settings than the recipe has "
+                             "now: delete it, or give another --runs")
+    return outs
+
+
+def make(args):
+    """Train what is missing, and write the curves."""
+    from trainer.compare import curve_of, CURVES, read_curves
+    # sharegpt4v starts from the stage 1 of llava-1.5 that lies beside it
+    if "sharegpt4v" in args.only:
+        train_all(args, "llava-1.5", 1)
+    for recipe in args.only:
+        for stage in (1, 2):
+            curve = curve_of(train_all(args, recipe, stage))
+            curves = read_curves()              # anew: another command may have written meanwhile
+            curves.setdefault(recipe, {})[str(stage)] = curve
+            ordered = {name: curves[name] for name in RECIPES if name in curves}
+            atomic_write(CURVES, json.dumps(ordered, indent=1) + "\n")
+            print(f"{Path(CURVES).name}: {recipe}, stage {stage}", flush=True)
+
+
+def table():
+    """The markdown table of docs/results.md: the band at three places of each run."""
+    from trainer.compare import band, read_curves
+    rows = ["| recipe, stage | steps | seeds | first tenth | fifth tenth | last tenth |",
+            "|---|---|---|---|---|---|"]
+    for recipe, stages in read_curves().items():
+        for stage, curve in sorted(stages.items()):
+            limits = band(curve)
+            cells = [f"{low:.3f} to {high:.3f}" for low, high in (limits[i] for i in (0, 4, -1))]
+            rows.append(f"| {recipe}, {stage} | {curve['steps']} | {len(curve['seeds'])} | "
+                        f"{' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main(args):
+    if not args.table:
+        make(args)
+    print(table())
+
+
+if __name__ == "__main__":
+    ARGS = parse()
+    sys.exit(exit_status(lambda: main(ARGS)))

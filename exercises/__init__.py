@@ -1,0 +1,1 @@
+"""exercises: twelve functions to write, each checked against the project's own (README.md)."""
