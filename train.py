@@ -148,6 +148,7 @@ from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
 from trainer.forecast import flops_counter
+from trainer.golden import run_golden
 from trainer.loader import MicroBatches, Samples
 from trainer.machine import prepare
 from trainer.plan import print_plan
@@ -361,6 +362,9 @@ def make_job(args, out, device):
 
 def main(args):
     """One command; returns an exit code."""
+    if args.compare_golden or args.write_golden:            # all toy stages, 20 steps of each
+        return run_golden(args, RECIPES, parse_args=parse_args, set_trainable=set_trainable,
+                          make_job=make_job, train_loop=train_loop)
     device = prepare(args, set_trainable)       # threads, seed, the device; judges flags by them
     if args.plan:
         print_plan(args, set_trainable)

@@ -254,8 +254,9 @@ def write_template(model, folder):
     shutil.copytree(model, folder)
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
-        if isinstance(content, dict) and content.pop("chat_template", None):
-            path.write_text(json.dumps(content))
+        for key in ("chat_template", "template"):       # the second is our own, in config.json
+            content.pop(key, None)
+        path.write_text(json.dumps(content))
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
