@@ -1,5 +1,7 @@
 # make demo: a fresh machine to a model that answers about a picture. make test: the test suite.
+# make soak: runs are killed, starved and damaged for MINUTES; it goes on where the last one stopped.
 PYTHON ?= python3
+MINUTES ?= 60
 BIN := .venv/bin
 
 .venv/ready: requirements.txt
@@ -11,7 +13,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test soak
 demo: .venv/ready
 	$(BIN)/python train.py --stage 1 --resume auto
 	$(BIN)/python train.py --stage 2 --resume auto
@@ -20,3 +22,7 @@ demo: .venv/ready
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+soak: .venv/ready-test
+	$(BIN)/python tests/soak --minutes $(MINUTES)
+	$(BIN)/python tests/soak --page

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,16 +24,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import clip
 import data
 import faults
-import llama
 import projector
 import train
 from formats.checkpoints import save_weights
 from formats.errors import UsageError
 from toy.texts import training_sample
-from toy.world import SIDE
 from train import parse_args as parse
 from trainer import loader
 from trainer.build import new_vlm

@@ -34,6 +34,7 @@ from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
 from trainer.loader import MicroBatch, Samples
+from trainer.logs import append_lines, plot_loss, truncate_log
 from trainer.qlora import weights_in
 from trainer.rows import LISTS
 from trainer.speed import Throughput
@@ -60,33 +61,6 @@ def output_folders(args):
         parts = ("clip", "llama") if args.part == "both" else (args.part,)
         return [top / part for part in parts]
     return [Path(args.output_dir or f"runs/{args.base}/{args.recipe}/stage{args.stage}")]
-
-
-def truncate_log(path, step):
-    """Drop the lines of a .jsonl that a resumed run will write again, and one cut short."""
-    if path.exists():
-        lines = path.read_text().splitlines(True)
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step]
-        atomic_write(path, "".join(kept))
-
-
-def append_lines(path, lines):
-    with open(path, "a") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
-
-
-def plot_loss(out):
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines])
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    figure.savefig(out / "loss.png", dpi=100)
-    pyplot.close(figure)
 
 
 def run_config(args):
@@ -270,7 +244,7 @@ class Run:
         self.speed = Throughput(self.weight.device, job.steps - step)
         hidden = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(total=job.steps, initial=step, disable=hidden)
-        self.started, self.printed = time.time(), 0.0
+        self.started, self.printed = time.monotonic(), -math.inf
         return step
 
     # ------------------------------------------------------------------------------------ one step
@@ -369,7 +343,7 @@ class Run:
         """On a terminal the bar; elsewhere a line every ten seconds."""
         self.bar.set_postfix({name: line[name] for name in SHOWN if name in line})
         self.bar.update()
-        now = time.time()
+        now = time.monotonic()      # the clock of the day may be set back
         if self.writes and self.bar.disable and now - self.printed > 10:
             self.printed, loss = now, "no usable sample"
             if self.usable:
@@ -393,5 +367,5 @@ class Run:
                 plot_loss(self.out)         # before the model, which says that all is done
                 rename_into_place(tmp, final)
                 print(f"{final} written after {job.steps} steps, "
-                      f"{time.time() - self.started:.0f} s")
+                      f"{time.monotonic() - self.started:.0f} s")
         return 0

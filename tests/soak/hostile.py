@@ -15,7 +15,6 @@ import re
 import resource
 import shutil
 import signal
-import time
 import traceback
 from pathlib import Path
 

@@ -1,5 +1,6 @@
 """What the soak does, and in which order: a piece of everything first, then the next of each."""
 
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ NEEDS_MOUNT = ("full disk", "read-only folder")
 # (what, function, kinds of stage, seeds): a seed is one piece of work
 TRIALS = (
     ("SIGKILL at a random moment", trials.kill_at_random, STAGES, 8),
-    ("SIGKILL in a save", trials.kill_in_save, STAGES, 1),
+    ("SIGKILL in a save", trials.kill_in_save, STAGES, trials.PARTS),
     ("SIGKILL in a resume", trials.kill_in_resume, STAGES, 1),
     ("SIGKILL in --overwrite", trials.kill_in_overwrite, ("stage 2", "own data"), 1),
     ("SIGTERM", trials.sigterm, STAGES, 3),
@@ -80,5 +81,6 @@ def do(room, piece):
     kind = room.kinds.get(piece.kind, piece.kind)
     found = piece.function(room, kind, seed)
     piece.first_seed += 1
+    text = json.dumps(found).replace(str(room.folder), "")      # no path of this machine
     return {"what": piece.what, "kind": piece.kind, "seed": seed, "commit": records.commit(),
-            **found, "seconds": round(time.monotonic() - began, 1)}
+            **json.loads(text), "seconds": round(time.monotonic() - began, 1)}

@@ -318,8 +318,8 @@ def write_seeds(folder, world):
 
 
 # {target: the folder of its seeds}
-FOLDERS = {"safetensors": "weights", "chat template": "template", "safetensors index": "shards", "tokenizer.json": "llava",
-           "config.json of a Q-Former": "qformer", "LLaVA JSON": "rows",
+FOLDERS = {"safetensors": "weights", "safetensors index": "shards", "chat template": "template",
+           "tokenizer.json": "llava", "config.json of a Q-Former": "qformer", "LLaVA JSON": "rows",
            "LLaVA JSON lines": "lines", "COCO files": "coco", "Karpathy's file": "karpathy",
            "benchmark questions": "questions", "model replies": "replies", "HTTP answer": "http",
            **{f"{kind} picture": kind for kind in PICTURES}}

@@ -18,7 +18,8 @@ from soak.kinds import STEPS
 from soak.room import Tally
 
 PAGE = 4096
-PASSES = 8              # pieces that the sizes of a full disk are dealt into
+PARTS = 4               # pieces that the file operations of a save are cut into
+PASSES = 8              # and the sizes of a full disk
 LONGEST_CHAIN = 12      # kills of one run
 
 
@@ -46,9 +47,9 @@ def kill_at_random(room, kind, seed, amount=25):
     return tally.record()
 
 
-def kill_at_each(room, kind, fault, start, *after, limit=None):
+def kill_at_each(room, kind, fault, start, *after, points=slice(None)):
     """SIGKILL before each file operation of a stretch. start(): a new folder and the flags of the
-    run that is killed; after: flags of the run behind it. limit: the first operations only."""
+    run that is killed; after: flags of the run behind it. points: which of the operations."""
     log, tally = room.folder / "operations", Tally()
 
     def run(k):
@@ -58,8 +59,9 @@ def kill_at_each(room, kind, fault, start, *after, limit=None):
 
     out, result = run(0)
     faults = result.faults(0)
-    operations = log.read_text().splitlines()[:limit]
-    for k, name in enumerate(operations, 1):
+    tally.add(0, faults, "counted")
+    operations = list(enumerate(log.read_text().splitlines(), 1))
+    for k, name in operations[points]:
         out, result = run(k)
         happened = result.codes[0] == -signal.SIGKILL and len(log.read_text().splitlines()) == k
         faults = result.faults(-signal.SIGKILL, 1)      # 1: another rank, which notices
@@ -72,10 +74,12 @@ def kill_at_each(room, kind, fault, start, *after, limit=None):
     return tally.record()
 
 
-def kill_in_save(room, kind, seed, limit=None):
-    """Before each file operation from the second of two saves to the end of the run."""
+def kill_in_save(room, kind, seed, points=None):
+    """Before each file operation from the second of two saves to the end of the run. A seed is
+    every PARTS-th of them."""
+    points = points or slice(seed, None, PARTS)
     return kill_at_each(room, kind, "kill_save", lambda: (room.fresh(), ["--keep-last", 1], 4),
-                        "--resume", "auto", "--keep-last", 1, limit=limit)
+                        "--resume", "auto", "--keep-last", 1, points=points)
 
 
 def kill_in_resume(room, kind, seed):
