@@ -37,7 +37,7 @@ def long_run(room, kind, seed, steps=10_000, plant=None):
     """Resident memory and open files of one run of so many steps."""
     log, out = room.folder / "memory.jsonl", room.fresh()
     log.unlink(missing_ok=True)
-    fault = {"memory": (str(log), steps // 200)}
+    fault = {"memory": (str(log), max(1, steps // 200))}
     if plant:
         fault["plant"] = plant
     result = room.run(kind, out, steps=steps, save_every=steps // 20, fault=fault, limit=3600)

@@ -60,7 +60,7 @@ class Result:
                 found.append(f"exit code {code}: {text.strip()[-200:]}")
             elif "Traceback" in text:
                 found.append(f"traceback: {text.strip()[-200:]}")
-            elif code in (1, 2, 3) and text.count("error: ") != 1:
+            elif code in (1, 2, 3) and f"\n{text}".count("\nerror: ") != 1:
                 found.append(f"no line of its own: {text.strip()[-200:]}")
         return found
 

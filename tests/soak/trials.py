@@ -27,18 +27,34 @@ def dice(kind, seed):
     return random.Random(f"{kind.name}:{seed}")
 
 
+class Moments:
+    """Random moments of a run. The machine is busier at some times than at others: after one that
+    came too late the next come earlier, else a little later."""
+
+    def __init__(self, room, kind, seed):
+        self.rng, self.longest = dice(kind, seed), room.reference(kind)[2]
+
+    def draw(self):
+        return self.rng.uniform(.02, self.longest)
+
+    def learn(self, too_late):
+        self.longest *= .8 if too_late else 1.05
+
+
 # --------------------------------------------------------------------------------- kills, signals
 
 def kill_at_random(room, kind, seed, amount=25):
     """SIGKILL at a random moment, of all ranks at once; then again, until the run is finished."""
-    rng, tally, whole = dice(kind, seed), Tally(), room.reference(kind)[2]
+    moments, tally = Moments(room, kind, seed), Tally()
     while tally.done < amount:
         out, kills, faults = room.fresh(), 0, []
         while not faults:
-            wait = rng.uniform(.02, 1.1) * whole
+            wait = moments.draw()
             if kills == LONGEST_CHAIN or tally.done + kills >= amount:
                 wait = 0
             result = room.run(kind, out, "--resume", "auto", kill_after=wait)
+            if wait:
+                moments.learn(result.ended(0))
             if result.ended(0):                 # the kill came too late, or none was wanted
                 break
             kills += 1
@@ -101,12 +117,11 @@ def kill_in_overwrite(room, kind, seed):
 def signal_at_random(room, kind, seed, number, code, amount=10):
     """SIGTERM or Ctrl-C at a random moment. Before the first step nothing is saved: the signal
     ends the process as it does any. Ranks that lose another then end with 1."""
-    rng, tally, whole = dice(kind, seed), Tally(), room.reference(kind)[2]
-    for _ in range(4 * amount):
-        if tally.done == amount:
-            break
-        out, wait = room.fresh(), rng.uniform(.05, 1) * whole
+    moments, tally = Moments(room, kind, seed), Tally()
+    while tally.done < amount:
+        out, wait = room.fresh(), moments.draw()
         result = room.run(kind, out, save_every=100, signal_after=[wait, number])
+        moments.learn(result.ended(0))
         if result.ended(0):
             continue                            # it came too late
         allowed = (code, -number, 0) if kind.ranks == 1 else (code, -number, 0, 1)
@@ -236,11 +251,10 @@ def flipped_bit_in_start(room, kind, seed, amount=20):
 def clock_set_back(room, kind, seed, amount=5):
     """The clock of the day goes back by a day in the middle of a run, the run is killed, its files
     are dated tomorrow, and it is resumed."""
-    rng, tally, whole = dice(kind, seed), Tally(), room.reference(kind)[2]
+    moments, tally = Moments(room, kind, seed), Tally()
     while tally.done < amount:
-        out = room.fresh()
-        fault = {"clock": (rng.randrange(1, 30), 86400)}
-        wait = rng.uniform(.3, 1) * whole
+        out, wait = room.fresh(), moments.draw()
+        fault = {"clock": (moments.rng.randrange(1, 30), 86400)}
         result = room.run(kind, out, kill_after=wait, fault=fault)
         for path in [out, *out.rglob("*")]:
             stamp = path.stat().st_mtime + 86400
@@ -256,12 +270,14 @@ def clock_set_back(room, kind, seed, amount=5):
 def rank_died(room, kind, seed, amount=6):
     """One of two ranks is SIGKILLed: the other ends with 1 and one line, or by torchrun's SIGTERM
     if it has not begun, within 40 seconds."""
-    rng, tally, whole = dice(kind, seed), Tally(), room.reference(kind)[2]
+    moments, tally = Moments(room, kind, seed), Tally()
     while tally.done < amount:
-        out, wait, victim = room.fresh(), rng.uniform(.1, 1) * whole, rng.randrange(2)
+        out, wait, victim = room.fresh(), moments.draw(), moments.rng.randrange(2)
         result = room.run(kind, out, kill_rank=[wait, victim], limit=40)
-        if result.codes[victim] != -signal.SIGKILL:
-            continue                                    # it came too late
+        too_late = result.codes[victim] != -signal.SIGKILL
+        moments.learn(too_late)
+        if too_late:
+            continue
         other = 1 - victim
         faults = result.faults(-signal.SIGKILL, -signal.SIGTERM, 1)
         if result.codes[other] == 1 and "--resume auto" not in result.errors[other]:
