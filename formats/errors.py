@@ -8,6 +8,8 @@ import time
 
 from tqdm import tqdm
 
+LONGEST_LINE = 1500             # characters; a file may put whatever it likes into a message
+
 
 class UserError(Exception):
     """A foreseen failure; `code` is the exit status."""
@@ -36,7 +38,7 @@ def exit_status(main, debug: bool = False) -> int:
             raise
         if debug:
             raise
-        line, code = " ".join(str(error).split()), getattr(error, "code", None)
+        line, code = one_line(error), getattr(error, "code", None)
         if isinstance(error, KeyboardInterrupt):
             return 130
         if isinstance(error, BrokenPipeError):      # `| head` has ended: flush into nothing
@@ -47,7 +49,7 @@ def exit_status(main, debug: bool = False) -> int:
         elif isinstance(error, OSError):
             code = 1 if error.errno == errno.ENOSPC else 3
             where = error.filename or "disk"
-            line = f"{where}: {error.strerror}: free space or choose another folder"
+            line = one_line(f"{where}: {error.strerror}: free space or choose another folder")
         print("error:", line, file=sys.stderr)
         return code
 
@@ -78,6 +80,14 @@ def progress(things, what, total=None, step=1):
 def printable(text: str) -> str:
     """Text on one line; what could command a terminal is spelled out."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+def one_line(error) -> str:
+    """What an error says, printable; of a long text the middle is left out."""
+    line = printable(str(error))
+    if len(line) > LONGEST_LINE:
+        line = f"{line[:LONGEST_LINE - 500]} ... {line[-480:]}"
+    return line
 
 
 def note(line):

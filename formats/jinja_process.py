@@ -2,21 +2,22 @@
 
     render -- a line of JSON --> formats/sandbox.py -- a line of JSON --> render
 
-A template is somebody else's program. It may loop for ever: then the process is ended after
-SECONDS, and the next request starts a new one. What it can reach and its memory are bounded in
-formats/sandbox.py."""
+A template is somebody else's program. It may loop for ever: then the process ends itself after half
+a second of computing, or is ended after SECONDS by the clock, and the next request starts a new
+one. What it can reach, its time and its memory are bounded in formats/sandbox.py."""
 import atexit
 import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-SECONDS = 10.0                  # for one prompt; a template of the hub takes a millisecond
+SECONDS = 10.0                  # for one prompt, by the clock: the machine may be busy
 _LOCK = threading.Lock()
 
 
@@ -62,6 +63,8 @@ def render(source: str, variables: dict) -> str:
             _process.cache_clear()          # the next request starts a new process
             if late:
                 raise TimeoutError(f"it takes over {SECONDS:.0f} s")
+            if worker.returncode == -getattr(signal, "SIGPROF", 99):
+                raise TimeoutError("it takes over half a second of computing")
             raise ValueError("the process that renders it came to an end")
     reply = json.loads(line)
     if "fault" in reply:

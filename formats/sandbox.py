@@ -13,6 +13,7 @@ strftime_now, tojson, namespace, dict, break and continue, and {% generation %},
 Nothing of ours is imported, so that the process starts in a tenth of a second."""
 import functools
 import json
+import signal
 import sys
 from datetime import datetime
 
@@ -22,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MEMORY = 1 << 29                # bytes of address space: Python and Jinja take a tenth of it
+COMPUTING = .5                  # seconds for one prompt; a template of the hub takes a millisecond
 LONGEST = 4_000_000             # characters of a prompt
 # What a template can make Python raise. Anything else ends this process, which is noticed.
 FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
@@ -99,6 +101,13 @@ def answer(line: str) -> dict:
     return {"text": text}
 
 
+def limit_computing(seconds):
+    """End this process after so many seconds of computing; 0: never. However busy the machine is,
+    a template gets as much."""
+    if hasattr(signal, "setitimer"):            # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def main():
     try:
         import resource
@@ -106,7 +115,10 @@ def main():
     except (ImportError, ValueError, OSError):      # Windows, macOS: only the time is bounded
         pass
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(line)) + "\n")
+        limit_computing(COMPUTING)
+        reply = json.dumps(answer(line))
+        limit_computing(0)
+        sys.stdout.write(reply + "\n")
         sys.stdout.flush()
 
 

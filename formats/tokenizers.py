@@ -36,7 +36,7 @@ def tokenizer_config(folder) -> dict:
     if "added_tokens_decoder" in config:
         return config
     config |= read_config(folder, "special_tokens_map.json", missing_ok=True)
-    named = {_content(config.get(key)) for key in NAMED}
+    named = [_content(config.get(key)) for key in NAMED]    # a list: a file may say anything
     older = read_config(folder, "added_tokens.json", missing_ok=True)
     config["added_tokens_decoder"] = {
         str(i): {"content": token, "special": token in named, "normalized": token not in named}

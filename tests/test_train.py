@@ -1,13 +1,11 @@
 """train.py: what learns, what is saved, what a kill, a full disk or a wrong flag can do to a run.
 
 Runs that end in a kill or in an exit code are children of one server process, which has imported
-torch once and forks: a fraction of a second each. The server itself never computes, because a
-fork of a process whose autograd threads run is not safe. `python tests/test_train.py` is it.
+torch once and forks: a fraction of a second each (tests/faults.py).
 """
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,235 +15,39 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-
-os.environ["TOKENIZERS_PARALLELISM"] = "false"      # its threads would not survive a fork
-HERE = Path(__file__).resolve().parents[1]
-STEPS = 6
-
-
-# ------------------------------------------------------------------------------ the server's side
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Operations:
-    """Counts what a run does to the disk, and SIGKILLs it before number k (0: only counts).
-
-    Half-done writes count too: a file just opened is empty, and safetensors' file is cut in half
-    once it is written. since, until: the calls of functions that open and close the stretch that
-    is counted."""
-
-    def __init__(self, k, log):
-        self.k, self.log, self.seen, self.on = k, log, [], False
-        for name in ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "remove"):
-            self.wrap(os, name)
-        real = io.open
-
-        def opened(file, mode="r", *rest, **more):
-            if not set(mode) & set("wax+"):
-                return real(file, mode, *rest, **more)
-            self.operation(f"open {file}")
-            handle = real(file, mode, *rest, **more)
-            self.operation(f"write {file}")
-            return handle
-        io.open = __builtins__.open = opened
-        from formats import checkpoints
-        from trainer import checkpoint, rows
-        for module in (checkpoint, rows, checkpoints):
-            self.wrap_save(module)
-
-    def operation(self, what, before=lambda: None):
-        if self.on:
-            self.seen.append(what)
-            with self.silent():
-                Path(self.log).write_text("\n".join(self.seen))
-            if len(self.seen) == self.k:
-                before()
-                kill()
-
-    def silent(self):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def off():
-            self.on = False
-            yield
-            self.on = True
-        return off()
-
-    def wrap(self, owner, name):
-        real = getattr(owner, name)
-
-        def counted(*a, **more):
-            self.operation(f"{name} {a[0]}")
-            return real(*a, **more)
-        setattr(owner, name, counted)
-
-    def wrap_save(self, module):
-        real = module.save_file
-
-        def counted(tensors, path, *rest):
-            self.operation(f"save_file {path}")
-            real(tensors, path, *rest)
-            self.operation(f"half of {path}", lambda: os.truncate(path, os.stat(path).st_size // 2))
-        module.save_file = counted
-
-
-def before_call(module, name, number, action):
-    """Have `action` happen before call `number` (from 1) of module.<name>."""
-    real, calls = getattr(module, name), []
-
-    def watched(*a, **more):
-        calls.append(1)
-        if len(calls) == number:
-            action()
-        return real(*a, **more)
-    setattr(module, name, watched)
-
-
-def before_batch(train, step, action):
-    """Have action(model) happen when the batch of `step` is asked for."""
-    real = train.MicroBatches
-
-    def made(samples, model, args, *ranks):
-        batches = real(samples, model, args, *ranks)
-        return lambda s: (action(model) if s == step else None, batches(s))[1]
-    train.MicroBatches = made
-
-
-def refuse(*a, **more):
-    raise AssertionError("a socket was asked for")
-
-
-def inject(train, fault):
-    """What goes wrong in this child."""
-    from trainer import run_folder, schedules
-    if "kill_save" in fault:                # from the second save to the end of the run
-        operations = Operations(*fault["kill_save"])
-        before_call(run_folder, "save_checkpoint", 2, lambda: setattr(operations, "on", True))
-    if "kill_start" in fault:               # from the start to the first batch
-        operations = Operations(*fault["kill_start"])
-        operations.on = True
-        before_call(schedules, "cosine", 1, lambda: setattr(operations, "on", False))
-    if "signal" in fault:
-        step, number = fault["signal"]
-        before_batch(train, step, lambda model: os.kill(os.getpid(), number))
-    if "nan" in fault:
-        before_batch(train, fault["nan"], lambda m: m.projector.first.weight.data.fill_(math.nan))
-    if "nan_gradient" in fault:             # of a finite loss
-        before_batch(train, fault["nan_gradient"], lambda m: m.projector.first.weight.register_hook(
-            lambda g: g * math.nan))
-    if "file_limit" in fault:
-        limit = (fault["file_limit"], resource.RLIM_INFINITY)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        before_call(run_folder, "save_checkpoint", 2,
-                    lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    if "errno" in fault:                    # (name in os or "write", part of a path, errno)
-        name, part, number = fault["errno"]
-        real = io.open if name == "write" else getattr(os, name)
-
-        def failing(path, *a, **more):
-            if part in str(path):
-                raise OSError(number, os.strerror(number), str(path))
-            return real(path, *a, **more)
-        if name == "write":
-            io.open = __builtins__.open = failing
-        else:
-            setattr(os, name, failing)
-    if "no_socket" in fault:
-        import socket
-        socket.socket = socket.create_connection = socket.getaddrinfo = refuse
-        sys.addaudithook(lambda event, a: refuse() if event.startswith("socket.") else None)
-    if "ask_socket" in fault:               # the control of the line above
-        before_batch(train, 0, lambda model: __import__("socket").socket())
-
-
-def child(train, data, order):
-    os.setsid()                             # a kill of this child reaches nobody else
-    os.chdir(order["cwd"])
-    for number, name in ((1, "out"), (2, "err")):
-        handle = os.open(order["log"] + "." + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if not order["fault"].get("no_socket"):     # 20 descriptions a run would take most of its time
-        train.generate = lambda *a, **more: iter((5, 6, 7))
-    inject(train, order["fault"])
-    from formats.errors import exit_status
-    args = train.parse_args(order["argv"])
-    return exit_status(lambda: train.main(args))
-
-
-def serve():
-    sys.path.insert(0, str(HERE))
-    import torch
-
-    import data
-    import train
-    from trainer.run_folder import plot_loss
-    torch.set_num_threads(1)
-    # What is slow the first time is done once here, not in every child: imports, a first plot.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n'
-                                                    '{"step": 2, "loss": 7.5}\n')
-        plot_loss(Path(folder))
-    for line in sys.stdin:
-        order = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                code = child(train, data, order)
-            except SystemExit as leaving:
-                code = leaving.code
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        if order["kill_after"]:
-            time.sleep(order["kill_after"])
-            os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(json.dumps(code), flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(serve())
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import clip
 import data
-import llama
+import faults
 import projector
 import train
 from formats.checkpoints import save_weights
 from formats.errors import UsageError
-from toy.parts import llama_tokenizer
 from toy.texts import training_sample
-from toy.world import SIDE
 from train import parse_args as parse
 from trainer import loader
 from trainer.build import new_vlm
 from trainer.loader import Samples
 from trainer.run_folder import Run
 from trainer.schedules import cosine
+from tiny import write_parts
+
+HERE = Path(__file__).resolve().parents[1]
+STEPS = 6
 
 
 # ------------------------------------------------------------------------------ the tests' side
 
 @pytest.fixture(scope="session")
 def server():
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, faults.__file__], stdin=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     yield process
     process.stdin.close()
@@ -255,17 +57,7 @@ def server():
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """Folder of a CLIP and a LLaMA that know nothing and are very small."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(1)
-    (folder / "llama").mkdir()
-    llama_tokenizer(folder / "llama")
-    rows = -(-len(data.Tokenizer(folder / "llama")) // 64) * 64
-    llama.Llama(llama.Config(rows, 32, 2, 2, 1, 64, 1e-5, 1e4, 1024)
-                ).save_pretrained(folder / "llama")
-    clip.CLIP(clip.Config(32, 2, 2, 64, image_size=SIDE, patch_size=16),
-              clip.Config(32, 1, 2, 64, vocab=20, context=8, eos_id=19), 16
-              ).save_pretrained(folder / "clip")
-    return folder
+    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture
@@ -289,7 +81,7 @@ def run(server, tmp_path):
         server.stdin.write(json.dumps({"argv": argv, "fault": fault, "log": log, "cwd": str(cwd),
                                        "kill_after": kill_after}) + "\n")
         server.stdin.flush()
-        code = json.loads(server.stdout.readline())
+        (code,) = json.loads(server.stdout.readline())
         out, err = (Path(f"{log}.{name}").read_text() for name in ("out", "err"))
         assert "Traceback" not in err, err
         return SimpleNamespace(code=code, out=out, err=err)

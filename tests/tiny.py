@@ -3,7 +3,12 @@ import json
 
 import torch
 
+import clip
+import data
+import llama
 from kernels.attention import visible
+from toy.parts import llama_tokenizer
+from toy.world import SIDE
 
 LIMIT = 1e-5            # of the largest value, in fp32
 
@@ -82,3 +87,17 @@ def write_words(folder):
         "tokenizer_class": "PreTrainedTokenizerFast", "legacy": False, "add_bos_token": True,
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
         "model_max_length": 128, "padding_side": "right"}))
+
+
+def write_parts(folder):
+    """A CLIP and a LLaMA that know nothing and are very small, for runs of the toy's stages."""
+    torch.manual_seed(1)
+    (folder / "llama").mkdir()
+    llama_tokenizer(folder / "llama")
+    rows = -(-len(data.Tokenizer(folder / "llama")) // 64) * 64
+    llama.Llama(llama.Config(rows, 32, 2, 2, 1, 64, 1e-5, 1e4, 1024)
+                ).save_pretrained(folder / "llama")
+    clip.CLIP(clip.Config(32, 2, 2, 64, image_size=SIDE, patch_size=16),
+              clip.Config(32, 1, 2, 64, vocab=20, context=8, eos_id=19), 16
+              ).save_pretrained(folder / "clip")
+    return folder

@@ -7,6 +7,7 @@ import argparse
 import math
 from dataclasses import fields, replace
 from itertools import chain
+from pathlib import Path
 
 from trainer.compare import curve_for
 from trainer.schedules import SCHEDULES
@@ -25,6 +26,7 @@ EVA, BERT, FLAN = ("Salesforce/blip2-itm-vit-g", "google-bert/bert-base-uncased"
 KNOWN_KINDS = {"facebook/opt-2.7b": "opt", "facebook/opt-6.7b": "opt",
                "google/flan-t5-xl": "t5", "google/flan-t5-xxl": "t5"}
 
+GOLDEN = str(Path(__file__).parents[1] / "tests/golden_losses.json")
 CAPTION_STYLES = ("captions", "dialogue", "conversation", "short", "web", "details", "descriptions",
                   "imagined")
 LOSSES = {"itc", "itm", "itg"}                      # of a Q-Former
@@ -44,7 +46,7 @@ def count(name, help, default, **more):
 FLAGS = {
     "start here": (
         flag("--stage", "1: the projector; 2: instructions; 0: the toy's parts", type=int,
-             choices=(0, 1, 2), required=True),
+             choices=(0, 1, 2)),
         flag("--recipe", "whose training is repeated", default="llava-1.5"),
         flag("--task", "what stage 2 of llava learns: conversations (default), or ScienceQA",
              choices=("scienceqa",)),
@@ -77,6 +79,9 @@ FLAGS = {
              choices=("auto", "fp32", "bf16"), default="auto"),
         flag("--part", "of stage 0; both: CLIP and LLaMA", default="both",
              choices=("both", "clip", "llama", "qformer")),
+        flag("--compare-golden", "are the first losses of all toy stages those of this file?",
+             nargs="?", const=GOLDEN, metavar="FILE"),
+        flag("--write-golden", "measure that file anew", nargs="?", const=GOLDEN, metavar="FILE"),
         flag("--debug", "tracebacks", action="store_true")),
     "the parts": (
         flag("--vision", "CLIP folder or hub id, instead of the base's"),
@@ -163,8 +168,12 @@ def parse(Stage, RECIPES, changes, argv=None):
 
     changes: {base: {recipe: what differs from the rows of RECIPES, a dict a stage}}."""
     p = parser(Stage, RECIPES)
-    args = p.parse_args(argv)
-    given = {}
+    args, given = p.parse_args(argv), {}
+    if args.compare_golden or args.write_golden:
+        check_alone(p, args)
+        return args
+    if args.stage is None:
+        p.error("the following arguments are required: --stage")
     for field in row_fields(Stage):
         value = getattr(args, field.name)
         if value is not None:
@@ -184,6 +193,14 @@ def parse(Stage, RECIPES, changes, argv=None):
         if is_wrong:
             p.error(message)
     return args
+
+
+def check_alone(p, args):
+    """The golden losses are of all stages, and no flag changes them."""
+    given = [name for name, value in vars(args).items() if value != p.get_default(name)]
+    if len(set(given) - {"debug"}) > 1:
+        p.error("--compare-golden and --write-golden run every toy stage as it is: give one of "
+                "them, and no other flag")
 
 
 def recipe_row(args, RECIPES, changes, given):

@@ -25,6 +25,7 @@ from formats.conversations import images_of
 from formats.errors import NothingToLearn, TrainingFailed
 from formats.files import rename_into_place
 from formats.pictures import picture_path
+from trainer.logs import read_lines
 from trainer.checkpoint import gather_weights, restore, sha256_file
 from trainer.distributed import all_reduce_sum, rank, world_size
 from trainer.loader import count_learned, MicroBatches, Planned, Samples, to_device
@@ -106,12 +107,9 @@ def best_so_far(log, step):
     """(step, loss) of the lowest eval_loss in metrics.jsonl up to a step, the first of equals;
     (0, inf) if there is none."""
     best = 0, math.inf
-    for text in log.read_text().splitlines(True) if log.exists() else ():
-        if not text.endswith("}\n"):
-            continue                                # cut short by a kill
-        line = json.loads(text)
+    for _, line in read_lines(log, step) if log.exists() else ():
         loss = line.get("eval_loss")
-        if line["step"] <= step and loss is not None and loss < best[1]:
+        if type(loss) is float and loss < best[1]:
             best = line["step"], loss
     return best
 

@@ -9,7 +9,6 @@ An object that is named and is there is green; one that is not there is red and 
 without samples (--data, BLIP-2's first stage, stage 0) has the curve alone."""
 
 import io
-import json
 import math
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from toy.texts import description, things_in
 from toy.world import COLOURS, draw, make_scene, SHAPES
+from trainer.logs import read_lines
 
 WIDTH, MARGIN, LABEL = 960, 24, 150         # pixels; LABEL: the column of the steps
 SIDE = 288                                  # of the picture
@@ -43,11 +43,9 @@ def shown_scenes():
     return [make_scene(count, "test", count=count) for count in (1, 2, 3, 4)]
 
 
-def read_lines(path):
+def rows_of(path):
     """The lines of a .jsonl as dicts; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for _, row in read_lines(path)] if path.exists() else []
 
 
 # ------------------------------------------------------------------------------ the curve
@@ -57,7 +55,7 @@ def curve(out, size, dpi, marks=()):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
-    lines = read_lines(out / "metrics.jsonl")
+    lines = rows_of(out / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     names = [name for name in ("itc", "itm", "itg") if name in lines[0]]
     for name in ("loss", *names):
@@ -150,7 +148,7 @@ def draw_learning(out, path=None):
     """learning.png from metrics.jsonl and samples.jsonl of the run in `out`; path: elsewhere."""
     path, scene = path or out / "learning.png", shown_scenes()[SHOWN - 1]
     truth = description(scene)
-    rows = [row for row in read_lines(out / "samples.jsonl") if row["truth"] == truth]
+    rows = [row for row in rows_of(out / "samples.jsonl") if row["truth"] == truth]
     if not rows:
         curve(out, (4.8, 2.8), 200).save(path)
         return

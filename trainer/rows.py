@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from formats.conversations import images_of, read_rows
 from formats.errors import BadData, NothingToLearn
 from formats.files import atomic_write, fsync_path
+from trainer.logs import read_lines
 
 BAD, NOTHING = "bad_samples.jsonl", "nothing_to_learn.jsonl"
 LISTS = BAD, NOTHING
@@ -150,13 +151,11 @@ class Journal:
         return {"step": step, "sample": number, "where": where, "why": why}
 
     def read(self, name, step):
-        """The lines of a file up to a step; one that was cut short is left out."""
-        path, found = self.out / name, []
-        if path.exists():
-            for text in path.read_text().splitlines(True):
-                if text.endswith("}\n") and json.loads(text)["step"] <= step:
-                    found.append(json.loads(text))
-        return found
+        """The lines of a file up to a step; one that was cut short or damaged is left out."""
+        path = self.out / name
+        if not path.exists():
+            return []
+        return [line for _, line in read_lines(path, step, sample=int, where=str, why=str)]
 
     def compare(self, step):
         """Refuses a file in which a sample has changed that the first `step` steps trained on."""
@@ -193,8 +192,12 @@ class Journal:
         path = self.out / DIGESTS
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor("digest"), file.get_tensor("words")
-        except SafetensorError as error:
+                digests, words = file.get_tensor("digest"), file.get_tensor("words")
+                wanted = (file.metadata() or {}).get("sha256")      # None: of an older version
+            if wanted and wanted != checksum(digest=digests, words=words):
+                raise ValueError("its checksum differs")
+            return digests, words
+        except (SafetensorError, ValueError) as error:
             raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of "
                           "the data, or --overwrite to start anew") from None
 
@@ -231,12 +234,20 @@ class Journal:
                 yield f"samples {what}: {len(whys):,} ({first}), listed in {self.out / name}"
 
 
+def checksum(**tensors):
+    """SHA-256 of tensors, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].numpy().tobytes())
+    return found.hexdigest()
+
+
 def save_numbers(path, **arrays):
     """Arrays of integers as a .safetensors file, whole or not at all."""
     dtypes, tensors = {"i": torch.int32, "q": torch.int64}, {}
     for name, numbers in arrays.items():
         tensors[name] = torch.frombuffer(numbers, dtype=dtypes[numbers.typecode])
     tmp = path.with_name(path.name + ".tmp")
-    save_file(tensors, tmp)
+    save_file(tensors, tmp, {"sha256": checksum(**tensors)})
     fsync_path(tmp)
     os.replace(tmp, path)

@@ -236,7 +236,7 @@ class Run:
         self.speed = Throughput(self.weight.device, job.steps - step)
         hidden = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(total=job.steps, initial=step, disable=hidden)
-        self.started, self.printed = time.time(), 0.0
+        self.started, self.printed = time.monotonic(), -math.inf
         # FSDP2 must run the loss before anything inside the model
         if step == 0 and world_size() == 1 and is_sampled(0, job.steps, self.args.sample_every):
             self.write_samples(step)
@@ -359,7 +359,7 @@ class Run:
         """On a terminal the bar; elsewhere a line every ten seconds."""
         self.bar.set_postfix({name: line[name] for name in SHOWN if name in line})
         self.bar.update()
-        now = time.time()
+        now = time.monotonic()      # the clock of the day may be set back
         if self.writes and self.bar.disable and now - self.printed > 10:
             self.printed, loss = now, "no usable sample"
             if self.usable:
@@ -389,6 +389,6 @@ class Run:
                 draw_learning(self.out)
                 rename_into_place(tmp, final)
                 print(f"{final} written after {job.steps} steps, "
-                      f"{time.time() - self.started:.0f} s{best}")
+                      f"{time.monotonic() - self.started:.0f} s{best}")
                 report(self.out, self.args)
         return 0

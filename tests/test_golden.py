@@ -1,0 +1,111 @@
+"""trainer/golden.py: a change of arithmetic is seen, and nothing else is taken for one."""
+
+import json
+import signal
+
+import pytest
+import torch
+
+import train
+from formats.errors import BadData, TrainingFailed
+from trainer import golden
+from trainer.flags import GOLDEN
+
+PROGRAM = {name: getattr(train, name)
+           for name in ("parse_args", "set_trainable", "make_job", "train_loop")}
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process():
+    """A run sets threads, signals and determinism: put them back."""
+    threads = torch.get_num_threads()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def written():
+    return golden.read_golden(GOLDEN)
+
+
+def only(written, name, **more):
+    """The golden file with one stage in it."""
+    return {**written, "losses": {name: written["losses"][name]}, **more}
+
+
+def test_the_first_losses_of_every_stage_are_those_of_the_file(written):
+    assert set(written["losses"]) == {f"{recipe} stage {n}" for recipe in train.RECIPES
+                                      for n in (1, 2)}
+    assert {len(values) for values in written["losses"].values()} == {golden.STEPS}
+    said = list(golden.compare(written, golden.golden_losses(PROGRAM, train.RECIPES, steps=1)))
+    assert len(said) == len(written["losses"]) + 1
+
+
+def test_a_change_of_arithmetic_is_found_with_its_step(written, monkeypatch):
+    """Control: a rate that is a hundred-thousandth higher, in a stage whose first rate is 0: step
+    2 is the first whose weights have moved, so step 3 is the first with another loss."""
+    real = train.lr_schedule
+
+    def higher(row, steps):
+        scale = real(row, steps)
+        return lambda step: 1.00001 * scale(step)
+
+    names = ["llava"]
+    golden_part = only(written, "llava stage 1")
+    before = golden.golden_losses(PROGRAM, names, steps=4)
+    assert list(golden.compare(golden_part, before))
+    monkeypatch.setattr(train, "lr_schedule", higher)
+    after = golden.golden_losses(PROGRAM, names, steps=4)
+    with pytest.raises(TrainingFailed, match="llava stage 1, step [34]: .*--write-golden"):
+        list(golden.compare(only(written, "llava stage 1", processor=golden.processor(),
+                                 torch=torch.__version__, losses={
+                                     "llava stage 1": before["llava stage 1"]}), after))
+
+
+def test_another_processor_is_compared_within_what_was_measured():
+    file = {"processor": "another", "torch": torch.__version__, "losses": {"a": [2.0, 3.0]},
+            "allowed": {"a": 1e-4}}
+    said = list(golden.compare(file, {"a": [2.0, 3.0002]}))
+    assert "within what was measured" in said[-1] and "another" in said[-1]
+    with pytest.raises(TrainingFailed, match="step 2: loss 3.0004"):
+        list(golden.compare(file, {"a": [2.0, 3.0004]}))
+    here = {**file, "processor": golden.processor()}
+    assert "to the bit" in list(golden.compare(here, {"a": [2.0, 3.0]}))[-1]
+    with pytest.raises(TrainingFailed, match="0.0e.00 are allowed"):
+        list(golden.compare(here, {"a": [2.0, 3.0000000000000004]}))
+    with pytest.raises(TrainingFailed, match="step 2"):
+        list(golden.compare({**file, "torch": "2.0", "processor": golden.processor()},
+                            {"a": [2.0, 4.0]}))
+
+
+def test_every_difference_between_instruction_sets_is_allowed_four_times(written):
+    for name, gap in written["measured"].items():
+        assert written["allowed"][name] == golden.MARGIN * gap and gap < .01
+
+
+@pytest.mark.parametrize("content, words", [
+    ("[]", "holds no golden losses"), ("{", "unreadable JSON"),
+    (json.dumps({"losses": {}, "allowed": {}, "weights": {"clip": "0"}}),
+     "other toy/weights .clip, llama, qformer.*--write-golden")])
+def test_a_file_that_does_not_fit_is_refused(tmp_path, content, words):
+    (tmp_path / "golden.json").write_text(content)
+    with pytest.raises(BadData, match=words):
+        golden.read_golden(tmp_path / "golden.json")
+
+
+@pytest.mark.parametrize("argv", [["--compare-golden", "--lr", "1"], ["--write-golden", "--stage",
+                                  "1"], ["--compare-golden", "--write-golden"]])
+def test_it_takes_no_other_flag(argv, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.parse_args(argv)
+    assert leaving.value.code == 2 and "no other flag" in capsys.readouterr().err
+
+
+def test_a_stage_is_still_required(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train.parse_args(["--lr", "1"])
+    assert leaving.value.code == 2 and "--stage" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""What a run writes down, damaged on the disk: trainer/logs.py, and the numbers of trainer/rows.py."""
+
+import json
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from formats.errors import BadData
+from trainer.logs import plot_loss, read_lines, truncate_log
+from trainer.rows import Journal, save_numbers
+
+LINES = [b'{"step": 1, "loss": 6.5}', b'{"step": 2, "loss": null}', b'{"step": 3, "loss": 5.5}']
+DAMAGE = {"no JSON": b'{"step": 2, "loss": 6.5]', "no UTF-8": b'{"step": 2, "lo\xffs": 6.5}',
+          "no step": b'{"stup": 2, "loss": 6.5}', "a step of text": b'{"step": "2"}', "a list": b"[]",
+          "empty": b"", "NaN": b'{"step": 2, "loss": NaN}', "true": b'{"step": true}'}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_is_left_out_and_said(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([LINES[0], damage, LINES[2], b'{"step": 4']))
+    truncate_log(path, 9)
+    assert path.read_bytes() == LINES[0] + b"\n" + LINES[2] + b"\n"     # the last was cut short
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "line 2 is damaged" in said[0]
+    plot_loss(tmp_path)
+    assert (tmp_path / "loss.png").exists() and not capsys.readouterr().err
+
+
+def test_whole_lines_stay_as_they_are(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*LINES, b""]))
+    truncate_log(path, 2)
+    assert path.read_bytes() == LINES[0] + b"\n" + LINES[1] + b"\n"
+    truncate_log(tmp_path / "missing.jsonl", 2)
+    assert not (tmp_path / "missing.jsonl").exists() and not capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_a_gap_in_the_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n{"step": 2}\n'
+                                            '{"step": 3, "loss": "5"}\n{"step": 4, "loss": 4.5}\n')
+    plot_loss(tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_list_of_bad_samples_needs_all_its_keys(tmp_path, capsys):
+    good = {"step": 1, "sample": 4, "where": "row 5", "why": "no picture"}
+    lines = [good, {**good, "sample": "4"}, {"step": 1, "sample": 5}]
+    (tmp_path / "bad_samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    journal = Journal(SimpleNamespace(rows=None), tmp_path, 100)
+    assert journal.read("bad_samples.jsonl", 9) == [good]
+    assert capsys.readouterr().err.count("damaged") == 2
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    save_numbers(tmp_path / "rows.safetensors", digest=array("q", [7, 8, 9]),
+                 words=array("i", [3, -4, 5]))
+    return Journal(SimpleNamespace(rows=None), tmp_path, 100), tmp_path / "rows.safetensors"
+
+
+def test_numbers_come_back(numbers):
+    digests, words = numbers[0].load_digests()
+    assert digests.tolist() == [7, 8, 9] and words.tolist() == [3, -4, 5]
+
+
+def test_every_flipped_bit_of_the_numbers_is_refused(numbers):
+    """The order of the samples follows from `words`: one wrong bit would be another run."""
+    journal, path = numbers
+    content = path.read_bytes()
+    first = 8 + int.from_bytes(content[:8], "little")
+    assert len(content) - first == 3 * 8 + 3 * 4
+    for bit in range(8 * first, 8 * len(content), 5):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(BadData, match="checksum"):
+            journal.load_digests()
+
+
+def test_numbers_of_an_older_version_have_no_checksum_and_are_read(numbers):
+    """Control of the test above: without the checksum the flipped bit comes through."""
+    journal, path = numbers
+    tensors = load_file(path)
+    tensors["words"][0] = 1027
+    save_file(tensors, path)
+    assert torch.equal(journal.load_digests()[1], tensors["words"])
