@@ -196,7 +196,7 @@ def sharegpt4v(args, seed, scenes):
 # ------------------------------------------------------------------------ BLIP-2 and MiniGPT-4
 
 # Steps of stage 1 and of stage 2: the recipe's own, and four times as many. Four was chosen before
-# any claim was looked at; whether a loss is flat by then is printed beside each arm, see `falls_by`.
+# any claim was looked at; beside each arm is printed whether its loss is flat, see `falls_by`.
 BUDGETS = {"short": (TOY["blip2"][0]["steps"], TOY["blip2"][1]["steps"]),
            "long": (4 * TOY["blip2"][0]["steps"], 4 * TOY["blip2"][1]["steps"])}
 
