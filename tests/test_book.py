@@ -319,7 +319,7 @@ def test_the_book_in_a_browser(chromium, page_file, width, scheme):
         const box = document.getElementById("projector.splice").querySelector(part)
         return box.getBoundingClientRect() })""")
     if width > 1000:
-        assert where[0]["right"] <= where[1]["right"] and where[0]["width"] < width / 3
+        assert where[0]["right"] <= where[1]["left"] and where[0]["width"] < width / 2
         assert abs(where[0]["top"] - where[1]["top"]) < 20
     else:
         assert where[0]["bottom"] <= where[1]["top"]
