@@ -6,12 +6,13 @@
 
 A stage is trained by train.py into --runs/seed<n>/<recipe>/stage<n>, if it is not finished there.
 The losses go into trainer/curves.json, in tenths of the run (trainer/compare.py), and a table for
-docs/results.md is printed. Two commands with other --only may run beside each other, on two
-cores.
+docs/results.md is printed. --jobs 2 trains two seeds at a time, each on one core.
 """
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from formats.errors import exit_status, UsageError
@@ -28,11 +29,12 @@ def parse(argv=None):
     p.add_argument("--seeds", type=int, default=3, help="trainings of each stage (default: 3)")
     p.add_argument("--runs", default="runs/curves", help="where they lie, or will lie; runs/claims "
                    "has some of them")
+    p.add_argument("--jobs", type=int, default=1, help="seeds that are trained at a time")
     p.add_argument("--table", action="store_true", help="print the table, train nothing")
     args = p.parse_args(argv)
     args.only = list(dict.fromkeys(args.only.split(",")))
-    if set(args.only) - set(RECIPES) or not 2 <= args.seeds <= 100:
-        p.error(f"--only takes {', '.join(RECIPES)}; --seeds 2 to 100")
+    if set(args.only) - set(RECIPES) or not 2 <= args.seeds <= 100 or not 1 <= args.jobs <= 100:
+        p.error(f"--only takes {', '.join(RECIPES)}; --seeds 2 to 100; --jobs 1 to 100")
     return args
 
 
@@ -43,35 +45,42 @@ def recipe_row(recipe, stage):
     return json.loads(json.dumps(vars(row)))
 
 
-def train_all(args, recipe, stage):
-    """The folders of a stage with all seeds; what is not there yet is trained."""
+def train_seed(args, seed):
+    """Train the stages of one seed that are not there yet."""
     from evaluate.claims import stage_flags, train_if_missing
+    stages = [(recipe, stage) for recipe in args.only for stage in (1, 2)]
+    if "sharegpt4v" in args.only:           # starts from the stage 1 of llava-1.5 beside it
+        stages.insert(0, ("llava-1.5", 1))
+    threads = ("--threads", 1) if args.jobs > 1 else ()
+    for recipe, stage in stages:
+        train_if_missing(args, f"{recipe}/stage{stage}", seed, *stage_flags(recipe, stage),
+                         *threads)
+
+
+def folders_of(args, recipe, stage):
+    """The folders of a stage with all seeds. Raises UsageError where one is of other settings."""
     outs = []
     for seed in range(args.seeds):
-        flags = stage_flags(recipe, stage)
-        model = train_if_missing(args, f"{recipe}/stage{stage}", seed, *flags)
-        outs.append(model.parent)
-        row = json.loads((model.parent / "config.json").read_text())["stage_row"]
+        out = Path(args.runs) / f"seed{seed}" / recipe / f"stage{stage}"
+        row = json.loads((out / "config.json").read_text())["stage_row"]
         if row != recipe_row(recipe, stage):
-            raise UsageError(f"{model.parent} was trained with other settings than the recipe has "
-                             "now: delete it, or give another --runs")
+            raise UsageError(f"{out} was trained with other settings than the recipe has now: "
+                             "delete it, or give another --runs")
+        outs.append(out)
     return outs
 
 
 def make(args):
-    """Train what is missing, and write the curves."""
+    """Train what is missing, and write the curves; those of other recipes stay as they are."""
     from trainer.compare import curve_of, CURVES, read_curves
-    # sharegpt4v starts from the stage 1 of llava-1.5 that lies beside it
-    if "sharegpt4v" in args.only:
-        train_all(args, "llava-1.5", 1)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(partial(train_seed, args), range(args.seeds)))
+    curves = read_curves()
     for recipe in args.only:
-        for stage in (1, 2):
-            curve = curve_of(train_all(args, recipe, stage))
-            curves = read_curves()              # anew: another command may have written meanwhile
-            curves.setdefault(recipe, {})[str(stage)] = curve
-            ordered = {name: curves[name] for name in RECIPES if name in curves}
-            atomic_write(CURVES, json.dumps(ordered, indent=1) + "\n")
-            print(f"{Path(CURVES).name}: {recipe}, stage {stage}", flush=True)
+        curves[recipe] = {str(stage): curve_of(folders_of(args, recipe, stage))
+                          for stage in (1, 2)}
+    ordered = {name: curves[name] for name in RECIPES if name in curves}
+    atomic_write(CURVES, json.dumps(ordered, indent=1) + "\n")
 
 
 def table():
