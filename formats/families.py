@@ -55,12 +55,17 @@ class Family:
     hf_names: dict = field(default_factory=dict)    # {canonical name: the weight file's name}
 
 
-def read_family(folder, weights):
-    """The Family of a folder and its weights. Raises BadModel, Offline."""
+def family_of_config(folder):
+    """The Family of a folder by its small files alone: sizes, and no names of weights."""
     config = read_config(folder)
     official = "mm_projector_type" in config or "mm_vision_tower" in config
     read = read_official_config if official else read_vlm_config
-    family = read(folder, config)
+    return read(folder, config)
+
+
+def read_family(folder, weights):
+    """The Family of a folder and its weights. Raises BadModel, Offline."""
+    family = family_of_config(folder)
     family.hf_names = names.canonical_names(weights)
     if family.llm_kind == "llama":
         embed, head = family.hf_names.get(EMBED), family.hf_names.get(HEAD)
@@ -73,8 +78,8 @@ def read_family(folder, weights):
         # a tied file may hold the embedding as the head alone
         embed = prefix + language_models.TABLES[kind]["embed.weight"]
         family.hf_names.setdefault(embed, prefix + table["embed.weight"])
-    if official and not any(name.startswith("vision_tower.") for name in family.hf_names):
-        family.tower = config["mm_vision_tower"]
+    if family.official and not any(name.startswith("vision_tower.") for name in family.hf_names):
+        family.tower = family.config["mm_vision_tower"]
     return family
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 SECONDS = 10.0                  # for one prompt, by the clock: the machine may be busy
+START = 120.0                   # to start Python and import Jinja, on a busy machine
 _LOCK = threading.Lock()
 
 
@@ -28,6 +29,7 @@ def _process(pid):
         [sys.executable, "-I", str(Path(__file__).with_name("sandbox.py"))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     atexit.register(worker.kill)
+    _line(worker.stdout, time.monotonic() + START)      # "ready"
     return worker
 
 
@@ -49,7 +51,8 @@ def render(source: str, variables: dict) -> str:
     where it takes too long."""
     request = json.dumps({"source": source, "variables": variables}) + "\n"
     with _LOCK:                             # one request at a time
-        deadline, worker, line = time.monotonic() + SECONDS, _process(os.getpid()), b""
+        worker, line = _process(os.getpid()), b""
+        deadline = time.monotonic() + SECONDS
         try:
             worker.stdin.write(request.encode())
             worker.stdin.flush()

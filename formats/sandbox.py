@@ -114,6 +114,7 @@ def main():
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, ValueError, OSError):      # Windows, macOS: only the time is bounded
         pass
+    print("ready", flush=True)                      # Jinja is imported: from now on time counts
     for line in sys.stdin:
         limit_computing(COMPUTING)
         reply = json.dumps(answer(line))

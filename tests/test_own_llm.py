@@ -446,3 +446,23 @@ def test_large_fp32_weights_are_laid_out_on_request_only(smol, monkeypatch):
     args = parse_generate(["--text", "x", "--lay-out", "--model", str(smol)])
     assert args.lay_out and isinstance(args, argparse.Namespace)
     assert load_model(args).llm.config.width == 32 and Path(smol).is_dir()
+
+
+def test_starting_the_process_that_renders_takes_no_time_off_a_template(tmp_path, monkeypatch):
+    """On a busy machine it took ten seconds, and the template was another one."""
+    from formats import jinja_process
+    monkeypatch.setattr(jinja_process, "SECONDS", 3.)
+    monkeypatch.setattr(jinja_process.sys, "executable", slow_python(tmp_path, 4))
+    jinja_process._process.cache_clear()
+    assert jinja_process.render("{{ x }}", {"x": "y"}) == "y"
+    jinja_process._process(jinja_process.os.getpid()).kill()
+    jinja_process._process.cache_clear()
+
+
+def slow_python(folder, seconds):
+    """A Python that takes so long to start."""
+    import sys
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\nsleep {seconds}\nexec {sys.executable} \"$@\"\n")
+    path.chmod(0o755)
+    return str(path)

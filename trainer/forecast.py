@@ -6,7 +6,6 @@ trainer/plan.py prints it (--plan); `fit_to_card` chooses row length and recompu
 
 import math
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ import llms
 from clip import Config as TowerConfig, LayerNorm, ViT
 from formats import configs, language_models
 from formats.errors import UsageError
-from formats.families import read_vlm_config
 from formats.hub import resolve
 from formats.strict_json import read_config
 from llama import Config as LlamaConfig
@@ -27,7 +25,7 @@ from trainer.flags import BASES, EVA, LLAVA_TOWER
 from trainer.lengths import mean_lengths, sample_lengths
 from trainer.qlora import add_additions, code_bytes, coded_weights, written_out_bytes
 from trainer.stacks import cross_flops, cross_weights, last_products, stacks
-from trainer.start import base_models, start_folder
+from trainer.start import base_models, check_is_here, start_family
 from trainer.traffic import bytes_a_step, split_by_place
 
 # the hub's parts that recipes begin with: a plan needs no network
@@ -76,8 +74,7 @@ def meta_model(args, set_trainable):
 
 def part_configs(args):
     """(TowerConfig, the language model's Config) of the run's parts, or of its first model's."""
-    if start := start_folder(args):
-        family = read_vlm_config(start, read_sizes(args, start))
+    if family := start_family(args):
         return TowerConfig(**family.vision), llms.config_of(family.llm_kind, family.llm)
     vision_name, llm_name = base_models(args)
     vision, llm = KNOWN_SIZES.get(vision_name), KNOWN_SIZES.get(llm_name)
@@ -91,9 +88,7 @@ def part_configs(args):
 
 def read_sizes(args, name):
     """config.json of a folder, or, without --plan, of a hub id."""
-    if args.plan and not Path(name).is_dir():
-        raise UsageError(f"--plan: {name} is no folder, and its sizes are not known here; give "
-                         "a folder with its config.json")
+    check_is_here(args, name)
     return read_config(resolve(name))
 
 

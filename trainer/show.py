@@ -1,8 +1,8 @@
 """--show-batch N: samples as the model reads them, before a run is started."""
 
 import data
+from formats.adapters import open_model
 from formats.errors import NothingToLearn, UserError
-from formats.hub import resolve
 from trainer.forecast import meta_model
 from trainer.loader import MicroBatches, Samples
 from trainer.start import llm_folder
@@ -14,7 +14,7 @@ def show_batch(args, set_trainable):
     What a run would refuse is refused here, with the same message."""
     samples = Samples(args)
     model = meta_model(args, set_trainable)             # sizes only: no weights are loaded
-    model.tokenizer = data.Tokenizer(resolve(llm_folder(args)))
+    model.tokenizer = data.Tokenizer(open_model(llm_folder(args))[0])
     batches = MicroBatches(samples, model, args)
     for index in range(args.show_batch):
         try:

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import data
 from formats import language_models
+from formats.adapters import open_model
 from formats.chat_templates import folder_template
-from formats.errors import note
-from formats.families import template_of_vocabulary
+from formats.errors import note, UsageError
+from formats.families import family_of_config, template_of_vocabulary
 from formats.folders import SHIPPED_QFORMER
 from formats.hub import resolve
 from formats.strict_json import read_config
@@ -100,6 +101,23 @@ def start_folder(args):
     return start
 
 
+def check_is_here(args, name):
+    """Refuse to plan with what would have to be downloaded."""
+    if args.plan and not Path(name).is_dir():
+        raise UsageError(f"--plan: {name} is no folder, and its sizes are not known here; give "
+                         "a folder with its config.json")
+
+
+def start_family(args):
+    """The formats.families.Family of the whole model that the run starts from, by its small files;
+    None for new parts. Raises BadModel, Offline, UsageError."""
+    start = start_folder(args)
+    if start is None:
+        return None
+    check_is_here(args, start)
+    return family_of_config(open_model(start)[1])       # of an adapter, its base's
+
+
 def llm_folder(args):
     """The folder or hub id whose tokenizer and language model the run has."""
     return start_folder(args) or base_models(args)[1]
@@ -120,16 +138,16 @@ def blip2_template(args):
 def own_template(folder):
     """The conversation format that the language model in a folder has learned: a name of
     data.TEMPLATES, or UNKNOWN. Raises BadModel, Offline."""
-    folder = resolve(folder)
-    config = read_config(folder)
+    tokenizer_folder, config_folder, _ = open_model(folder)
+    config = read_config(config_folder)
     if "llm_template" in config:                # of a stage 1 of ours
         name = config["llm_template"]
         return name if name in data.TEMPLATES else UNKNOWN
     name = str(config.get("template"))
     if data.template_of(name).style not in ("own", "plain"):
         return name                             # of a stage 2 of ours
-    tokenizer = data.Tokenizer(folder)
-    found = folder_template(folder, tokenizer, data.TEMPLATES, data.prompt)
+    tokenizer = data.Tokenizer(tokenizer_folder)
+    found = folder_template(tokenizer_folder, tokenizer, data.TEMPLATES, data.prompt)
     if found in data.TEMPLATES and data.TEMPLATES[found].style != "plain":
         return str(found)                       # without a system text of its own: ours is trained
     text = config.get("text_config")
