@@ -5,6 +5,7 @@
     FOLDER/problems.json, pid_splits.json       the official layout: formats/scienceqa.py
     FOLDER/images/train/7/image.png             two problems in three have a picture; of the third
                                                 the hint describes the scene in words
+    FOLDER/images/train-other/7/image.png       a control: the picture of another problem
 
 A problem is a question of the toy world with its value among the choices, in any order; the
 solution is the answer in words. Test problems are about scenes that training never draws.
@@ -42,19 +43,27 @@ def make_problem(number, split):
             "lecture": "", "solution": answer, "split": split}, scene
 
 
+def save(picture, folder, split, name):
+    place = Path(folder) / "images" / split / name
+    place.mkdir(parents=True, exist_ok=True)
+    picture.save(place / "image.png")
+
+
 def write_problems(folder, **counts):
     """The files of so many problems of each split: write_problems(folder, train=600, test=200)."""
     problems, splits = {}, {}
     for split, count in counts.items():
-        splits[split] = []
+        splits[split], shown = [], {}
         for number in range(count):
             name = str(len(problems) + 1)
             problems[name], scene = make_problem(number, split)
             splits[split].append(name)
             if problems[name]["image"]:
-                place = Path(folder) / "images" / split / name
-                place.mkdir(parents=True, exist_ok=True)
-                draw(scene).save(place / "image.png")
+                shown[name] = draw(scene)
+        names = list(shown)
+        for i, name in enumerate(names):
+            save(shown[name], folder, split, name)
+            save(shown[names[i - 1]], folder, f"{split}-other", name)
     atomic_write(Path(folder) / "problems.json", json.dumps(problems, indent=1) + "\n")
     atomic_write(Path(folder) / "pid_splits.json", json.dumps(splits) + "\n")
 
