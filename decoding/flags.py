@@ -86,7 +86,8 @@ def build_parser():
     """The flags, in the groups that --help shows."""
     p = argparse.ArgumentParser(description="Talk to a model about an image.", allow_abbrev=False)
     p.add_argument("images", nargs="*", metavar="image", help="pictures that are asked about "
-                   "together, or a folder of pictures (then with --out)")
+                   "together (each at its <image>, if the question has as many, else in front), or "
+                   "a folder of pictures (then with --out)")
     p.add_argument("prompt", nargs="?", help="the question; without it, a chat in the terminal")
     p.add_argument("--caption", action="store_true", help="no question: a caption (BLIP-2)")
     p.add_argument("--text", action="store_true", help="no picture: a question or a chat about "

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -20,7 +21,7 @@ import train
 from decoding.flags import parse
 from formats.strict_json import read_config
 from test_train import (        # noqa: F401  fixtures
-    flags, here, lines, parts, refused, run, server, sha, unchanged_process)
+    flags, HERE, here, lines, parts, refused, run, server, sha, unchanged_process)
 from trainer.held_out import best_so_far
 
 COLOURS = {"red": (250, 20, 20), "blue": (20, 20, 250), "green": (20, 200, 20)}
@@ -149,6 +150,29 @@ def test_the_best_so_far_is_read_from_the_log(tmp_path):
     log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "eval_lo')
     assert best_so_far(log, 8) == (4, 3.0) and best_so_far(log, 3) == (2, 5.0)
     assert best_so_far(log, 9) == (9, 1.0)
+
+
+def test_two_ranks_agree_with_one(parts, files, tmp_path):                      # noqa: F811
+    """One micro-batch of held-out samples, so that the other rank gets a blank one; the weights of
+    the lowest loss are found, kept and brought back by both."""
+    same = ["--stage", "2", "--from", "none", "--vision", parts / "clip", "--llm", parts / "llama",
+            "--threads", "1", "--lr", "5e-2", "--steps", "6", *files, "--batch", "4",
+            *eval_flags(tmp_path, "--keep-best")]
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
+                                              "--nproc-per-node", "2"])):
+        done = subprocess.run(
+            [sys.executable, *start, HERE / "train.py", *map(str, same), "--output-dir",
+             tmp_path / name], capture_output=True, text=True, cwd=HERE, env={
+                **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    one, two = ({x["step"]: x["eval_loss"] for x in lines(tmp_path / name / "metrics.jsonl")
+                 if "eval_loss" in x} for name in ("one", "two"))
+    assert one.keys() == two.keys() == {2, 4, 6}
+    assert all(two[step] == pytest.approx(one[step], rel=1e-3) for step in one)
+    best = min(two, key=two.get)
+    assert [p.name for p in (tmp_path / "two").glob("best-*")] == [f"best-{best:06d}"]
+    assert by_hand(tmp_path / "two/model", tmp_path / "b.json", tmp_path) == pytest.approx(
+        two[best], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------ what is refused

@@ -22,6 +22,9 @@ from formats.errors import exit_status
 from formats.scienceqa import prompt_text
 from instruct.scienceqa import main as converted
 from projector import VLM
+from toy import problems
+from toy.texts import description
+from toy.world import draw, split_of
 from test_train import parts, unchanged_process         # noqa: F401  fixtures
 from trainer.start import output_folders
 from trainer.samples import encode_sample, official_would_mask, sample_pieces
@@ -337,3 +340,27 @@ def test_trained_and_asked_again(parts, tmp_path):                              
     assert seen["all"] == 1.0
     unseen = scored(wrong, out / "model")
     assert unseen["image context"] == 0 and unseen["text context"] == 1.0
+
+
+# ------------------------------------------------------------------------------- the toy's problems
+
+def test_the_toys_problems_are_scienceqas(tmp_path):
+    """Read by the same code; the answer can be seen in the picture, or read in the hint; the
+    control shows another picture; a test scene is one that training never draws."""
+    problems.main([str(tmp_path), "--train", "16", "--test", "8"])
+    assert convert(tmp_path, "--out", tmp_path / "a.json") == 0
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert len(rows) == 16 and sum("image" in row for row in rows) == 11
+    table = json.loads((tmp_path / "problems.json").read_text())
+    splits = json.loads((tmp_path / "pid_splits.json").read_text())
+    assert [len(splits[name]) for name in ("train", "test")] == [16, 8]
+    for number, name in enumerate(splits["test"]):
+        row, scene = problems.make_problem(number, "test")
+        assert row == table[name] and split_of(scene) == "test"
+        value = row["choices"][row["answer"]]
+        assert value in row["solution"] and len(set(row["choices"])) == problems.CHOICES
+        assert value in description(scene) and bool(row["hint"]) != bool(row["image"])
+        if row["image"]:
+            pictures = [data.load_image(tmp_path / f"images/{split}/{name}/image.png").tobytes()
+                        for split in ("test", "test-other")]
+            assert pictures[0] == draw(scene).tobytes() != pictures[1]
