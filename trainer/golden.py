@@ -20,11 +20,12 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-from formats.errors import BadData, TrainingFailed
+from formats.errors import BadData, note, TrainingFailed
 from formats.files import atomic_write
 from formats.strict_json import read_json
 from trainer.flags import GOLDEN
@@ -80,9 +81,10 @@ def golden_losses(program, recipes, steps=STEPS):
             for stage in ("1", "2"):
                 argv = ["--recipe", recipe, "--stage", stage, "--threads", "1", "--device", "cpu",
                         "--dtype", "fp32", "--output-dir", f"{folder}/{recipe}/stage{stage}"]
-                said = io.StringIO()
+                name, said, began = f"{recipe} stage {stage}", io.StringIO(), time.monotonic()
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                    found[f"{recipe} stage {stage}"] = stage_losses(argv, program, steps)
+                    found[name] = stage_losses(argv, program, steps)
+                note(f"{name}: {steps} steps in {time.monotonic() - began:.0f} s")
     return found
 
 

@@ -47,11 +47,12 @@ def enter_namespace():
 
 def main():
     args = parse()
-    from soak import page, plan, records
+    from soak import page, records
     done = records.read(args.records)
     if args.page:
         page.write(done)
         return 0
+    from soak import plan               # imports torch
     pieces = plan.pieces(args.only, args.kind, done)
     if args.list:
         for piece in pieces:

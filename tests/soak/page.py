@@ -11,10 +11,10 @@ FOUND = records.ROOT / "tests/soak/found.jsonl"
 GOLDEN = records.ROOT / "tests/golden_losses.json"
 # columns of the first table: what the soak calls it, and the head of the column
 STAGE_TRIALS = {
-    "SIGKILL at a random moment": "killed at random", "SIGKILL in a save": "in a save",
+    "SIGKILL at a random moment": "SIGKILL at random", "SIGKILL in a save": "in a save",
     "SIGKILL in a resume": "in a resume", "SIGTERM": "SIGTERM", "Ctrl-C": "Ctrl-C",
     "flipped bit": "flipped bit", "read-only folder": "read-only",
-    "clock set back": "clock set back"}
+    "clock set back": "clock back"}
 HEAD = """# Reliability, in figures
 
 Made by `python tests/soak --page` from `tests/soak/records.jsonl`. A line there is a piece of work:
@@ -57,9 +57,8 @@ REST = """
 it is full at every page that is written. *A rank dies*: one of two is SIGKILLed, the other ends
 with 1 and one line. *2, 1, 2 ranks*: the same run goes on with another number of ranks twice, and
 ends within 1e-6 of the run that had two all the time. *Memory*: resident bytes and open files; flat
-is less than 1 % between the second tenth and the last. *The model it starts from*: weights of other
-people have no checksum, so a flipped bit that leaves a finite number is trained on without a word;
-config and tokenizer are checked.
+is less than 1 % between the second tenth and the last. *The model it starts from*: files of other
+people have no checksum, so a flipped bit that leaves something valid is used without a word.
 """
 HOSTILE = """
 ## Hostile inputs
