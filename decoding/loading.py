@@ -44,7 +44,7 @@ def prepare_for_inference(model, codes=None, lay_out=None):
 
 def is_cheap_to_lay_out(model):
     """bf16 weights take no more memory in the CPU's layout; fp32 ones take it twice, and while they
-    are laid out 2.3 times: of SmolLM2-135M 1.2 GB for 3 to 9 % (docs/weights.md)."""
+    are laid out 2.3 times, for little (docs/weights.md)."""
     fp32 = [p for p in model.parameters() if p.dtype == torch.float32]
     return sum(p.nbytes for p in fp32) <= LAID_BYTES
 
