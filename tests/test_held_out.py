@@ -175,7 +175,7 @@ def test_two_ranks_agree_with_one(parts, files, tmp_path):                      
         two[best], rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------- what is refused
 
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[1].update(image="gone.png"), ("gone.png",)),
@@ -183,7 +183,8 @@ def test_two_ranks_agree_with_one(parts, files, tmp_path):                      
     (lambda rows: rows[1].update(conversations=3), ("b.json: row 2",)),
     (lambda rows: [r["conversations"][1].update(value=" ") for r in rows], ("b.json", "has loss"))],
     ids=["missing picture", "no mark", "no turns", "no answers"])
-def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path, change, words):  # noqa
+def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path,       # noqa: F811
+                                                     change, words):
     rows = json.loads((tmp_path / "b.json").read_text())
     change(rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
@@ -196,7 +197,8 @@ def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path
     (("--eval-data", "x.json", "--eval-every", "0"), "at least 1"),
     (("--eval-data", "x.json", "--eval-every", "-1"), "at least"),
     (("--eval-data", "x.json", "--recipe", "blip2", "--stage", "1"), "with a LLaMA"),
-    (("--keep-adapter",), "--lora"), (("--keep-adapter", "--lora", "4", "--from", "none"), "--from"),
+    (("--keep-adapter",), "--lora"),
+    (("--keep-adapter", "--lora", "4", "--from", "none"), "--from"),
     (("--keep-adapter", "--lora", "4", "--quantize", "int4"), "--quantize")], ids=" ".join)
 def test_flags_that_do_not_go_together(words, told, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -303,7 +305,7 @@ def test_generate_loads_it(stages, capsys, monkeypatch):
     assert said[0] == said[1] and said[0].strip()
 
 
-# ------------------------------------------------------------------------------------ the model card
+# -------------------------------------------------------------------------------- the model card
 
 def test_the_card_says_what_the_run_was(stages):
     card = (stages / "stage2/model/README.md").read_text()

@@ -1,4 +1,4 @@
-"""trainer/logs.py: the .jsonl files of a run, a line a step, and the curve that is drawn of them."""
+"""trainer/logs.py: the .jsonl files of a run, a line a step, and the curve drawn of them."""
 
 import json
 
