@@ -244,6 +244,23 @@ def test_an_adapter_is_the_merged_model(stages):
     assert size < (stages / "stage2/model/model.safetensors").stat().st_size / 2
 
 
+def test_a_tower_that_trains_is_kept_whole(stages):
+    out = stages / "tower"
+    assert here([str(word) for word in (
+        "--stage", 2, "--lora", 3, "--keep-adapter", "--lr", "2e-2", "--steps", 3, "--threads", 1,
+        "--batch", 3, "--data", stages / "a.json", "--images", stages, "--output-dir", out,
+        "--train", "vision,projector,llm", "--from", stages / "stage1/model")]) == 0
+    models = [projector.VLM.from_pretrained(folder) for folder in (
+        out / "adapter", out / "model", stages / "stage1/model")]
+    kept, merged, base = (answer(model, stages / "red.png") for model in models)
+    assert (kept - merged).abs().max() <= 1e-5 * merged.abs().max()
+    towers = [model.vision.state_dict() for model in models]
+    assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+    assert not all(torch.equal(towers[1][name], towers[2][name]) for name in towers[0])
+    config = read_config(out / "adapter", "adapter_config.json")
+    assert config["modules_to_save"] == ["multi_modal_projector", "vision_tower"]
+
+
 def test_its_layout_is_pefts(stages):
     adapter = stages / "stage2/adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
