@@ -79,7 +79,8 @@ class Adapter:
             if found:
                 module, part = found[1] or found[3], found[2] or found[4]
                 self.pairs.setdefault(module, {})[part] = tensors[name]
-            elif "lora_" in inner or not inner.endswith((".weight", ".bias", "image_newline")):
+            elif "lora_" in inner or not inner.endswith(
+                    (".weight", ".bias", "image_newline", "class_embedding")):
                 raise BadModel(f"{self.folder}: tensor {name} is of no LoRA that is built here: "
                                "merge it where it was made (PEFT's merge_and_unload)")
             else:

@@ -1,6 +1,6 @@
 """formats/scienceqa.py: ScienceQA's files, and its problems as a model reads and answers them.
 
-    problems.json     {"7": {question, choices, answer (from 0), hint, lecture, solution, image ...}}
+    problems.json     {"7": {question, choices, answer (from 0), hint, lecture, solution, image}}
     pid_splits.json   {"train": ["7", ...], "val": [...], "test": [...], "minival": [...] ...}
     images/train/7/image.png
 

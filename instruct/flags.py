@@ -145,8 +145,6 @@ def check_source(a):
 
 def check_scienceqa(a):
     """What is wrong with the flags of scienceqa, or None."""
-    if not os.path.isdir(a.source):
-        return f"{a.source}: no such folder: give the one with problems.json and pid_splits.json"
     inputs = [os.path.join(a.source, name) for name in ("problems.json", "pid_splits.json")]
     if os.path.realpath(a.out) in map(os.path.realpath, inputs):
         return "--out would replace its own input"

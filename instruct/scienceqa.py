@@ -16,6 +16,7 @@ is QCM-LEA (formats/scienceqa.py), the only one that LLaVA published a result fo
 import os
 from pathlib import Path
 
+from formats.errors import UsageError
 from formats.files import write_json
 from formats.scienceqa import ANSWER_FIELDS, read_problems, training_row
 
@@ -23,6 +24,9 @@ from formats.scienceqa import ANSWER_FIELDS, read_problems, training_row
 def main(args):
     """Write the samples of a split, and say how many have a picture."""
     folder = Path(args.source)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder: give the one with problems.json and "
+                         "pid_splits.json")
     problems = read_problems(folder / "problems.json", folder / "pid_splits.json", args.split,
                              **ANSWER_FIELDS)
     # an id that the split lists twice is one sample

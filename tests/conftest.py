@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 SLOW = ("toy", "train", "blip2_train", "blip2_llms", "compile", "adamw", "official", "objective",
         "kernels", "reports_judge", "instruct", "qformer_vlm", "qformer", "qformer_parts",
         "reports_loading", "reports_models", "reports_train", "recipes", "readme", "page",
-        "browser", "bench", "book")
+        "browser", "bench", "book", "held_out", "scienceqa", "several_pictures", "other_tools")
 
 
 def pytest_configure(config):

@@ -175,7 +175,7 @@ def test_two_ranks_agree_with_one(parts, files, tmp_path):                      
         two[best], rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------ what is refused
+# -------------------------------------------------------------------------------- what is refused
 
 @pytest.mark.parametrize("change, words", [
     (lambda rows: rows[1].update(image="gone.png"), ("gone.png",)),
@@ -183,7 +183,8 @@ def test_two_ranks_agree_with_one(parts, files, tmp_path):                      
     (lambda rows: rows[1].update(conversations=3), ("b.json: row 2",)),
     (lambda rows: [r["conversations"][1].update(value=" ") for r in rows], ("b.json", "has loss"))],
     ids=["missing picture", "no mark", "no turns", "no answers"])
-def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path, change, words):  # noqa
+def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path,       # noqa: F811
+                                                     change, words):
     rows = json.loads((tmp_path / "b.json").read_text())
     change(rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
@@ -196,7 +197,8 @@ def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path
     (("--eval-data", "x.json", "--eval-every", "0"), "at least 1"),
     (("--eval-data", "x.json", "--eval-every", "-1"), "at least"),
     (("--eval-data", "x.json", "--recipe", "blip2", "--stage", "1"), "with a LLaMA"),
-    (("--keep-adapter",), "--lora"), (("--keep-adapter", "--lora", "4", "--from", "none"), "--from"),
+    (("--keep-adapter",), "--lora"),
+    (("--keep-adapter", "--lora", "4", "--from", "none"), "--from"),
     (("--keep-adapter", "--lora", "4", "--quantize", "int4"), "--quantize")], ids=" ".join)
 def test_flags_that_do_not_go_together(words, told, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -240,6 +242,23 @@ def test_an_adapter_is_the_merged_model(stages):
     assert not list(adapter.glob("model*"))
     size = sum(p.stat().st_size for p in adapter.glob("*.safetensors"))
     assert size < (stages / "stage2/model/model.safetensors").stat().st_size / 2
+
+
+def test_a_tower_that_trains_is_kept_whole(stages):
+    out = stages / "tower"
+    assert here([str(word) for word in (
+        "--stage", 2, "--lora", 3, "--keep-adapter", "--lr", "2e-2", "--steps", 3, "--threads", 1,
+        "--batch", 3, "--data", stages / "a.json", "--images", stages, "--output-dir", out,
+        "--train", "vision,projector,llm", "--from", stages / "stage1/model")]) == 0
+    models = [projector.VLM.from_pretrained(folder) for folder in (
+        out / "adapter", out / "model", stages / "stage1/model")]
+    kept, merged, base = (answer(model, stages / "red.png") for model in models)
+    assert (kept - merged).abs().max() <= 1e-5 * merged.abs().max()
+    towers = [model.vision.state_dict() for model in models]
+    assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+    assert not all(torch.equal(towers[1][name], towers[2][name]) for name in towers[0])
+    config = read_config(out / "adapter", "adapter_config.json")
+    assert config["modules_to_save"] == ["multi_modal_projector", "vision_tower"]
 
 
 def test_its_layout_is_pefts(stages):
@@ -303,7 +322,7 @@ def test_generate_loads_it(stages, capsys, monkeypatch):
     assert said[0] == said[1] and said[0].strip()
 
 
-# ------------------------------------------------------------------------------------ the model card
+# -------------------------------------------------------------------------------- the model card
 
 def test_the_card_says_what_the_run_was(stages):
     card = (stages / "stage2/model/README.md").read_text()

@@ -123,7 +123,8 @@ def test_a_part_list_is_rendered_as_it_is_trained(parts, text):
     assert said == data.prompt(talk(text), "v1")
     content = [{"type": "text", "text": part} if part else {"type": "image"} for part in parts]
     row = {"images": [f"{i}.png" for i in range(parts.count(None))],
-           "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+           "messages": [{"role": "user", "content": content},
+                        {"role": "assistant", "content": "A"}]}
     (sample,) = parse_row(row, "row 1")
     _, segments, _ = sample_pieces(sample, "v1")
     trained = "".join(segment.text for segment in segments)

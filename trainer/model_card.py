@@ -65,8 +65,8 @@ def front_matter(config, args):
 def what_it_is(args):
     """One sentence."""
     if args.base == "toy":
-        return ("A model of a toy world: coloured shapes on a background, and a vocabulary of a few "
-                "hundred words.")
+        return ("A model of a toy world: coloured shapes on a background, and a vocabulary of a "
+                "few hundred words.")
     if args.row.losses:
         return "A Q-Former that matches pictures and captions: BLIP-2's first stage."
     return "A vision-language model: a picture's vectors stand between the words of a prompt."
