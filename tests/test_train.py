@@ -689,7 +689,7 @@ def test_a_socket_would_be_noticed(server, flags, tmp_path):
              "kill_after": 0, "fault": {"no_socket": True, "ask_socket": True}}
     server.stdin.write(json.dumps(order) + "\n")
     server.stdin.flush()
-    assert json.loads(server.stdout.readline()) == 99
+    assert json.loads(server.stdout.readline()) == [99]
     assert "a socket was asked for" in (tmp_path / "x.err").read_text()
 
 

@@ -3,8 +3,8 @@
     python train.py --compare-golden      is the arithmetic still what it was?
     python train.py --write-golden        it has changed, and is meant to: measure it anew
 
-Stage 2 of a recipe begins where 20 steps of its stage 1 ended, so that saving and loading are
-compared, too. One thread, fp32, the CPU.
+Stage 2 of a recipe begins with what two steps of its stage 1 have made, so that saving and loading
+are compared, too. One thread, fp32, the CPU.
 
 On the processor and with the torch of the file every loss must be equal to the bit. On others sums
 are added in another order: there the losses may differ by `allowed`, relative to the loss, of each
@@ -34,6 +34,7 @@ from trainer.run_folder import Run
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
+HANDED_ON = 2           # the step whose model the next stage starts from: two steps show it, too
 MARGIN = 4
 PARTS = ("clip", "llama", "qformer")
 # what the libraries below PyTorch are told, so that they compute as on an older processor
@@ -44,7 +45,8 @@ OTHER_SETS = (
 
 
 class FewSteps(Run):
-    """A run that ends after `most` steps and keeps its losses instead of writing them down."""
+    """A run that ends after `most` steps, keeps its losses instead of writing them down, and saves
+    its model for the stage behind it."""
 
     def __init__(self, out, args, most):
         super().__init__(out, args)
@@ -52,12 +54,15 @@ class FewSteps(Run):
 
     def log(self, step, grad_norm):
         self.losses.append(float(self.loss))
+        if step == HANDED_ON:
+            (self.out / "model").mkdir()
+            self.job.save_model(self.out / "model")
         self.exit_code = self.stop.code
         return bool(self.exit_code) or step == self.most
 
 
 def stage_losses(argv, program, steps):
-    """The first losses of one stage; its model is saved for the stage behind it.
+    """The first losses of one stage.
 
     program: train.py's functions {parse_args, set_trainable, make_job, train_loop}."""
     args = program["parse_args"](argv)
@@ -67,8 +72,6 @@ def stage_losses(argv, program, steps):
         run.begin(job)
         if code := program["train_loop"](job, run):
             raise SystemExit(code)                          # Ctrl-C or SIGTERM
-        (out / "model").mkdir()
-        job.save_model(out / "model")
     return run.losses
 
 
@@ -143,9 +146,12 @@ def write_golden(path, losses, measure):
 
 def compare(golden, losses):
     """A line for each stage. Raises TrainingFailed at the first that differs."""
+    if set(golden["losses"]) != set(losses):
+        raise TrainingFailed("the file has other stages than there are recipes for: measure anew "
+                             "with --write-golden")
     here = golden["processor"] == processor() and golden["torch"] == torch.__version__
     for name, wanted in golden["losses"].items():
-        values = losses.get(name, [])[:len(wanted)]
+        values = losses[name]
         gap, step = largest_difference(values, wanted[:len(values)])
         allowed = 0.0 if here else golden["allowed"][name]
         if gap > allowed:
