@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))       # python docs/build.py puts docs/ there, not
 from docs.links import DEFINES, module_of, read, resolve, source
 from docs.markup import linked, markdown, painted, prose
 
-PICTURES_MUST_EXIST = False         # True as soon as docs/pictures/ has all ten
 MOST_BYTES = 3_000_000
 SHAPE = 30                          # letters of the longest comment that stands beside its line
 CHAPTERS = {    # module -> its chapter in one sentence, for readers of Korean
@@ -98,13 +97,13 @@ def beside(full):
     out = ""
     for name, (where, caption) in PICTURES.items():
         files = sorted(ROOT.glob(f"docs/pictures/{name}.*"))
-        if where == full and files:
+        if where == full and not files:
+            sys.exit(f"docs/build.py: no picture {name}: python docs/figures.py {name} draws it")
+        if where == full:
             kind = files[0].suffix[1:].replace("svg", "svg+xml")
             data = base64.b64encode(files[0].read_bytes()).decode()
             out += (f'<figure><img alt="{caption}" src="data:image/{kind};base64,{data}">'
                     f"<figcaption>{caption}</figcaption></figure>")
-        elif where == full and PICTURES_MUST_EXIST:
-            sys.exit(f"docs/build.py: no picture {name}: python docs/figures.py {name} draws it")
     for n, where in enumerate(EXERCISES, 1):
         if where == full and (ROOT / "exercises/README.md").exists():
             out += (f'<p class="try"><a href="../exercises/README.md">Exercise {n}</a>: '
