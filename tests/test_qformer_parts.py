@@ -235,7 +235,6 @@ def test_a_read_out_finds_what_the_queries_hold_and_nothing_else():
     assert read_out_accuracy(blind, blurred[200:], truth[200:])["place"] < .6
 
 
-@pytest.mark.skipif(not (TOY / "qformer").exists(), reason="toy/weights/qformer: not trained yet")
 def test_the_shipped_qformer_passes_its_gates(model):
     """100 scenes, 250 objects: the gates, less three standard errors. Untrained: chance."""
     scenes = held_out_scenes(100)
