@@ -125,7 +125,7 @@ TOY = {"llava": (*LLAVA_TOY, LLAVA_TOY[1]), "llava-1.5": LLAVA_TOY,
        "blip2": (FROM_ZERO | dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, min_lr=1e-4),
                  FROM_ZERO | dict(lr=2e-3, muon=.01, batch=16, steps=400, min_lr=2e-4)),
        "minigpt4": (FROM_ZERO | dict(lr=1e-2, batch=16, steps=300, min_lr=8e-3),
-                    FROM_ZERO | dict(lr=3e-3, batch=12, steps=100, min_lr=1e-3)),
+                    FROM_ZERO | dict(lr=1.5e-2, batch=12, steps=200, min_lr=1e-3)),
        "sharegpt4v": (dict(lr=1e-3, batch=12, steps=300, clip=1.0,
                            train=("vision.blocks.2+", "projector", "llm")), LLAVA_TOY[1])}
 
