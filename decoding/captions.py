@@ -44,7 +44,7 @@ def load_batch(model, paths):
 
 
 def answer_batch(model, paths, ids, seed, args, generate_batch):
-    """[{image, state, text, reason, tokens}] of a batch; text: None where it is no picture."""
+    """[{image, state, text, reason, tokens}] of a batch; text is None for what is no picture."""
     batch, rows = load_batch(model, paths)
     paths, pixels, sizes = zip(*batch) if batch else ((), (), ())
     answers = generate_batch(model, [ids] * len(batch), list(pixels), sizes=list(sizes),

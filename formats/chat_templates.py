@@ -227,8 +227,8 @@ FLATTEN = ("{% set flat = namespace(turns=[]) %}{% for m in messages %}{% set sa
 
 
 def for_processor(chat: ChatTemplate) -> str | None:
-    """A chat template of texts as a processor needs it, which hands on lists of parts; None where it
-    takes parts already. (A language model's ChatML would print the list.)"""
+    """A chat template of texts as a processor needs it, which hands on lists of parts; None where
+    it takes parts already. (A language model's ChatML would print the list.)"""
     return None if chat.parts else FLATTEN + chat.source
 
 

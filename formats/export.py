@@ -202,7 +202,8 @@ def save_chat_template(folder, name, t, tokenizer):
     """Write the chat templates, or remove those of an earlier save.
 
     name: the model's template, a name or a ChatTemplate, which is written as it was read, for a
-    processor so that it takes parts; t: its data.Template. The .json is for a processor, the .jinja for a tokenizer alone."""
+    processor so that it takes parts; t: its data.Template. The .json is for a processor, the .jinja
+    for a tokenizer alone."""
     jinja, processor = None, None
     if isinstance(name, ChatTemplate):
         jinja, processor = name.source, for_processor(name)

@@ -450,7 +450,7 @@ def killed_after(monkeypatch, batches):
 @pytest.mark.parametrize("torn", [False, True], ids=["whole", "torn line"])
 def test_a_killed_folder_goes_on_and_writes_no_line_twice(folder, inside, tmp_path, monkeypatch,
                                                           torn):
-    """With draws, too: the same bytes as without the kill. WebP, AVIF, JPEG, and one that is bad."""
+    """With draws, too, the bytes are those without the kill. WebP, AVIF, JPEG, and a bad one."""
     (tmp_path / "photos").mkdir()
     first = "a.avif" if "AVIF" in FORMATS else "a.tif"
     names = ["b.webp", first, "d.jpg", "e.png", "c.webp", "f.gif", "g.png"]

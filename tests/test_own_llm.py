@@ -35,8 +35,9 @@ SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'
            "Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
            "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
            "{{ '<|im_start|>assistant\n' }}{% endif %}")
-BARE = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+BARE = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}")
 STRANGE = "{% for m in messages %}<<{{ m['role'] }}>> {{ m['content'] }} {% endfor %}"
 CHATML = "<|im_start|>", "<|im_end|>"
 
