@@ -12,7 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:         # before torch is imported; for 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SLOW = ("toy", "train", "blip2_train", "blip2_llms", "compile", "adamw", "official", "objective",
+SLOW = ("toy", "train", "soak", "golden", "hostile", "blip2_train", "blip2_llms", "compile",
+        "adamw", "official", "objective",
         "kernels", "reports_judge", "instruct", "qformer_vlm", "qformer", "qformer_parts",
         "reports_loading", "reports_models", "reports_train", "recipes", "readme", "page",
         "browser", "bench", "book", "held_out", "scienceqa", "several_pictures", "other_tools")

@@ -43,7 +43,7 @@ from soak import page, plan, records
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     done = subprocess.run([sys.executable, __file__, str(tmp_path_factory.mktemp("soak"))],
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
