@@ -1,4 +1,4 @@
-"""What a run writes down, damaged on the disk: trainer/logs.py, and the numbers of trainer/rows.py."""
+"""What a run writes down, damaged on the disk: trainer/logs.py, the numbers of trainer/rows.py."""
 
 import json
 from array import array
@@ -14,7 +14,8 @@ from trainer.rows import Journal, save_numbers
 
 LINES = [b'{"step": 1, "loss": 6.5}', b'{"step": 2, "loss": null}', b'{"step": 3, "loss": 5.5}']
 DAMAGE = {"no JSON": b'{"step": 2, "loss": 6.5]', "no UTF-8": b'{"step": 2, "lo\xffs": 6.5}',
-          "no step": b'{"stup": 2, "loss": 6.5}', "a step of text": b'{"step": "2"}', "a list": b"[]",
+          "no step": b'{"stup": 2, "loss": 6.5}',
+          "a step of text": b'{"step": "2"}', "a list": b"[]",
           "empty": b"", "NaN": b'{"step": 2, "loss": NaN}', "true": b'{"step": true}'}
 
 
