@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formats.errors import BadData
-from trainer.logs import plot_loss, truncate_log
+from trainer.learning import plot_loss
+from trainer.logs import truncate_log
 from trainer.rows import Journal, save_numbers
 
 LINES = [b'{"step": 1, "loss": 6.5}', b'{"step": 2, "loss": null}', b'{"step": 3, "loss": 5.5}']
