@@ -110,7 +110,7 @@ def test_every_page_is_linked_from_the_readme():
 def test_the_pictures_are_shown():
     shown = set(re.findall(r"!\[[^\]]+\]\((?:\.\./)?(tests/\w+\.png)\)", ALL))
     assert shown == {"tests/scene.png", "tests/attention.png", "tests/binding.png",
-                     "tests/claims.png"}
+                     "tests/claims.png", "tests/queries.png"}
 
 
 # ------------------------------------------------------------------------------ commands
