@@ -37,7 +37,6 @@ from toy.texts import (
     DESCRIBE,
     dialogue,
     KIND_WEIGHTS,
-    KINDS,
     listed,
     web_caption,
 )
@@ -209,9 +208,10 @@ def clip_job(out):
 # ----------------------------------------------------------------------------------- LLaMA
 
 PICTURES = 5                    # of 8 rows are word pictures
-WORD_STEPS = 6000               # a whole schedule, then a second, lower one. It asks oftener what
-SHARPER_STEPS = 1500            # needs colour and shape at once, which was still half guessed
-SHARPER = dict(zip(KINDS, (6, 6, 10, 16, 4, 8, 20, 20, 26, 4)))
+WORD_STEPS = 6000               # a whole schedule, then a second, lower one, which asks more often
+SHARPER_STEPS = 1500            # for what is learned last: to compare two words, and to find an
+                                # object by colour and shape at once
+SHARPER = (6, 6, 10, 16, 4, 8, 20, 20, 26, 4)               # how often each of KINDS is asked then
 
 def tokenizer_texts():
     """The texts whose words become tokens."""
@@ -284,7 +284,7 @@ def llama_job(out):
         group, part = divmod(step, 4)
         if not pool or pool[0] != group:
             first, rows = 4 * group * size, []
-            weights = KIND_WEIGHTS if step < WORD_STEPS else tuple(SHARPER.values())
+            weights = KIND_WEIGHTS if step < WORD_STEPS else SHARPER
             for i in range(first, first + 4 * size):
                 shown = step >= blends_from and i * PICTURES % 8 < PICTURES
                 make_row = word_picture_row if shown else notes_row
