@@ -77,7 +77,7 @@ def flags(ground, stage, out, *more):
             str(ground / ("captions.json" if stage == 1 else "all.json")), "--images", str(ground),
             "--batch", str(BATCH), "--loss-groups", str(GROUPS), "--steps", str(STEPS), "--lr",
             str(LR[stage]), "--clip", "0", "--threads", "1", "--save-every", "1000",
-            "--output-dir", str(out), *(("--dtype", "fp32") if stage == 1 else
+            "--output-dir", str(out), *(("--dtype", "fp32", "--muon", "0") if stage == 1 else
                                         ("--optimizer", "adamw8")), *map(str, more)]
 
 

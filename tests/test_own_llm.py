@@ -247,8 +247,8 @@ def test_the_plan_counts_the_models_own_tokens(smol, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------ described scenes
 
-@pytest.mark.parametrize("every, steps", [(None, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (0, []),
-                                          (99, [6])])
+@pytest.mark.parametrize("every, steps", [(None, [0, 1, 2, 4, 6]), (4, [0, 4, 6]), (0, []),
+                                          (99, [0, 6])])
 def test_scenes_are_described_when_it_is_asked(flags, tmp_path, every, steps):     # noqa: F811
     more = [] if every is None else ["--sample-every", every]
     assert here(flags(tmp_path / "run", *more)) == 0

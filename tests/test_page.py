@@ -657,7 +657,7 @@ def test_flags_of_the_page(line, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(line)
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) > 0
-    assert parse(["--page", "--layer", "1"]).port == 7860 and parse(["--page"]).image is None
+    assert parse(["--page", "--layer", "1"]).port == 7860 and parse(["--page"]).images == []
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(visitor):

@@ -18,7 +18,7 @@ from clip import CLIP, Config
 from formats.errors import UsageError
 from formats.folders import leave_out_tower
 from train import parse_args as parse
-from trainer import build, run_folder
+from trainer import build, run_folder, start
 from trainer.checkpoint import save_checkpoint
 from trainer.schedules import lr_schedule
 
@@ -278,7 +278,8 @@ def shipped(chain, monkeypatch):
     folder = chain / "shipped"
     build.new_toy_stage1(TOY_PARTS / "clip", seed=9).save_pretrained(folder)
     leave_out_tower(folder, "toy/weights/clip")
-    monkeypatch.setattr(build, "SHIPPED_QFORMER", str(folder))
+    for module in (build, start):
+        monkeypatch.setattr(module, "SHIPPED_QFORMER", str(folder))
     monkeypatch.setattr(build, "TOY_QFORMER", SMALL)
     return data.load_weights(folder)
 
@@ -331,7 +332,8 @@ def test_what_is_shipped_is_found_from_any_folder(tmp_path, monkeypatch):
     """Relative to the program, not to the current folder; if it is missing, its name is said."""
     monkeypatch.chdir(tmp_path)
     missing = "toy/weights/no-such-qformer"
-    monkeypatch.setattr(build, "SHIPPED_QFORMER", missing)
+    for module in (build, start):
+        monkeypatch.setattr(module, "SHIPPED_QFORMER", missing)
     for recipe, stage in (("blip2", 2), ("minigpt4", 1)):
         with pytest.raises(data.BadModel, match=str(build.HERE / missing)):
             run(f"{recipe}/stage{stage}", recipe, stage, steps=1)

@@ -243,8 +243,10 @@ def test_ask_with_several_pictures_in_a_turn(words):
     """A mark each at the front of the turn, as the chat template that we write has it."""
     text = data.prompt([{"from": "human", "value": "<image>\n<image>\nSame?"}], "v1")
     assert g.build_prompt(["Same?"], "v1", words, (0, 0)) == data.prompt_ids(text, words)
-    ids = g.build_prompt(["<image> a", "b", "c <image>"], "v1", words, (0, 2, 2, 0, 2))
-    assert ids.count(data.IMAGE) == 5 and words.decode(ids).count("<image>") == 2
+    ids = g.build_prompt(["<image> a <image>", "b", "c"], "v1", words, (0, 2, 2, 0, 2))
+    assert ids.count(data.IMAGE) == 5 and words.decode(ids).count("<image>") == 0
+    with pytest.raises(UsageError, match="2 pictures and 1 <image>"):
+        g.build_prompt(["<image> a"], "v1", words, (0, 0))
     for template in ("llava_llama_2", "mpt", "llava_v0", "mistral_instruct"):
         assert g.build_prompt(["?"], template, words, (0, 0, 0)).count(data.IMAGE) == 3
     assert g.build_prompt(["<image>"], "v1", words, ()).count(data.IMAGE) == 0
@@ -526,7 +528,7 @@ def test_verbose_says_something(folder, inside, tmp_path):
     _, _, err = inside(args_for(folder, red, "hi", "--verbose", "--num-beams", "2"))
     assert "2 beams" in err and "8 tokens" in err
     _, _, err = inside(args_for(folder, photos, "hi", "--verbose", "--out", tmp_path / "x.json"))
-    assert "24 tokens in" in err
+    assert "4 pictures in" in err and "tokens/s" in err
 
 
 def test_attention_of_an_empty_answer(folder, inside, tmp_path, model):

@@ -79,7 +79,7 @@ UNNAMED = .3                    # share of those whose colours have no name
 EASY_STEPS = 500                # without either; then as many steps until there are that many. With
                                 # all of them from the first step shapes were learned far later
 FIRST_STEPS = 2800              # a whole schedule without lone objects. With a quarter of them from
-                                # the first step the loss was 2.4 where it is 1.0 without (step 1,000)
+                                # the first step the loss was 2.4 at step 1,000; without it 1.0
 LONE_STEPS = 800                # a second, lower schedule: every fourth pair is a lone object
 
 def clip_tokenizer(folder):

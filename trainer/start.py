@@ -154,7 +154,8 @@ def own_template(folder):
     if found is None and isinstance(text, dict) and text.get("model_type") == "mistral":
         return "mistral_instruct"               # of a LLaVA, as it is loaded
     by_vocabulary = template_of_vocabulary(tokenizer)
-    if found in (None, "plain") or by_vocabulary != "v1":
+    is_alone = "text_config" not in config      # a whole model with its own template is refused
+    if found in (None, "plain") or is_alone and by_vocabulary != "v1":
         return by_vocabulary
     return UNKNOWN
 
