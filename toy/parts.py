@@ -195,7 +195,7 @@ def clip_job(out):
         model.save_pretrained(folder)
         shutil.copy(out / "tokenizer.json", folder)
 
-    def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; lower the second time
+    def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; at last lower
         peak, steps = 1, FIRST_STEPS
         if step >= FIRST_STEPS:
             peak, steps, step = .3, LONE_STEPS, step - FIRST_STEPS
