@@ -14,10 +14,11 @@ from clip import ViT
 from llama import Config, Llama
 from toy.augment import draw_augmented, hue_distance, recolour, unnamed_rgb
 from toy.induction import DISTANCES, init_induction_heads
+from toy import parts
 from toy.parts import EASY_STEPS, FIRST_STEPS, LONE_STEPS, clip_batch, clip_job, clip_pictures
 from toy.phrases import is_true_of, phrases
 from toy.rows import notes_row, stack_rows, swap_words, word_picture_row
-from toy.texts import description, training_sample
+from toy.texts import description, KIND_WEIGHTS, training_sample
 from toy.world import (COLOURS, HELD_OUT_PAIRS, SHAPES, SIDE, draw, lone_scene, make_scene,
                        split_of, training_scene)
 
@@ -151,6 +152,26 @@ def test_lone_objects_come_in_a_second_schedule(tmp_path):
     assert scale(60) > .9 and scale(FIRST_STEPS - 1) < 1e-5 and scale(FIRST_STEPS) == .3 / 50
     assert .29 < max(map(scale, range(FIRST_STEPS, FIRST_STEPS + LONE_STEPS))) < .3
     assert scale(FIRST_STEPS + LONE_STEPS - 1) < 1e-5
+
+
+def test_the_second_schedule_of_llama_asks_for_other_things(tmp_path, monkeypatch):
+    """From its first step on, and not before; its rate begins anew, at half."""
+    asked = []
+
+    def row(i, tokenizer, weights):
+        asked.append(weights)
+        return [1, 5, 2], [0., 1., 1.]
+    monkeypatch.setattr(parts, "notes_row", row)
+    monkeypatch.setattr(parts, "word_picture_row", row)
+    job = parts.llama_job(tmp_path)
+    for step, weights in ((parts.WORD_STEPS - 4, KIND_WEIGHTS), (parts.WORD_STEPS, parts.SHARPER)):
+        asked.clear()
+        job["batches"](step)
+        assert len(asked) == 4 * job["batch"] and set(asked) == {weights}
+    assert len(parts.SHARPER) == len(KIND_WEIGHTS) and parts.SHARPER != KIND_WEIGHTS
+    scale = job["lr_scale"]
+    assert scale(1000) == 1 and scale(parts.WORD_STEPS - 1) < 1e-3
+    assert scale(parts.WORD_STEPS) == .01 and scale(parts.WORD_STEPS + 200) == .5
 
 
 def test_a_batch_of_clip_says_what_is_true_of_which_picture():

@@ -21,8 +21,8 @@ from formats import names
 from formats.adapters import PREFIX
 from formats.checkpoints import load_weights
 from formats.files import atomic_write, rename_into_place
-from trainer.start import chosen_start
 from trainer.lora import LoRALinear
+from trainer.start import chosen_start
 
 # part that trains, by its name here: (its tensors in the file, its module in transformers' model)
 WHOLE = {"projector": ("multi_modal_projector.", "multi_modal_projector"),

@@ -25,10 +25,10 @@ from formats.conversations import images_of
 from formats.errors import NothingToLearn, TrainingFailed
 from formats.files import rename_into_place
 from formats.pictures import picture_path
-from trainer.logs import read_lines
 from trainer.checkpoint import gather_weights, restore, sha256_file
 from trainer.distributed import all_reduce_sum, rank, world_size
 from trainer.loader import count_learned, MicroBatches, Planned, Samples, to_device
+from trainer.logs import read_lines
 
 
 class HeldOutSamples(Samples):
