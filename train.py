@@ -139,7 +139,6 @@ if __name__ == "__main__":
     ARGS = parse_args()                 # before torch is imported: --help answers at once
 before_torch()
 
-import sys
 
 import torch
 
@@ -154,7 +153,7 @@ from trainer.adapter import kept_adapter
 from trainer.allocator import reserve
 from trainer.build import build_blip2_stage1, find_parameters, start_model
 from trainer.caption_loader import CaptionBatches
-from trainer.distributed import all_ranks, rank, shard_model, world_size
+from trainer.distributed import all_ranks, leave, rank, shard_model, world_size
 from trainer.forecast import flops_counter
 from trainer.golden import run_golden
 from trainer.held_out import held_out
@@ -397,4 +396,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: main(ARGS), ARGS.debug))
+    leave(exit_status(lambda: main(ARGS), ARGS.debug))

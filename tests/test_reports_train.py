@@ -347,6 +347,16 @@ def test_two_ranks_pass_over_what_one_does(flags, run, album, tmp_path):
     assert refusal[0] and "--most-bad 1" in refusal[1]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_leaves_without_pythons_own_end(ranks):
+    """At that end gloo's threads may abort the process. Alone it ends as every program does."""
+    code = ("import atexit, sys; from trainer.distributed import leave; "
+            "atexit.register(print, 'its own end'); sys.stdout.write('said '); leave(3)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "WORLD_SIZE": str(ranks)})
+    assert (done.returncode, done.stdout) == (3, "said its own end\n" if ranks == 1 else "said ")
+
+
 # ------------------------------------------------------------------- early ends, and workers
 
 def program(argv):
