@@ -5,8 +5,9 @@
     python -m exercises 4 --file my.py   the same for a function that stands elsewhere
 
 Each is a file of this folder with a text, a signature and `raise NotImplementedError`: write it
-there. The check says in one line what differs, and knows the classic mistakes by name. The
-solutions are the project's own functions; exercises/README.md says where they stand.
+there. The check says in one line what differs, and knows the classic mistakes by name; a wrong
+mask is drawn beside the right one. The solutions are the project's own functions;
+exercises/README.md says where they stand.
 
 Exit status: 0 right, 1 wrong or not written yet, 2 no such exercise.
 """
@@ -46,6 +47,8 @@ def main(args):
         verdict = check(exercise, args.file)
         failed = failed or verdict.state != "right"
         print(f"{number:2} {exercise.title}: {verdict.text}")
+        if verdict.drawing and args.numbers:
+            print(verdict.drawing)
     return int(failed and bool(args.numbers))
 
 

@@ -2,7 +2,7 @@
 
     Exercise      what is known of one: its file, the right function, small inputs, classic mistakes
     load          the reader's function out of a file
-    judge         one line: right, not written yet, or what is wrong
+    judge         one line: right, not written yet, or what is wrong; of a mask a drawing, too
 
 A classic mistake is known as a function that makes it. What the reader's function returns is
 compared with what each of them returns on the same inputs: the mistake that agrees most, on half
@@ -22,9 +22,31 @@ HERE = Path(__file__).parent
 TOLERANCE = 1e-4                    # of the largest right value; mistakes differ by 10 times more
 
 
+ANY = ...                           # what a known mistake returns where it says nothing
+
+
+class Misfit(Exception):
+    """What was returned cannot be compared with anything; the text says why."""
+
+
+def called(function, arguments):
+    """How a function is run: here once, on the arguments of a case."""
+    return function(*arguments)
+
+
 def returned(result, arguments):
     """What of a call is compared: here what it returns."""
     return result
+
+
+def unnamed(arguments, name, place):
+    """What is said of one element beside its index: here nothing."""
+    return ""
+
+
+def undrawn(found, right, arguments):
+    """What is drawn below the line of a wrong case: here nothing."""
+    return ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,10 @@ class Exercise:
     outputs: tuple                  # a name for each thing that is compared
     collect: Callable = returned    # (what was returned, arguments) -> what is compared
     remark: Callable = str          # () -> a sentence for one whose function is right
+    run: Callable = called          # (function, arguments) -> what it returned
+    element: Callable = unnamed     # (arguments, output, place) -> words about an element
+    drawing: Callable = undrawn     # (outputs, the right ones, arguments) -> lines
+    strict: bool = False            # a mistake must explain all failing cases, not half
 
     @property
     def title(self):
@@ -50,6 +76,7 @@ class Exercise:
 class Verdict(NamedTuple):
     state: str                      # "right", "not written", "wrong"
     text: str                       # one line
+    drawing: str = ""               # lines below it
 
 
 class Caught:
@@ -96,7 +123,28 @@ def outputs_of(exercise, result):
         return [(exercise.outputs[0], as_tensor(result))]
     if not isinstance(result, (tuple, list)) or len(result) != len(exercise.outputs):
         return [(name, None) for name in exercise.outputs]
-    return [(name, as_tensor(part)) for name, part in zip(exercise.outputs, result)]
+    return [(name, part if part is ANY else as_tensor(part))
+            for name, part in zip(exercise.outputs, result)]
+
+
+def parts_of(function, result, like):
+    """What one of several functions returned, if it has the shapes in like, {name: tensor}."""
+    names = ", ".join(like)
+    if result is None:
+        raise Misfit(f"{function} returns None: the last line must be `return {names}`")
+    if not isinstance(result, (tuple, list)) or len(result) != len(like):
+        raise Misfit(f"{function} must return {names}")
+    for (name, right), part in zip(like.items(), result):
+        if part is ANY:
+            continue
+        if not torch.is_tensor(part):
+            raise Misfit(f"{function}: {name} must be a tensor, not {type(part).__name__}")
+        if part.shape != right.shape:
+            line = f"{function}: {name} has shape {tuple(part.shape)}, not {tuple(right.shape)}"
+            if part.shape == right.shape[:-1]:
+                line += ": keepdim=True of amax and sum keeps the last dimension"
+            raise Misfit(line)
+    return result
 
 
 def wrong_elements(found, right):
@@ -108,8 +156,10 @@ def wrong_elements(found, right):
 
 
 def agree(a, b):
-    """Do two lists of outputs say the same?"""
+    """Do two lists of outputs say the same? In `a`, a mistake's, ANY agrees with everything."""
     for (_, x), (_, y) in zip(a, b):
+        if x is ANY:
+            continue
         if x is None or y is None or x.shape != y.shape or wrong_elements(x, y).any():
             return False
     return True
@@ -136,8 +186,10 @@ def shape_difference(name, found, right):
     return line
 
 
-def difference(found, right):
-    """One line: the first thing in which two lists of outputs differ; None where they agree."""
+def difference(found, right, element=lambda name, place: ""):
+    """One line: the first thing in which two lists of outputs differ; None where they agree.
+
+    element(name, place): what is said of an element beside its index."""
     for (name, x), (_, y) in zip(found, right):
         if x is None:
             names = ", ".join(name for name, _ in right)
@@ -149,6 +201,7 @@ def difference(found, right):
             place = wrong.nonzero()[0].tolist()
             at = name + (str(place) if place else "")
             got, wanted = x[tuple(place)].item(), y[tuple(place)].item()
+            at += element(name, place)
             line = (f"{at} is {shown(got)}, expected {shown(wanted)}; {int(wrong.sum()):,} of "
                     f"{wrong.numel():,} are wrong")
             if not math.isfinite(got) and math.isfinite(wanted):
@@ -161,7 +214,7 @@ def difference(found, right):
 
 def call(exercise, function, arguments):
     """The outputs of one call; None if it returned None."""
-    result = function(*arguments)
+    result = exercise.run(function, arguments)
     if result is None:
         return None
     return outputs_of(exercise, exercise.collect(result, arguments))
@@ -178,6 +231,8 @@ def error_line(error, path):
     line = f"it raises {type(error).__name__}: {first}{where}"
     if "Boolean value of Tensor" in first:
         line += ": `and`, `or`, `not` and `if` do not work on tensors; take & | ~"
+    if "must match the size of tensor" in first:
+        line += ": amax and sum drop their dimension, if not for keepdim=True"
     return line
 
 
@@ -196,13 +251,25 @@ def named_mistake(exercise, failing):
     """The name of the mistake that explains most of the failing cases, at least half; or None.
 
     failing: [(number of the case, outputs)]. Not all of them: a reader may have thought of an
-    empty group where the known mistake has not."""
+    empty group where the known mistake has not. All in a strict exercise: where one bit more or
+    less is another mask, a name that fits half of the cases misleads."""
     best, most = None, (len(failing) - 1) / 2
+    if exercise.strict:
+        most = len(failing) - 1
     for name, mistake in exercise.mistakes:
         count = explains(exercise, mistake, exercise.cases(), failing)
         if count > most:
             best, most = name, count
     return best
+
+
+def refusal(exercise, error, path):
+    """The Verdict on a function that raised, or whose result cannot be compared."""
+    if isinstance(error, NotImplementedError):
+        return Verdict("not written", f"not written yet: write it in {shown_path(path)}")
+    if isinstance(error, Misfit):
+        return Verdict("wrong", f"wrong: {error}")
+    return Verdict("wrong", f"wrong: {error_line(error, path)}")
 
 
 def judge(exercise, function, path):
@@ -212,28 +279,26 @@ def judge(exercise, function, path):
         right = call(exercise, exercise.real, references[i])
         with Caught() as caught:
             found = call(exercise, function, arguments)
-        if isinstance(caught.error, NotImplementedError):
-            return Verdict("not written", f"not written yet: write it in {shown_path(path)}")
         if caught.error:
-            return Verdict("wrong", f"wrong: {error_line(caught.error, path)}")
+            return refusal(exercise, caught.error, path)
         if found is None:
             return Verdict("wrong", "wrong: it returns None: the last line must be `return ...`")
-        line = difference(found, right)
+        line = difference(found, right, lambda *at: exercise.element(references[i], *at))
         # of several functions in one file the first wrong one is spoken of
-        if line and (first is None or same_function(exercise, cases[first[0]], arguments)):
+        if line and (first is None or spoken_of(arguments) == spoken_of(cases[first[0]])):
             failing.append((i, found))
-            first = first or (i, line)
+            first = first or (i, line, exercise.drawing(found, right, arguments))
     if not failing:
         return Verdict("right", f"right on {len(cases)} inputs; the project's own is "
                                 f"{exercise.solution}. {exercise.remark()}".strip())
     name = named_mistake(exercise, failing)
-    which = f"{cases[first[0]][0]}: " if len(exercise.functions) > 1 else ""
-    return Verdict("wrong", f"wrong: {which}{f'{name}; ' if name else ''}{first[1]}")
+    which = spoken_of(cases[first[0]])
+    return Verdict("wrong", f"wrong: {which}{f'{name}; ' if name else ''}{first[1]}", first[2])
 
 
-def same_function(exercise, one, other):
-    """Are two cases of the same function of the file?"""
-    return len(exercise.functions) == 1 or one[0] == other[0]
+def spoken_of(arguments):
+    """"itg: " for a case of that function of the file; "" where a case is of all."""
+    return f"{arguments[0]}: " if isinstance(arguments[0], str) else ""
 
 
 def check(exercise, path=None) -> Verdict:

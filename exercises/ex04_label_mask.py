@@ -9,7 +9,8 @@ token has a label: its own id where it has loss, IGNORE (-100) where it has none
 `segments` is the conversation in pieces: [(text, does it have loss?)]. Join the texts and tokenize
 the whole, not each piece: a token can reach over the end of a piece. `encode_with_offsets(text)`
 of the tokenizer gives [(id, index of its first character)]. A token has loss if its first
-character lies in a piece with loss. BOS (`tokenizer.bos`) comes first, without loss. Labels are
+character lies in a piece with loss: in ("ASSISTANT: ", no loss), ("A cat.", loss) the token " A"
+begins in the prompt, so it has none. BOS (`tokenizer.bos`) comes first, without loss. Labels are
 not shifted here: the loss compares label t with the prediction made at t - 1.
 
     python -m exercises 4

@@ -8,8 +8,8 @@ A row holds n learned queries and then the text. Who may see whom depends on wha
 
 A mask is a question about two positions: may the token at q see the one at k? Positions below n
 are queries. q is a column (T, 1) and k a row (1, T) of positions, so an expression of the two is
-the whole matrix (T, T). Write it with comparisons and & | ==. `and`, `or` and `if` want one answer
-and do not work on a matrix; the GPU kernel compiles these functions, too.
+the whole matrix (T, T), which itm returns, too. Write it with comparisons and & | ==. `and`, `or`
+and `if` want one answer and do not work on a matrix; the GPU kernel compiles these functions.
 
     python -m exercises 8
 """

@@ -7,8 +7,8 @@ import math
 import torch
 
 import llama
-from exercises.checking import Exercise
-from kernels import attention, causal, full, rope_table
+from exercises.checking import ANY, Exercise, parts_of
+from kernels import attention, causal, rope_table
 from kernels import rope as rotate
 
 
@@ -166,97 +166,108 @@ CACHE = Exercise(
     ("output", "k_cache", "v_cache"), with_caches)
 
 
-# ------------------------------------------------------------------------------ 12: two tiles
+# ------------------------------------------------------------------------------ 12: tiles
 
-def two_tiles(q, k1, v1, k2, v2):
-    """The attention of the project on both tiles at once, and the logarithm of its denominator."""
-    k, v = torch.cat((k1, k2)), torch.cat((v1, v2))
-    out = attention(q[None, :, None], k[None, :, None], v[None, :, None], full)
-    return out[0, :, 0], torch.logsumexp(q @ k.T * q.shape[-1] ** -.5, -1)
+def fold_all(function, arguments):
+    """`fold` over the tiles, of which no call sees two, then `finish` -> out, lse."""
+    q, tiles = arguments
+    state = {"m": torch.full((len(q), 1), -math.inf), "l": torch.zeros(len(q), 1),
+             "acc": torch.zeros_like(q)}
+    for k, v in tiles:
+        found = function("fold", q, k, v, *state.values())
+        state = dict(zip(state, parts_of("fold", found, state)))
+    like = {"out": state["acc"], "lse": state["m"]}
+    return parts_of("finish", function("finish", *state.values()), like)
 
 
 def tile_cases():
     rng, cases = torch.Generator().manual_seed(12), []
-    # how large the scores of each tile are: the second has the maximum, the first, both overflow
-    for T, S1, S2, D, first, second in ((3, 4, 4, 8, 1, 3), (2, 5, 3, 4, 3, 1),
-                                        (2, 3, 4, 4, 150, 900)):
-        q, k1, v1, k2, v2 = (torch.randn(n, D, generator=rng) for n in (T, S1, S1, S2, S2))
-        cases.append((q, first * k1, v1, second * k2, v2))
-    return cases
+
+    def tile(S, D, scale):
+        return scale * torch.randn(S, D, generator=rng), torch.randn(S, D, generator=rng)
+    # (T, D) and, for each tile, its keys and how large its scores are: the maximum in the second,
+    # in the first, so large that exp overflows, and three tiles
+    for T, D, sizes in ((3, 8, ((4, 1), (4, 3))), (2, 4, ((5, 3), (3, 1))),
+                        (2, 4, ((3, 150), (4, 900))), (3, 4, ((2, 2), (5, 1), (3, 4)))):
+        q = torch.randn(T, D, generator=rng)
+        cases.append((q, [tile(S, D, scale) for S, scale in sizes]))
+    # scores near 400, then near -400: a maximum that falls would make alpha overflow
+    q, (k1, v1), (k2, v2) = torch.tensor([[1.], [.9]]).expand(2, 4), tile(3, 4, 1), tile(4, 4, 1)
+    return [*cases, (q, [(k1 + 200, v1), (k2 - 200, v2)])]
 
 
-def tiles_with(alpha_acc=True, alpha_l=True, inverse=False, shift=True, scale=True, lse=None,
-               old=False):
-    """The recurrence, with a part left out; lse(m, l) where it is not m + log l."""
-    def mistake(q, k1, v1, k2, v2):
-        m, l, acc = torch.full(q.shape[:1], -1e30), torch.zeros(len(q)), torch.zeros_like(q)
-        for k, v in ((k1, v1), (k2, v2)):
-            s = q @ k.T * (q.shape[-1] ** -.5 if scale else 1)
-            higher = torch.maximum(m, s.amax(1)) if shift else torch.zeros_like(m)
-            alpha = (higher - m if inverse and k is k2 else m - higher).exp()
-            if not shift:
-                alpha = torch.ones_like(m)
-            p = (s - (m if old and k is k2 else higher)[:, None]).exp()
-            l = (alpha if alpha_l else 1) * l + p.sum(1)
-            acc = (alpha[:, None] if alpha_acc else 1) * acc + p @ v
-            m = higher
-        return acc / l[:, None], (lse or (lambda m, l: m + l.log()))(m, l)
-    return mistake
+def tiles_with(maximum=torch.maximum, alpha=lambda m, new: (m - new).exp(),
+               shift=lambda m, new: new, on_l=True, on_acc=True, scale=True,
+               finish=lambda m, l, acc: (acc / l, m + l.log())):
+    """`fold` and `finish` as the kernel's formulas say it, or with one part changed."""
+    def fold(q, k, v, m, l, acc):
+        s = q @ k.T * (q.shape[-1] ** -.5 if scale else 1)              # (T, S)
+        new = maximum(m, s.amax(1, keepdim=True))
+        factor, p = alpha(m, new), (s - shift(m, new)).exp()
+        l = (factor if on_l else 1) * l + p.sum(1, keepdim=True)
+        return new, l, (factor if on_acc else 1) * acc + p @ v
+
+    def function(name, *arguments):
+        return {"fold": fold, "finish": finish}[name](*arguments)
+    return function
 
 
-def each_alone(weight):
-    """Each tile's own softmax; weight: of the two outputs."""
-    def mistake(q, k1, v1, k2, v2):
-        out = 0
-        for k, v in ((k1, v1), (k2, v2)):
-            out = out + weight * (q @ k.T * q.shape[-1] ** -.5).softmax(-1) @ v
-        return out, two_tiles(q, k1, v1, k2, v2)[1]
-    return mistake
+def each_alone(finish):
+    """Each tile has a softmax of its own; l counts the tiles. lse may be anything."""
+    def function(name, *arguments):
+        if name == "finish":
+            return finish(*arguments), ANY
+        q, k, v, m, l, acc = arguments
+        return m, l + 1, acc + (q @ k.T * q.shape[-1] ** -.5).softmax(-1) @ v
+    return function
+
+
+def divided_twice(name, *arguments):
+    found = tiles_with()(name, *arguments)
+    if name == "finish":
+        return found
+    m, l, acc = found
+    return m, l, acc / l
+
+
+def with_lse(lse):
+    return tiles_with(finish=lambda m, l, acc: (acc / l, lse(m, l)))
 
 
 OVERFLOW = ("exp overflows: subtract the running maximum before exp, also of a later tile that is "
             "larger")
-
-
-def first_maximum(q, k1, v1, k2, v2):
-    """The maximum of the first tile for both: right as long as nothing overflows."""
-    s1, s2 = (q @ k.T * q.shape[-1] ** -.5 for k in (k1, k2))
-    m = s1.amax(1)
-    p1, p2 = (s1 - m[:, None]).exp(), (s2 - m[:, None]).exp()
-    l = p1.sum(1) + p2.sum(1)
-    return (p1 @ v1 + p2 @ v2) / l[:, None], m + l.log()
-
-
-def undivided(q, k1, v1, k2, v2):
-    """acc without the division by l."""
-    s = q @ torch.cat((k1, k2)).T * q.shape[-1] ** -.5
-    return (s - s.amax(1, keepdim=True)).exp() @ torch.cat((v1, v2)), torch.logsumexp(s, -1)
-
-
+BASE_2 = ("lse is a logarithm to base 2: the kernel keeps that one, here it is the natural one, "
+          "m + l.log()")
 TILES = Exercise(
-    12, "ex12_online_softmax.py", ("two_tiles",), "fold and forward_kernel in kernels/attention.py",
-    two_tiles, tile_cases,
-    ((OVERFLOW, tiles_with(shift=False)),
-     (OVERFLOW, first_maximum),
+    12, "ex12_online_softmax.py", ("fold", "finish"),
+    "fold and forward_kernel in kernels/attention.py", tiles_with(), tile_cases,
+    # this one first: it fails on the last input alone, where others overflow, too
+    (("m' is the maximum of the new tile alone: it is max(m, .), or alpha overflows when a tile "
+      "has much smaller scores than those before", tiles_with(maximum=lambda m, top: top)),
+     (OVERFLOW, tiles_with(maximum=lambda m, top: torch.zeros_like(top))),
+     (OVERFLOW, tiles_with(maximum=lambda m, top: top.where(m.isinf(), m))),
      ("acc is not corrected when the maximum grows: alpha goes to l and to acc",
-      tiles_with(alpha_acc=False)),
+      tiles_with(on_acc=False)),
      ("l is not corrected when the maximum grows: alpha goes to acc and to l",
-      tiles_with(alpha_l=False)),
+      tiles_with(on_l=False)),
      ("nothing is corrected when the maximum grows: alpha = exp(m - m') is missing",
-      tiles_with(alpha_acc=False, alpha_l=False)),
-     ("alpha is upside down: it is exp(m - m'), at most 1", tiles_with(inverse=True)),
-     ("the weights of the second tile are taken with the old maximum: exp(s - m')",
-      tiles_with(old=True)),
-     ("each tile has a softmax of its own, and the two are averaged: the tile with the larger "
-      "scores must count more", each_alone(.5)),
-     ("each tile has a softmax of its own, and the two are added: all weights of a row must add "
-      "up to 1", each_alone(1.)),
-     ("acc is not divided by l", undivided),
+      tiles_with(on_l=False, on_acc=False)),
+     ("alpha is upside down: it is exp(m - m'), at most 1",
+      tiles_with(alpha=lambda m, new: (new - m).exp())),
+     ("the weights of a tile are taken with the old maximum: exp(s - m')",
+      tiles_with(shift=lambda m, new: m)),
+     ("each tile has a softmax of its own, and these are averaged: the tile with the larger "
+      "scores must count more", each_alone(lambda m, l, acc: acc / l)),
+     ("each tile has a softmax of its own, and these are added: all weights of a row must add "
+      "up to 1", each_alone(lambda m, l, acc: acc)),
+     ("acc is divided by l in every tile: divide once, in `finish`", divided_twice),
+     ("acc is not divided by l", tiles_with(finish=lambda m, l, acc: (acc, m + l.log()))),
      ("the scores are not divided by sqrt(D)", tiles_with(scale=False)),
-     ("lse lacks log l: it is m + log l", tiles_with(lse=lambda m, l: m)),
-     ("lse lacks the maximum: it is m + log l", tiles_with(lse=lambda m, l: l.log())),
-     ("lse is a logarithm to base 2: the kernel keeps that one, here it is the natural one",
-      tiles_with(lse=lambda m, l: (m + l.log()) / math.log(2)))),
-    ("out", "lse"))
+     ("lse lacks log l: it is m + log l", with_lse(lambda m, l: m)),
+     ("lse lacks the logarithm: it is m + log l", with_lse(lambda m, l: m + l)),
+     ("lse lacks the maximum: it is m + log l", with_lse(lambda m, l: l.log())),
+     (BASE_2, with_lse(lambda m, l: m + l.log2())),
+     (BASE_2, with_lse(lambda m, l: (m + l.log()) / math.log(2)))),
+    ("out", "lse"), run=fold_all)
 
 EXERCISES = (ROPE, CACHE, TILES)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import qformer
-from exercises.checking import Exercise
+from exercises.checking import Exercise, Misfit
 
 MASKS = {"itc": qformer.itc, "itm": qformer.itm, "itg": qformer.itg}
 
@@ -23,9 +23,29 @@ def mask_cases():
 
 
 def whole_matrix(seen, arguments):
-    """An answer that is the same for all may be one bool."""
-    _, q, k, _ = arguments
-    return torch.as_tensor(seen).expand(len(q), k.shape[1])
+    """A mask is a (T, T) bool: the kernel has no place for one answer to all questions."""
+    name, q, k, _ = arguments
+    shape, rest = (len(q), k.shape[1]), "; q and k together have the shape of the whole matrix"
+    if not torch.is_tensor(seen):
+        raise Misfit(f"{name} returns {seen!r}: it must be a {shape} bool tensor{rest}")
+    if seen.shape != shape:
+        raise Misfit(f"{name} has shape {tuple(seen.shape)}, expected {shape}{rest}")
+    if seen.dtype != torch.bool:
+        raise Misfit(f"{name} is {seen.dtype}, it must be torch.bool: take comparisons and & | ==")
+    return seen
+
+
+def grids(found, right, arguments):
+    """Your mask and the right one side by side, if they are small."""
+    (_, yours), (_, theirs) = found[0], right[0]
+    name, q, _, n = arguments
+    if len(q) > 8:
+        return ""
+    lines = [f"   {f'{name}, n = {n}: yours':{2 * len(q) + 12}}right"]
+    for row, wanted in zip(yours.tolist(), theirs.tolist()):
+        a, b = (" ".join(".#"[seen] for seen in line) for line in (row, wanted))
+        lines.append(f"   {a:{2 * len(q) + 12}}{b}")
+    return "\n".join(lines)
 
 
 def mask_that(name, rule):
@@ -35,60 +55,62 @@ def mask_that(name, rule):
     return mistake
 
 
-def causal_queries(q, k, n):
-    return k <= q
-
-
-def sees_itself_not(q, k, n):
-    return (k < n) | ((q >= n) & (k < q))
-
-
-def text_sees_text(q, k, n):
-    return (k < n) | (q >= n)
-
-
-def next_too(q, k, n):
-    return (k < n) | ((q >= n) & (k <= q + 1))
-
-
-def text_alone(q, k, n):
-    return ((q < n) & (k < n)) | ((q >= n) & (k >= n) & (k <= q))
-
-
-def all_of(name, rule, what):
+def either(name, rule, what):
     """The mistakes that itc and itg can both have."""
     own = MASKS[name]
-    return ((f"{what}: it is the wrong way round, True where the token may not look",
+    return ((f"it is the wrong way round, True where the token may not look: {what}",
              mask_that(name, lambda q, k, n: ~own(q, k, n))),
-            (f"{what}: off by one, the queries are the positions below n",
+            (f"off by one, the queries are the positions below n: {what}",
              mask_that(name, lambda q, k, n: own(q, k, n + 1))),
-            (f"{what}: that is {rule}", mask_that(name, MASKS[rule])))
+            (f"off by one, the queries are the positions below n: {what}",
+             mask_that(name, lambda q, k, n: own(q, k, n - 1))),
+            (f"that is {rule}: {what}", mask_that(name, MASKS[rule])))
 
 
+# what is said, and the rule that makes the mistake
+OF_ITC = (
+    ("text sees the queries: in contrast each side must stand alone", MASKS["itg"]),
+    ("text sees the queries: in contrast each side must stand alone",
+     lambda q, k, n: (k < n) | (q >= n)),
+    ("the queries see the text: in contrast each side must stand alone",
+     lambda q, k, n: (q < n) | (k >= n)),
+    ("text sees nothing: it sees all text", lambda q, k, n: (q < n) & (k < n)),
+    ("the queries see nothing: they see all queries", lambda q, k, n: (q >= n) & (k >= n)),
+    ("text sees only the text before it: that is for writing",
+     lambda q, k, n: ((q < n) & (k < n)) | ((q >= n) & (k >= n) & (k <= q))))
+OF_ITG = (
+    ("rows and columns are exchanged, the mask is transposed: q looks, k is seen",
+     lambda q, k, n: MASKS["itg"](k, q, n)),
+    ("text is causal the wrong way round: a token sees the text before it, k <= q",
+     lambda q, k, n: (k < n) | ((q >= n) & (k >= q))),
+    ("off by one: a text token does not see itself",
+     lambda q, k, n: (k < n) | ((q >= n) & (k < q))),
+    ("off by one: a text token sees the next one, which it has to write",
+     lambda q, k, n: (k < n) | ((q >= n) & (k <= q + 1))),
+    ("the queries are causal, too: they all see each other", lambda q, k, n: k <= q),
+    ("the queries see the text: what they find would come from the caption, not from the picture",
+     lambda q, k, n: (q < n) | (k < n) | (k <= q)),
+    ("the queries see nothing: they all see each other",
+     lambda q, k, n: (q >= n) & ((k < n) | (k <= q))),
+    ("text sees the text behind it: a token would read what it has to write",
+     lambda q, k, n: (k < n) | (q >= n)),
+    ("text does not see the queries: it could only guess what is in the picture",
+     lambda q, k, n: ((q < n) & (k < n)) | ((q >= n) & (k >= n) & (k <= q))),
+    ("that is itm: everything sees everything", MASKS["itm"]))
+OF_ITM = (
+    ("everything sees everything: that is causal", lambda q, k, n: k <= q),
+    ("everything sees everything: that is itc", MASKS["itc"]),
+    ("everything sees everything: that is itg", MASKS["itg"]),
+    ("it is the wrong way round, True where the token may not look",
+     lambda q, k, n: ~MASKS["itm"](q, k, n)))
 MASK = Exercise(
     8, "ex08_masks.py", ("itc", "itm", "itg"), "itc, itm and itg in qformer.py", mask, mask_cases,
-    (*all_of("itc", "itm", "queries and text must not see each other"),
-     ("text sees the queries: in contrast each side must stand alone",
-      mask_that("itc", MASKS["itg"])),
-     ("text sees only the text before it: that is for writing", mask_that("itc", text_alone)),
-     ("rows and columns are exchanged, the mask is transposed: q looks, k is seen",
-      mask_that("itg", lambda q, k, n: MASKS["itg"](k, q, n))),
-     *all_of("itg", "itc", "text sees the queries, queries see no text"),
-     ("off by one: a text token does not see itself", mask_that("itg", sees_itself_not)),
-     ("the queries are causal, too: they all see each other", mask_that("itg", causal_queries)),
-     ("text sees the text behind it: a token would read what it has to write",
-      mask_that("itg", text_sees_text)),
-     ("off by one: a text token sees the next one, which it has to write",
-      mask_that("itg", next_too)),
-     ("text does not see the queries: it could only guess what is in the picture",
-      mask_that("itg", text_alone)),
-     ("that is itm: everything sees everything", mask_that("itg", MASKS["itm"])),
-     ("everything sees everything: that is causal", mask_that("itm", causal_queries)),
-     ("everything sees everything: that is itc", mask_that("itm", MASKS["itc"])),
-     ("everything sees everything: that is itg", mask_that("itm", MASKS["itg"])),
-     ("it is the wrong way round, True where the token may not look",
-      mask_that("itm", lambda q, k, n: ~MASKS["itm"](q, k, n)))),
-    ("mask",), whole_matrix)
+    (*either("itc", "itm", "queries and text must not see each other"),
+     *((said, mask_that("itc", rule)) for said, rule in OF_ITC),
+     *either("itg", "itc", "text sees the queries, queries see no text"),
+     *((said, mask_that("itg", rule)) for said, rule in OF_ITG),
+     *((said, mask_that("itm", rule)) for said, rule in OF_ITM)),
+    ("mask",), whole_matrix, drawing=grids, strict=True)
 
 
 # ------------------------------------------------------------------------------ 9: ITC

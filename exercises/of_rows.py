@@ -31,7 +31,18 @@ def label_cases():
     for turns in talks:
         found = data.segments(turns, data.template_of("v1"), training=True)
         cases.append(([(part.text, part.learn) for part in found if not part.start], tokenizer))
-    return cases
+    # a token that crosses a border of loss: " The" begins in the prompt's last space, " circle" in
+    # the piece with loss and ends behind it
+    crossing = [("USER: What is it? ASSISTANT: ", False), ("The star is a cir", True),
+                ("cle. USER: Sure? ASSISTANT: ", False), ("Yes.", True), ("</s>", True)]
+    return [*cases, (crossing, tokenizer)]
+
+
+def token_at(arguments, name, place):
+    """The text of a token, of which the line names only the id."""
+    segments, tokenizer = arguments
+    text = tokenizer.token(label_mask(segments, tokenizer)[0][place[0]]).replace("▁", " ")
+    return f", the token {text!r},"
 
 
 def relabelled(change):
@@ -68,8 +79,10 @@ def exchanged(ids, labels):
     return [IGNORE if label != IGNORE else i for i, label in zip(ids, labels)]
 
 
-def other_ignore(value):
-    return relabelled(lambda ids, labels: [value if x == IGNORE else x for x in labels])
+def other_ignore(value, first=0):
+    """Another number than IGNORE, from the label `first` on."""
+    return relabelled(lambda ids, labels: [
+        *labels[:first], *(value if x == IGNORE else x for x in labels[first:])])
 
 
 def piece_by_piece(segments, tokenizer):
@@ -81,6 +94,26 @@ def piece_by_piece(segments, tokenizer):
     return ids, labels
 
 
+def by_characters(choose):
+    """Labels for which not the first character decides; choose: any, all, or the last of them."""
+    def mistake(segments, tokenizer):
+        text = "".join(text for text, _ in segments)
+        learn = [learn for text, learn in segments for _ in text]
+        pairs = tokenizer.encode_with_offsets(text)
+        ids, labels = [tokenizer.bos], [IGNORE]
+        for (token, first), (_, after) in zip(pairs, [*pairs[1:], (0, len(text))]):
+            ids.append(token)
+            labels.append(token if choose(learn[first:max(after, first + 1)]) else IGNORE)
+        return ids, labels
+    return mistake
+
+
+def last_piece(segments, tokenizer):
+    """Loss on the last piece that has it: often the end token alone."""
+    last = max(i for i, (_, learn) in enumerate(segments) if learn)
+    return label_mask([(text, i == last) for i, (text, _) in enumerate(segments)], tokenizer)
+
+
 def without_bos(segments, tokenizer):
     ids, labels = label_mask(segments, tokenizer)
     return ids[1:], labels[1:]
@@ -88,11 +121,19 @@ def without_bos(segments, tokenizer):
 
 PROMPT = ("the label stands on the prompt, too: the model would learn to ask. Only the answers "
           "have loss")
+NO_LOSS_0 = "where there is no loss the label is 0: 0 is a token, too; take IGNORE, -100"
+NO_LOSS_1 = ("where there is no loss the label is -1: cross-entropy passes over -100 only; take "
+             "IGNORE")
+FIRST_DECIDES = "of a token that crosses a border the first character decides: here "
 SHIFTED = "the labels are shifted by one: label t is the id at t, the loss does the shift itself"
 LABELS = Exercise(
     4, "ex04_label_mask.py", ("label_mask",), "tokenize_segments in data.py", label_mask,
     label_cases,
-    ((PROMPT, relabelled(lambda ids, labels: ids)),
+    # these three first: in the last input alone they are like a mask that begins too early or late
+    ((FIRST_DECIDES + "the last one does", by_characters(lambda learn: learn[-1])),
+     (FIRST_DECIDES + "one with loss is enough", by_characters(any)),
+     (FIRST_DECIDES + "all of them must have loss", by_characters(all)),
+     (PROMPT, relabelled(lambda ids, labels: ids)),
      (PROMPT, relabelled(lambda ids, labels: [IGNORE, *ids[1:]])),
      ("the mask is the wrong way round: the questions have loss, the answers have none",
       relabelled(exchanged)),
@@ -109,16 +150,16 @@ LABELS = Exercise(
      ("the whole mask lies one token early", moved_spans(-1, -1)),
      ("only the last answer has loss: each answer has", moved_spans(which=slice(-1, None))),
      ("only the first answer has loss: each answer has", moved_spans(which=slice(1))),
-     ("where there is no loss the label is 0: 0 is a token, too; take IGNORE, -100",
-      other_ignore(0)),
-     ("where there is no loss the label is -1: cross-entropy passes over -100 only; take IGNORE",
-      other_ignore(-1)),
+     ("only the last piece has loss: each piece of an answer has", last_piece),
+     (NO_LOSS_0, other_ignore(0)), (NO_LOSS_0, other_ignore(0, first=1)),
+     (NO_LOSS_1, other_ignore(-1)), (NO_LOSS_1, other_ignore(-1, first=1)),
      ("the pieces are tokenized one by one: join the texts first, a token may reach over the end "
       "of a piece", piece_by_piece),
      ("BOS is missing in front", without_bos),
-     ("BOS has loss: nothing stands before it that could predict it",
+     ("BOS has loss: in v1 nothing stands before it that could predict it (BLIP-2's template puts "
+      "the picture there, and does train BOS)",
       relabelled(lambda ids, labels: [ids[0], *labels[1:]]))),
-    ("ids", "labels"))
+    ("ids", "labels"), element=token_at)
 
 
 # ------------------------------------------------------------------------------ 5: splice

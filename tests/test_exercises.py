@@ -12,6 +12,7 @@ import torch
 from exercises import __main__ as program
 from exercises.checking import call, check, difference, judge
 from exercises.index import EXERCISES
+from kernels import attention, full
 
 ROOT = Path(__file__).parents[1]
 # what a reader writes below the signature: right, then with two classic mistakes and what is said.
@@ -41,7 +42,15 @@ def add_positions(patches, cls, position):
         labels.append(token if learn[at] else -100)
     return ids, labels
 """, ("token if learn[at] else -100", "token", "label stands on the prompt"),
-        ("return ids, labels", "return ids, labels[1:] + [-100]", "shifted by one")),
+        ("return ids, labels", "return ids, labels[1:] + [-100]", "shifted by one"),
+        ("else -100", "else 0", "the label is 0"),
+        ("    return ids", "    labels = [-100 if i < len(ids) - 1 else x for i, x in "
+                           "enumerate(labels)]\n    return ids", "only the last piece has loss"),
+        # of each token the last character
+        ("    for token, at in tokenizer.encode_with_offsets(text):\n",
+         "    pairs = tokenizer.encode_with_offsets(text)\n"
+         "    ends = [at - 1 for _, at in pairs[1:]] + [len(text) - 1]\n"
+         "    for (token, _), at in zip(pairs, ends):\n", "here the last one does")),
     5: ("""import torch
 def splice(ids, text_embeds, image_embeds, labels):
     x, y, n = [], [], 0
@@ -76,11 +85,20 @@ def cache_step(q, k, v, k_cache, v_cache, length):
     8: ("""def itc(q, k, n):
     return ((q < n) & (k < n)) | ((q >= n) & (k >= n))
 def itm(q, k, n):
-    return True
+    return (q > -1) & (k > -1)
 def itg(q, k, n):
     return (k < n) | ((k <= q) & (q >= n))
 """, ("(k < n) | ((k <= q) & (q >= n))", "(q < n) | ((q <= k) & (k >= n))", "transposed"),
-        ("k <= q", "k < q", "does not see itself")),
+        ("k <= q", "k < q", "does not see itself"),
+        ("(k < n)) | ((q >= n) & (k >= n))", "(k < n))", "itc: text sees nothing"),
+        ("((q < n) & (k < n)) |", "", "itc: the queries see nothing"),
+        ("(k < n) | ((k <= q) & (q >= n))", "((k < n) | (k <= q)) & (q >= n)",
+         "itg: the queries see nothing"),
+        ("return (k < n) | ", "return (k < n) | (q < n) | ", "itg: the queries see the text"),
+        ("k <= q", "q <= k", "causal the wrong way round"),
+        ("(q > -1) & (k > -1)", "True", "itm returns True: it must be a (5, 5) bool tensor"),
+        ("(q > -1) & (k > -1)", "q > -1", r"itm has shape (5, 1), expected (5, 5)"),
+        ("(q > -1) & (k > -1)", "1 + 0 * (q + k)", "itm is torch.int64, it must be torch.bool")),
     9: ("""import torch
 def itc_loss(image, text, temp):
     s = torch.stack([(x @ text.T).amax(0) for x in image]) / temp
@@ -108,20 +126,30 @@ def hard_negatives(to_text, to_image, same, seed=0):
 """, ("(groups * sums[i // size])", "sum(learned)", "mean over all tokens of the step"),
          ("1 / (groups * ", "1 / (1 * ", "divide by `groups`")),
     12: ("""import torch
-def two_tiles(q, k1, v1, k2, v2):
-    scale = q.shape[-1] ** -.5
-    s = q @ k1.T * scale
-    m = s.max(1).values
-    p = torch.exp(s - m[:, None])
-    l, acc = p.sum(1), p @ v1
-    s = q @ k2.T * scale
-    new = torch.maximum(m, s.max(1).values)
+def fold(q, k, v, m, l, acc):
+    s = q @ k.T * q.shape[-1] ** -.5
+    new = torch.maximum(m, s.max(1, keepdim=True).values)
     alpha = torch.exp(m - new)
-    p = torch.exp(s - new[:, None])
-    l, acc = l * alpha + p.sum(1), acc * alpha[:, None] + p @ v2
-    return acc / l[:, None], new + torch.log(l)
-""", ("acc * alpha[:, None]", "acc", "acc is not corrected"),
-         ("l * alpha", "l", "l is not corrected")),
+    p = torch.exp(s - new)
+    return new, l * alpha + p.sum(1, keepdim=True), acc * alpha + p @ v
+def finish(m, l, acc):
+    return acc / l, m + torch.log(l)
+""", ("acc * alpha", "acc", "acc is not corrected"),
+         ("l * alpha", "l", "l is not corrected"),
+         ("torch.maximum(m, s.max(1, keepdim=True).values)", "s.max(1, keepdim=True).values",
+          "the maximum of the new tile alone"),
+         ("m - new", "new - m", "alpha is upside down"),
+         ("torch.log(l)", "torch.log2(l)", "logarithm to base 2"),
+         ("m + torch.log(l)", "(m + torch.log(l)) * 1.442695", "logarithm to base 2"),
+         ("return new, l * alpha + p.sum(1, keepdim=True), acc * alpha + p @ v",
+          "return m, l + 1, acc + s.softmax(1) @ v", "these are averaged"),
+         ("acc / l", "acc", "acc is not divided by l"),
+         ("s.max(1, keepdim=True)", "s.max(1)", "if not for keepdim=True"),
+         ("l * alpha + p.sum(1, keepdim=True)", "(l * alpha)[:, 0] + p.sum(1)",
+          "fold: l has shape (3,), not (3, 1): keepdim=True"),
+         ("return new, l", "return l", "fold must return m, l, acc"),
+         ("return acc", "acc", "finish returns None"),
+         ("return new", "new", "fold returns None")),
 }
 NEIGHBOURS = """
 def neighbours(x, position_ids, base):
@@ -205,6 +233,80 @@ def test_what_else_may_go_wrong_is_one_line(text, said, tmp_path):
     assert re.search(said, verdict.text), verdict.text
 
 
+def test_the_tiles_one_by_one_are_the_projects_attention():
+    """The kernel's `fold` needs a GPU: the formulas beside `attention` on all keys at once."""
+    exercise = EXERCISES[12]
+    for q, tiles in exercise.cases():
+        k, v = (torch.cat(parts) for parts in zip(*tiles))
+        out = attention(q[None, :, None], k[None, :, None], v[None, :, None], full)[0, :, 0]
+        lse = torch.logsumexp(q @ k.T * q.shape[-1] ** -.5, -1, keepdim=True)
+        right = call(exercise, exercise.real, (q, tiles))
+        assert difference([("out", out), ("lse", lse)], right) is None
+        assert difference([("out", out.flip(0)), ("lse", lse)], right)          # control
+
+
+def test_no_call_of_fold_sees_two_tiles():
+    """So one softmax over all keys cannot pass."""
+    exercise, sizes = EXERCISES[12], []
+
+    def watched(name, *arguments):
+        if name == "fold":
+            sizes.append(len(arguments[1]))
+        return exercise.real(name, *arguments)
+    assert judge(exercise, watched, Path(exercise.file)).state == "right"
+    assert sizes == [len(k) for _, tiles in exercise.cases() for k, _ in tiles]
+
+    def one_softmax(name, q, k, v, *state):     # what a reader could do with one tile alone
+        s = q @ k.T * q.shape[-1] ** -.5
+        return s[:, :1], torch.ones(len(q), 1), s.softmax(-1) @ v
+    assert judge(exercise, lambda name, *arguments: one_softmax(name, *arguments)
+                 if name == "fold" else exercise.real(name, *arguments),
+                 Path(exercise.file)).state == "wrong"
+
+
+def test_a_small_wrong_mask_is_drawn_beside_the_right_one(tmp_path):
+    verdict = verdict_on(8, WRITTEN[8][0].replace("k <= q", "k < q"), tmp_path)
+    assert verdict.drawing.split("\n") == [
+        "   itg, n = 2: yours     right",
+        "   # # . . .             # # . . .",
+        "   # # . . .             # # . . .",
+        "   # # . . .             # # # . .",
+        "   # # # . .             # # # # .",
+        "   # # # # .             # # # # #"]
+    assert not verdict_on(8, WRITTEN[8][0], tmp_path).drawing
+    exercise = EXERCISES[8]
+    nine = torch.ones(9, 9).bool()
+    assert exercise.drawing([("mask", nine)], [("mask", nine)], ("itm", nine, nine, 2)) == ""
+
+
+def test_a_mask_that_fits_a_mistake_in_some_cases_only_is_not_called_by_its_name(tmp_path):
+    """A control: causal where n is not 1, one bit less where it is."""
+    text = WRITTEN[8][0].replace("(q > -1) & (k > -1)", "(k <= q) & ((k < 3) | (n > 1))")
+    assert "causal" not in verdict_on(8, text, tmp_path).text
+    text = WRITTEN[8][0].replace("(q > -1) & (k > -1)", "k <= q")
+    assert "causal" in verdict_on(8, text, tmp_path).text
+
+
+def test_a_label_is_named_by_its_token(tmp_path):
+    text = WRITTEN[4][0].replace("token if learn[at] else -100", "token if learn[at] else -7")
+    assert "labels[0], the token '<s>', is -100" in verdict_on(
+        4, WRITTEN[4][0].replace("[tokenizer.bos], [-100]", "[tokenizer.bos], [5]"),
+        tmp_path).text.replace("is 5, expected -100", "is -100")
+    assert re.search(r"labels\[1\], the token '[^']+', is -7", verdict_on(4, text, tmp_path).text)
+
+
+def test_exercise_4_has_tokens_that_cross_a_border_of_loss():
+    """Without them a rule of the last character would be right."""
+    count = 0
+    for segments, tokenizer in EXERCISES[4].cases():
+        text = "".join(text for text, _ in segments)
+        learn = [learn for text, learn in segments for _ in text]
+        starts = [at for _, at in tokenizer.encode_with_offsets(text)]
+        for first, after in zip(starts, [*starts[1:], len(text)]):
+            count += len({*learn[first:after]}) > 1
+    assert count >= 3
+
+
 def test_and_between_masks_is_explained(tmp_path):
     text = WRITTEN[8][0].replace("(k <= q) & (q >= n)", "k <= q and q >= n")
     assert "`and`, `or`, `not`" in verdict_on(8, text, tmp_path).text
@@ -241,7 +343,8 @@ def test_exit_status_and_line(tmp_path, capsys):
     path.write_text(WRITTEN[8][0].replace("k <= q", "k < q"))
     assert run("8", "--file", str(path)) == 1
     out = capsys.readouterr().out
-    assert out.startswith(" 8 masks: wrong: itg: off by one") and out.count("\n") == 1
+    assert out.startswith(" 8 masks: wrong: itg: off by one")
+    assert out.count("\n") == 1 + 1 + 5                     # the line, and the drawing of 5 x 5
     assert run("8") == 1
 
 
