@@ -10,17 +10,23 @@ Written as two matrix products, the scores (B, H, T, S) travel to memory and bac
     q, k, v, out once each      4 · 8,192 · 4,096 · 2 B   =  0.27 GB   all the kernel moves
     the scores once             32 · 8,192² · 2 B         =  4.3  GB   written, read, written ...
 
-FlashAttention-2 [FA2] 2307.08691 keeps a tile of queries in registers and walks over tiles of keys.
-The softmax needs its row maximum m before the first exp, and the maximum is known only at the end.
-So each tile guesses with the maximum so far, and when the guess grows, corrects what it has:
+FlashAttention-2 [FA2] 2307.08691 keeps a tile of queries in registers, the memory inside a
+processor, and walks over tiles of keys. The softmax needs its row maximum m before the first exp,
+and the maximum is known only at the end. So each tile works with the largest score so far. When a
+later tile has a larger one, m', all that was summed is multiplied by α = exp(m - m'):
 
     m' = max(m, max s)    α = exp(m - m')    l ← α l + Σ exp(s - m')    acc ← α acc + exp(s - m') v
 
-    scores 1, 3 | 2:  m 3, l e⁻²+1 = 1.14;  then m stays 3, α = 1, l = 1.14 + e⁻¹ = 1.50
+    scores 1 | 3:    m = 1, l = e⁰ = 1;    then m' = 3, α = e⁻² = 0.135, l = 0.135 · 1 + e⁰ = 1.135
 
-At the end out = acc / l, and lse = m + log l is kept: 4 bytes a row instead of the row. Backward
-makes p again from it, one exp, no second pass. Kernels count in powers of two (exp2 is the
-instruction): scores · log₂e, and lse is a log₂. All sums are fp32, whatever the inputs are.
+At the end out = acc / l and lse = m + log l. For backward is kept:
+
+    q, k, v      (B, T, H, D), twice (B, S, G, D)    the scores s are computed again from q and k
+    lse          (B, H, T), fp32: one number a row   p = exp(s - lse), without maximum and sum
+    out          (B, T, H, D)                        softmax's backward subtracts Δ = dout · out
+
+and nothing of the size T x S. Kernels count in powers of two (exp2 is the instruction): scores ·
+log₂e, and lse is a log₂. All sums are fp32, whatever the inputs are.
 
 A mask is a rule, "may query q see key k?", in plain Python on absolute positions:
 
@@ -28,29 +34,39 @@ A mask is a rule, "may query q see key k?", in plain Python on absolute position
                                                 # # # . .
                                                 # # # # .
                                                 # # # # #
+
 The rule is called on a column of query positions and a row of key positions; `n` is a number that
 some rules need (a Q-Former's queries come first, n of them). The same function runs in PyTorch and
 in the kernel, which compiles it: comparisons and & | ==, no lambda.
 
-A rule may say where it is True, so that the kernel skips tiles of nothing and asks no questions in
-tiles of everything. Two functions of a block of positions lo .. hi-1, in plain arithmetic and `if`
-(no min, max: the kernel cuts to 0 .. end), each returning first, last, inner, outer:
+A rule may say where it is True, so that the kernel skips tiles of which nothing is seen, and does
+not ask the rule in tiles of which everything is seen. Two functions of a block of positions
+lo .. hi-1, in plain arithmetic and `if` (no min, max: the kernel cuts to 0 .. end), each returning
+first, last, inner, outer:
 
     rule.keys(lo, hi, n, end)       queries lo .. hi-1 see no key outside  first .. last-1
                                     and all of them see every key of       inner .. outer-1
-    rule.queries(lo, hi, n, end)    the same with the parts exchanged: who sees keys lo .. hi-1
+    rule.queries(lo, hi, n, end)    keys lo .. hi-1 are seen by no query outside  first .. last-1
+                                    and each is seen by every query of            inner .. outer-1
 
-    causal.keys(4, 8, 0, 12) = 0, 8, 0, 5       # # # # # . . . . . . .      row 4
-                                                # # # # # # # # . . . .      row 7
-A rule without them is correct and scanned in full.
+    causal.keys(4, 8, 0, 12) = 0, 8, 0, 5       # # # # # . . . . . . .      query 4
+                                                # # # # # # # # . . . .      query 7
 
-Facts that differ from sample to sample are data, not rules: `keep` hides padding, `documents` packs
-several texts into one row. The rule then counts positions from the start of its own document, and
-no document sees another:   # . . . .
-                            # # . . .       packed([[2, 3]]) under causal
-                            . . # . .
-                            . . # # .
-                            . . # # #
+The queries are 4 to 7. Query 7 sees the most, the keys 0 to 7: first 0, last 8. Query 4 sees the
+least, 0 to 4; these keys all four of them see: inner 0, outer 5. A rule without the two functions
+is correct, and is asked in every tile.
+
+A rule is one for the whole batch. What differs from row to row is handed over as tensors:
+`attention_mask` hides padding, and `doc_spans` says where each of the texts packed into a row
+begins and ends. The rule then counts positions from the start of its own text, and no text sees
+another:
+
+    # . . . .       doc_spans = document_spans([[2, 3]]) under causal
+    # # . . .
+    . . # . .
+    . . # # .
+    . . # # #
+
 Layout: q (B, T, H, D); k, v (B, S, G, D) with H a multiple of G. Query head h reads key head
 h // (H / G): grouped-query attention, [GQA] 2305.13245 section 2.2.
 
@@ -66,9 +82,6 @@ import torch
 import torch.nn.functional as F
 
 from kernels.launch import fused, INTERPRET, jit, tl, triton
-
-NOTHING = 1e30                  # stands for infinity: NOTHING - NOTHING is 0, inf - inf is NaN
-
 
 # ------------------------------------------------------------------------------------ masks
 
@@ -122,12 +135,13 @@ def visible(allow, rows, columns, n=0, start=0, device=None):
 
 
 def document_spans(lengths, device=None):
-    """`documents` for rows of texts, given their lengths: packed([[2, 3], [5]]) has B = 2, S = 5.
+    """`doc_spans` for rows of texts, given their lengths: [[2, 3], [5]] has B = 2, S = 5.
 
     (2, B, S) int32: where the document of each position begins, and where it ends."""
     if len({sum(row) for row in lengths}) > 1:
-        raise ValueError(f"packed: rows of {sorted({sum(row) for row in lengths})} positions; "
-                         "all must be equally long (a row's padding is a document of its own)")
+        raise ValueError(f"document_spans: rows of {sorted({sum(row) for row in lengths})} "
+                         "positions; all must be equally long (a row's padding is a document of "
+                         "its own)")
     rows = []
     for row in lengths:
         size = torch.tensor(row)
@@ -185,7 +199,8 @@ def reference(q, k, v, allow, n, start, attention_mask, doc_spans):
 # ------------------------------------------------------------------------------------ tiles
 
 # (BLOCK of the rows that stay, BLOCK of the rows that are walked, warps, stages). For D up to 64
-# and 128: what compiles without spilling registers in a loop, on Triton 3.6, 3.7.1 and 3.9 alike.
+# and 128: what compiles without spilling registers in a loop (what does not fit into them goes to
+# slow memory and back), on Triton 3.6, 3.7.1 and 3.9 alike.
 TILES = {
     (80, 64): {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkv": (64, 32, 4, 2)},
     (80, 128): {"forward": (128, 32, 8, 3), "dq": (128, 32, 8, 3), "dkv": (64, 64, 8, 2)},
@@ -271,7 +286,8 @@ def ask(allow: tl.constexpr, q, k, n, begin, end, other, PACKED: tl.constexpr):
 @jit
 def hide(s, q, k, begin, end, keep_ptr, S, n, allow: tl.constexpr, PACKED: tl.constexpr,
          KEEP: tl.constexpr, MASKED: tl.constexpr):
-    """Scores of query positions q and key positions k, -inf where hidden."""
+    """Scores of query positions q and key positions k, -inf where hidden. keep_ptr: the
+    attention_mask, if there is one (KEEP)."""
     if KEEP:
         kept = tl.load(keep_ptr + k, mask=k < S, other=0) != 0
         s = tl.where(kept[None, :], s, float("-inf"))
@@ -287,18 +303,22 @@ def hide(s, q, k, begin, end, keep_ptr, S, n, allow: tl.constexpr, PACKED: tl.co
 def fold(acc, m, l, q, offs_q, begin, end, k_ptr, v_ptr, keep_ptr, k_t, v_t, S, n, scale,
          first, count, front, gap, allow: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
          BLOCK_D: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr):
-    """Walk over `count` key tiles from `first` on, leaving out `gap` tiles after `front`."""
+    """Walk over `count` key tiles from `first` on, leaving out `gap` tiles after `front`.
+
+    One turn of the loop is the opening's formulas on one tile. m and l (BLOCK_M), acc (BLOCK_M,
+    BLOCK_D) are of the tiles so far; scale is log₂e / √D, as exp2 stands for exp."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     for i in range(count):
         row = (first + i + tl.where(i >= front, gap, 0)) * BLOCK_N
         k = load_rows(k_ptr, row, k_t, offs_n, offs_d, S, D, BLOCK_D, MASKED)   # (BLOCK_N, D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")                      # (BLOCK_M, BLOCK_N)
         s = hide(s, offs_q, row + offs_n, begin, end, keep_ptr, S, n, allow, PACKED, KEEP, MASKED)
-        higher = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - higher[:, None])
-        alpha = tl.exp2(m - higher)
-        l = l * alpha + tl.sum(p, 1)
+        higher = tl.maximum(m, tl.max(s, 1) * scale)                            # m'
+        p = tl.exp2(s * scale - higher[:, None])                                # exp(s - m')
+        alpha = tl.exp2(m - higher)                                             # exp(m - m')
+        l = l * alpha + tl.sum(p, 1)                                            # α l + Σ p
         v = load_rows(v_ptr, row, v_t, offs_n, offs_d, S, D, BLOCK_D, MASKED)
+        # α acc + p v
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = higher
     return acc, m, l
@@ -311,7 +331,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, keep_ptr, begin_ptr, e
                    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    PACKED: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
                    STEP: tl.constexpr):
-    """One program: BLOCK queries of one head; it walks over keys in steps of STEP."""
+    """One program (a GPU runs many side by side): BLOCK queries of one head; it walks over keys in
+    steps of STEP."""
     tiles = tl.cdiv(T, BLOCK)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     lo = (tiles - 1 - tile) * BLOCK                 # under causal the last tiles have most to do
@@ -331,6 +352,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, keep_ptr, begin_ptr, e
     first, last, inner, outer = walk(keys, start + lo, start + tl.minimum(lo + BLOCK, T), S, 0, n,
                                      begin_ptr, end_ptr, PACKED, STEP)
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    # -1e30 stands for -infinity: -1e30 + 1e30 is 0, inf - inf is NaN
     m = tl.full((BLOCK,), -1e30, tl.float32)
     l = tl.zeros((BLOCK,), tl.float32)
     # tiles that every row sees whole, then the tiles on the edges
@@ -362,14 +384,17 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, keep_ptr, begin_ptr, e
 #   dq_i  = Σ_j ds_ij k_j / √D          dk_j = Σ_i ds_ij q_i / √D
 #
 # Sums over j want queries to stay and keys to walk, sums over i the other way round: two kernels.
-# Each makes s and p anew (7 products instead of 5) and each sum is added up by one program in one
-# order, query heads of a group included: no atomics, the same bits in every run.
+# Each computes s, p and dp for itself, from what forward has kept: 7 matrix products a tile in all,
+# where one kernel for both would need 5. Each sum is added up by one program in one order, query
+# heads of a group included: no atomics, the same bits in every run.
 
 @jit
 def fold_dq(dq, q, do, lse, delta, offs_q, begin, end, k_ptr, v_ptr, keep_ptr, k_t, v_t, S, n,
             scale, first, count, front, gap, allow: tl.constexpr, D: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
             KEEP: tl.constexpr, MASKED: tl.constexpr):
+    """dq of a tile of queries: adds ds k of `count` key tiles. Walks as `fold` does; p needs no
+    correction here, lse is known."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     for i in range(count):
         row = (first + i + tl.where(i >= front, gap, 0)) * BLOCK_N
@@ -436,6 +461,8 @@ def fold_dkv(dk, dv, k, v, offs_k, begin, end, q_ptr, do_ptr, lse_ptr, delta_ptr
              start, scale, first, count, front, gap, allow: tl.constexpr, D: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
              MASKED: tl.constexpr):
+    """dk and dv of a tile of keys: adds dsᵀ q and pᵀ do of `count` query tiles. Scores are
+    transposed here: rows are keys, columns are queries."""
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     for i in range(count):
         row = (first + i + tl.where(i >= front, gap, 0)) * BLOCK_M
@@ -498,7 +525,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
                           first, last - first - (outer - inner), inner - first, outer - inner,
                           allow, D, STEP, BLOCK_D, PACKED, True)
     dk *= scale * 0.6931471805599453                # scale is log₂e / √D
-    if KEEP:        # a hidden key's p was never asked about: its row, and no other, is wrong
+    if KEEP:        # fold_dkv does not read the mask: at padding dk and dv are wrong, and become 0
         kept = (tl.load(keep_ptr + b * S + columns, mask=inside, other=0) != 0)[:, None]
         dk, dv = tl.where(kept, dk, 0.), tl.where(kept, dv, 0.)
     at = ((b * S + lo) * G + g) * D + offs_n[:, None] * (G * D) + offs_d[None, :]
@@ -534,8 +561,8 @@ def in_eights(name, t):
 
 
 def check(q, k, v, allow, n, start, attention_mask, doc_spans):
-    """Refuse what the kernel would answer wrongly. What lies in `keep` and `documents` is not read:
-    that would wait for the GPU. A row that sees nothing because of them is 0."""
+    """Refuse what the kernel would answer wrongly. The values of `attention_mask` and `doc_spans`
+    are not read: that would wait for the GPU. A row that sees nothing because of them is 0."""
     (B, T, H, D), S = q.shape, k.shape[1]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"attention: {q.dtype}; the kernel takes float16, bfloat16, float32")
@@ -546,9 +573,10 @@ def check(q, k, v, allow, n, start, attention_mask, doc_spans):
     for name, t in (("q", q), ("k", k), ("v", v)):
         in_eights(name, t)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise ValueError(f"attention: keep is {attention_mask.dtype}, must be bool")
+        raise ValueError(f"attention: attention_mask is {attention_mask.dtype}, must be bool")
     if doc_spans is not None and doc_spans.dtype != torch.int32:
-        raise ValueError(f"attention: documents are {doc_spans.dtype}, must be int32: see packed()")
+        raise ValueError(f"attention: doc_spans is {doc_spans.dtype}, must be int32: see "
+                         "document_spans()")
     if not all_rows_see(allow, T, S, n, start):
         raise ValueError(f"attention: {allow.__name__} hides every one of {S} keys from some of "
                          f"{T} queries at {start}; every row must see a key")
@@ -582,7 +610,7 @@ def launch(kernel, name, rows, heads, tensors, q, k, v, allow, n, start, attenti
 
 
 class Attention(torch.autograd.Function):
-    """Keeps q, k, v, out and one number a row, lse; the probabilities are made again."""
+    """Keeps q, k, v, out and one number a row, lse; backward computes the probabilities again."""
 
     @staticmethod
     def forward(ctx, q, k, v, allow, n, start, attention_mask, doc_spans):
@@ -613,9 +641,10 @@ class Attention(torch.autograd.Function):
 def attention(q, k, v, allow=causal, n=0, start=0, attention_mask=None, doc_spans=None):
     """Attention of queries at positions start .. start+T-1 to keys at positions 0 .. S-1.
 
-    q (B, T, H, D); k, v (B, S, G, D); keep (B, S) bool, False where a key is padding; documents
-    from packed(). Returns (B, T, H, D) in q's dtype. A row that sees no key (padding looking at
-    padding) gets the mean of the values, or 0 from the kernel, instead of NaN; nobody reads it."""
+    q (B, T, H, D); k, v (B, S, G, D); attention_mask (B, S) bool, False where a key is padding;
+    doc_spans (2, B, S) from document_spans. Returns (B, T, H, D) in q's dtype. A row that sees no
+    key (padding looking at padding) gets the mean of the values, or 0 from the kernel, instead of
+    NaN; nobody reads it."""
     B, T, H, D = q.shape if q.dim() == 4 else (0, 0, 0, 0)
     S, G = k.shape[1:3] if k.dim() == 4 else (0, 0)
     if k.shape != v.shape or k.shape != (B, S, G, D) or not G or H % G:
@@ -623,9 +652,10 @@ def attention(q, k, v, allow=causal, n=0, start=0, attention_mask=None, doc_span
                          "do not fit: q must be (B, T, H, D), k and v (B, S, G, D), H a multiple "
                          "of G")
     if attention_mask is not None and attention_mask.shape != (B, S):
-        raise ValueError(f"attention: keep {tuple(attention_mask.shape)}, must be (B, S) = {B, S}")
+        raise ValueError(f"attention: attention_mask {tuple(attention_mask.shape)}, must be (B, S) "
+                         f"= {B, S}")
     if doc_spans is not None and (doc_spans.shape != (2, B, S) or T != S or start):
-        raise ValueError(f"attention: documents {tuple(doc_spans.shape)}, {T} queries from {start} "
+        raise ValueError(f"attention: doc_spans {tuple(doc_spans.shape)}, {T} queries from {start} "
                          f"on; packed rows need (2, B, S) = {2, B, S}, T = S, start = 0")
     if not fused(q, k, v, attention_mask, doc_spans):
         return reference(q, k, v, allow, n, start, attention_mask, doc_spans)

@@ -355,8 +355,9 @@ def checkpointed(blocks, x, *args, policy=None, offload=False):
     """x = block(x, *args) for each block in turn, with activations kept as `policy` says.
 
     blocks: functions or modules from (x, *args) to x. policy: None, "none", "attention", "full"
-    (top of this file). offload: with the last two, what is kept goes to host memory; on a CPU it is
-    there already."""
+    say what backward computes again: nothing; norms and activations; each layer but its attention;
+    whole segments of layers (the table at the top of kernels/checkpoint.py). offload: with the last
+    two, what is kept goes to host memory; on a CPU it is there already."""
     if policy not in POLICIES:
         raise ValueError(f"checkpoint: policy {policy!r}; there are None, 'none', 'attention' and "
                          "'full'")

@@ -227,7 +227,7 @@ def test_what_the_kernel_cannot_answer_is_refused(grounded):
             q, torch.zeros(1, 4, 12)[..., None, :8], v),
         "bfloat16 in Triton's interpreter": lambda: attention(*(t.bfloat16() for t in (q, k, v))),
         "must be bool": lambda: attention(q, k, v, attention_mask=attention_mask.float()),
-        r"keep \(1, 3\)": lambda: attention(q, k, v, attention_mask=attention_mask[:, :3]),
+        r"attention_mask \(1, 3\)": lambda: attention(q, k, v, attention_mask=attention_mask[:, :3]),
         "must be int32": lambda: attention(q, k, v, doc_spans=doc_spans.long()),
         "packed rows need": lambda: attention(q, k, v, start=1, doc_spans=doc_spans),
         "never hides every one of 4 keys": lambda: attention(q, k, v, never),
