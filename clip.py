@@ -10,22 +10,22 @@
 
 CLIP is trained by contrast: in a batch of images and captions, find the pairs [CLIP] 2103.00020.
 LLaVA reads the output of the second-last block. The last block moves what it found into the class
-token, and its patches say less about their own place.
+token, and its patches keep less local information.
 
-Four details load without an error and give wrong features when they are missed: a norm *before*
-the blocks (spelled pre_layrnorm in the files), QuickGELU instead of GELU, no bias in the patch
-embedding, the class token first. Checked against transformers' CLIPModel (tests/test_parity.py).
+Four details give wrong features, and no error, when they are missed: a norm *before* the blocks
+(pre_layrnorm in the files, officially misspelled), QuickGELU, x sigmoid(1.702 x), instead of GELU,
+no bias at the patches, the class token first. Checked against transformers (tests/test_parity.py).
 
 The toy tower is trained by *late interaction* [FILIP] 2111.07783: a phrase of the caption scores by
 its best patch, not by the class token. With the class token alone a tiny tower can pair images and
 captions by colour and place, and the patches, which LLaVA reads, lose the shape (docs/weights.md).
 
 EVA ViT-g/14 [EVA] 2211.07636 is the vision tower of BLIP-2 and MiniGPT-4: the same network with
-other settings. A Q-Former reads its last block:
+other settings. A Q-Former reads EVA's block 39. Block 40 and its norm are not in BLIP-2's files:
 
-            GELU    patches  norm before  bias of k  final block, norm  eps    read
-    CLIP    quick   no bias  yes          yes        yes                1e-5   patches
-    EVA     exact   bias     no           zero       no                 1e-6   [cls] and patches
+            GELU    patches  norm before  bias of k  a block behind it  eps    read
+    CLIP    quick   no bias  yes          yes        yes, and a norm    1e-5   patches
+    EVA     exact   bias     no           always 0   no                 1e-6   [cls] and patches
 
 Letters: B batch, T tokens, P patches, C width, H heads, D head size, E width of the shared space.
 Alone: `python clip.py photo.jpg` prints the phrases that fit an image best.

@@ -6,18 +6,18 @@
     photo.jpg ---------- load_image -- preprocess -------- pixels (n, 3, S, S), n tiles
 
 A language model predicts every next token; a chat model learns only what an assistant says. Each
-token has a label: its own id where it has loss, IGNORE where it has none. With loss in [brackets]:
+token has a label: its own id, or IGNORE where it has no loss. Loss in [brackets]; v1, for stage 2:
 
     <s>{system} USER: <image>⏎What is it? ASSISTANT:[ A cat.</s>]USER: Sure? ASSISTANT:[ Yes.</s>]
 
-    plain, minigpt4_caption   <s><image>[a cat⏎]
-    blip2                     <image>[<s>][a cat⏎]
+    plain, minigpt4_caption   <s><image>[a cat⏎]                stage 1 of LLaVA, of MiniGPT-4
+    blip2                     <image>[<s>][a cat⏎]              stage 2 (stage 1 has no LLaMA)
     instructblip              <image><s>Why?[A cat.</s>]
     minigpt4                  <s>###Human: <Img><image></Img> Why? ###Assistant: [A cat.###]
 
 A template writes a conversation as segments. Their texts are joined, cut only at pictures and BOS,
 and tokenized. A token has loss if its first character lies in a segment with loss, so labels cannot
-drift from ids. The model puts pictures' vectors at -200, and compares label t with prediction t-1.
+drift from ids. The model puts pictures' vectors at -200, and predicts the token t at token t-1.
 
 A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, the same bits as CLIP's own:
 
@@ -30,7 +30,8 @@ A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, the same b
     python data.py show FILE --sample 3         the same for the third row of a file
     python data.py check FILE --images DIR      all that would stop training, a line a fault
 
-Letters: B batch, T tokens, S picture side, n tiles. quirk: what LLaVA c121f04 does, odd but kept.
+Letters: B batch, T tokens, S picture side, n tiles. quirk: odd, but so in LLaVA's code (c121f04).
+Next: train.py, which trains on these rows.
 """
 import runpy
 import sys
@@ -77,7 +78,7 @@ class Tokenizer(TokenizerFile):
     """The tokenizer of a model folder. .bos .eos .pad .unk: ids or None; len(): vocabulary size.
 
     LLaMA writes a space as ▁ and puts one before a text. Before which texts, .prefix says:
-        every   each stretch between special tokens (legacy)      </s>USER -> </s> ▁US ER
+        every   each stretch between special tokens (older files) </s>USER -> </s> ▁US ER
         first   only the very start                               </s>USER -> </s> USER
     tokenizer.json and its config often disagree about it, so formats/tokenizers.py takes the rule
     out of the library, and it is applied here, where it can be seen."""

@@ -19,9 +19,9 @@ once. Prompts of different lengths share a batch by padding on the left:
     beams n          the n best beginnings side by side; the best mean log-probability wins
 
 Decoding reads every weight once a token, so memory limits it and not arithmetic; a batch shares the
-reading. Beams, stop texts, CUDA graphs, attention maps, chat and web page are rooms: decoding/.
+reading. Beams, stop texts, CUDA graphs, attention maps, chat and web page are in decoding/.
 Letters: B batch, T tokens of a prompt, T' with the picture's, C width, V vocabulary.
-Next: python -m evaluate, which keeps the score.
+Next: qformer.py, another way from a picture to vectors.
 """
 
 import math

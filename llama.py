@@ -7,9 +7,9 @@
     RMSNorm -> head -> logits (B, T, V)
 
 What differs from the 2017 transformer: norms come before the blocks and divide by the root mean
-square only; positions are rotations of q and k (kernels/rope.py); the MLP is gated; no biases.
-[LLaMA] 2302.13971 section 2.2. Checked against transformers' LlamaForCausalLM
-(tests/test_parity.py). Left out: dropout (LLaMA has none), tensor parallelism.
+square only; positions are rotations of q and k (RoPE, kernels/rope.py); the MLP is gated (SwiGLU:
+silu(gate) * up, kernels/swiglu.py); no biases. [LLaMA] 2302.13971 section 2.2. Checked against
+transformers' LlamaForCausalLM (tests/test_parity.py). One matrix is never split over several GPUs.
 
 Decoding with a KV cache. Token t attends to the keys and values of tokens 0 .. t, which do not
 change when t + 1 comes. So they are kept, and a step computes one token only:
@@ -40,7 +40,7 @@ from kernels import checkpointed, rms_norm, rope, rope_table, self_attention, sw
 @dataclass(frozen=True)
 class Config:
     """Sizes of a decoder. Defaults are Llama-2-7B's, which old hub configs leave out."""
-    vocab: int = 32000              # V
+    vocab: int = 32000              # V; 32,064 in LLaVA's files: room for <image>, and padding
     width: int = 4096               # C
     depth: int = 32                 # number of blocks
     heads: int = 32                 # H

@@ -14,20 +14,20 @@ After splicing, for template v1 (x: a token with loss, .: a token that is only r
     <s> A chat between ... USER: [p1 p2 p3 ... pP] \\n What is this ? ASSISTANT: A red star . </s>
     .   . .    .           .      .  .  .      .   .  .    .  .    . .          x x   x    x x
 
-    projector  what it computes                    models
-    linear     W p + b                             LLaVA
-    mlp        W2 gelu(W1 p + b1) + b2             LLaVA-1.5, LLaVA-NeXT, ShareGPT4V
-    qformer    norm, 32 queries, W q + b           BLIP-2, InstructBLIP, MiniGPT-4
+    projector  what it computes                          models
+    linear     W p + b                                   LLaVA
+    mlp        W2 gelu(W1 p + b1) + b2                   LLaVA-1.5, LLaVA-NeXT, ShareGPT4V
+    qformer    norm, 32 queries (qformer.py), W q + b    BLIP-2, InstructBLIP, MiniGPT-4
 
     Three classes below hold a whole model:
     VLM        LLaVA: the patches of the second-last ViT block, without the class token
-    LlavaNext  cuts pictures into tiles, and puts the tiles' vectors together again
+    LlavaNext  adds tiles, square parts of a large picture, and lays their vectors side by side
     Blip2      has a Q-Former: Q vectors for a picture, not P; it reads the class token too
 
 BLIP-2 [BLIP-2] 2301.12597 puts its Q vectors before BOS, MiniGPT-4 [MiniGPT4] 2304.10592 after it;
 InstructBLIP's Q-Former [InstructBLIP] 2305.06500 reads the question together with the picture.
 
-Letters: B batch, T tokens, T' after splicing, P patches, Q queries, C width, Cv the tower's, C' the
+Letters: B batch, T tokens, T' after splicing, P patches, Q queries, C width, Cv the tower's, Cq the
 Q-Former's, n pictures.
 Alone: `python projector.py` prints a spliced row.    Next: data.py, which makes the rows.
 """
@@ -86,7 +86,7 @@ class QFormerProjector(nn.Module):
 
     def forward(self, x, ids=None, mask=None):
         x = self.norm(x.to(self.norm.weight.dtype))         # the tower may be in half precision
-        x = self.qformer(x, ids, text_mask=mask)            # (n, Q+T, C')
+        x = self.qformer(x, ids, text_mask=mask)            # (n, Q+T, Cq)
         return self.proj(x[:, :self.qformer.config.num_queries].to(self.proj.weight.dtype))
 
 

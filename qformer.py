@@ -1,7 +1,7 @@
 """qformer.py: ask an image 32 learned questions, and read the answers as 32 vectors.
 
-    queries (Q, C) learned --+                     pixels -> vision tower -> ln_vision -> (P, Cv)
-    text    (T, C) tokens ---+- norm -> `depth` blocks, made like BERT's:
+    queries (Q, C) learned --+                   pixels -> vision tower -> ln_vision -> (1+P, Cv)
+    text    (T, C) tokens ---+- norm -> `depth` blocks, with BERT's layout:
                                                                            queries   text
         self-attention   over queries and text, under one of three masks      x        x
         cross-attention  to the image features, in every second block         x
@@ -24,12 +24,12 @@ The three masks. Row: the token that looks; column: the token it may see. Q = 2,
     itg  writing   text sees the queries and the text before it, queries see no text: write the
                    caption, which can only use what the queries have found
 
-Two details give wrong numbers and no error when they are missed: text position embeddings count
-from 0, although the queries come first; queries have none, but pass the embedding's norm as well.
-Left out: dropout (0.1 officially), and training the vision tower. Checked against transformers'
-Blip2ForImageTextRetrieval and InstructBLIP (tests/test_qformer.py).
-Letters: B batch, T text tokens, Q queries, P patches, S keys, C width, Cv width of the features, H
-heads, D head size, E width of the shared space, V vocabulary, N pairs on all ranks.
+Two details give wrong numbers and no error when they are missed: positions of text count from 0,
+although queries come first; queries have no positions, but the same first norm as the text. Left
+out: dropout (0.1 officially). Checked against transformers' Blip2ForImageTextRetrieval and
+InstructBLIP (tests/test_qformer.py).
+Letters: B batch, T text tokens, Q queries, P patches (1+P: the class token is read, too), S keys, C
+width, Cv the tower's, H heads, D head size, E shared width, V vocabulary, N pairs on all ranks.
 Alone: `qformer.py` prints the masks, `qformer.py photo.jpg "a caption" "another"` scores captions.
 """
 
@@ -64,7 +64,7 @@ def itm(q, k, n):
 
 
 def itg(q, k, n):
-    return (k < n) | ((q >= n) & (k <= q))
+    return (k < n) | ((q >= n) & (k <= q))  # q >= n is for the reader: the same without it
 
 
 # where the rules are True, so that the kernel skips what they hide
@@ -83,7 +83,7 @@ class Config:
     eps: float = 1e-12              # of the norms
     num_queries: int = 32           # Q
     vision_width: int = 1408        # Cv, width of the image features
-    vocab: int = 30523              # BERT's 30,522 and [DEC]; 0: it reads no text
+    vocab: int = 30523              # BERT's 30,522 and [DEC], which begins a caption; 0: no text
     context: int = 512              # longest text in tokens
     cross_attention_freq: int = 2   # cross-attention in blocks 0, 2, 4 ...
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.norm = clip.LayerNorm(c.width, c.eps)
 
     def forward(self, x, source, allow=full, n=0, attention_mask=None, past_kv=None):
-        """x (B, T, C), any tokens; source (B, S, C'); past_kv: keys and values before the source's.
+        """x (B, T, C), any tokens; source (B, S, C or Cv); past_kv: keys, values before source's.
         Returns (B, T, C), and keys and values (B, S, H, D) for a later past_kv."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, C // self.heads)
@@ -168,7 +168,7 @@ class QFormer(nn.Module):
     def forward(self, features, ids=None, allow=itm, text_mask=None, store=None,
                 past_key_values=None):
         """Queries and text through all blocks -> (B, Q+T, C), queries first.
-        features (B, P, Cv), after ln_vision; None: text alone. ids (B, T); None: queries alone.
+        features (B, 1+P, Cv), after ln_vision; None: text alone. ids (B, T); None: queries alone.
         text_mask (B, T) bool, False at padding. store: a list that receives each block's keys and
         values (B, Q, H, D). past_key_values: a list that a call with queries alone has filled; the
         text then comes out, under `itg`, as if the queries stood before it."""
@@ -303,13 +303,13 @@ class Blip2Stage1(nn.Module):
         return self.vision.config.image_size
 
     def encode_vision(self, pixels):
-        """pixels (B, 3, S, S) -> (B, P, Cv) of the frozen tower, before ln_vision."""
+        """pixels (B, 3, S, S) -> (B, 1+P, Cv) of the frozen tower, before ln_vision."""
         with torch.no_grad():
             x = self.vision(pixels.to(self.vision.patch.dtype))
         return x.to(self.ln_vision.weight.dtype)
 
     def encode_image(self, features, store=None):
-        """features (B, P, Cv), after ln_vision -> (B, Q, E) unit vectors."""
+        """features (B, 1+P, Cv), after ln_vision -> (B, Q, E) unit vectors."""
         x = self.qformer(features, allow=itc, store=store)
         return F.normalize(self.vision_proj(x), dim=-1)
 
@@ -330,7 +330,7 @@ class Blip2Stage1(nn.Module):
         batch is a negative: ITM would learn to say yes."""
         configs.check_losses(only)
         vision, queries_kv, out = self.encode_vision(pixels), [], {}
-        features = self.ln_vision(vision)                                      # (B, P, Cv)
+        features = self.ln_vision(vision)                                      # (B, 1+P, Cv)
         image = self.encode_image(features, queries_kv)                        # (B, Q, E)
         if "itc" in only or "itm" in only:
             text = self.encode_text(ids, mask)                                 # (B, E)
@@ -355,8 +355,8 @@ class Blip2Stage1(nn.Module):
         wrong_image, wrong_text = negatives.clamp(min=0)                       # (B,) each
         # vision features are gathered before ln_vision, which runs again here: so ln_vision learns
         # from the negatives of all ranks, and no gradient has to travel between ranks
-        wrong = self.ln_vision(all_gather(vision)[wrong_image])                # (B, P, Cv)
-        images = torch.cat((features, wrong, features))                        # (3 B, P, Cv)
+        wrong = self.ln_vision(all_gather(vision)[wrong_image])                # (B, 1+P, Cv)
+        images = torch.cat((features, wrong, features))                        # (3 B, 1+P, Cv)
         mine = torch.arange(first, first + len(wrong_text), device=wrong_text.device)
         texts = torch.cat((mine, mine, wrong_text))                            # (3 B,)
         return itm_loss(self.itm_logits(images, all_ids[texts], all_mask[texts]), negatives)
@@ -416,7 +416,7 @@ def main():
     pixels = data.preprocess(data.load_image(args.image), model.image_size, "squash")
     ids, mask = model.tokenizer.encode(args.captions, length=35)
     with torch.inference_mode():
-        features = model.ln_vision(model.encode_vision(pixels))                # (1, P, Cv)
+        features = model.ln_vision(model.encode_vision(pixels))                # (1, 1+P, Cv)
         image, text = model.encode_image(features), model.encode_text(ids, mask)
         cosines = max_query_similarity(image, text)[0]                         # (captions,)
         logits = model.itm_logits(features.expand(len(ids), -1, -1), ids, mask)

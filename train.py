@@ -10,13 +10,13 @@
     recipe      stage   starts from                     trains              learns to
                 0       nothing                         CLIP; LLaMA; and    see; read and answer;
                                                         Q-Former            ask a picture
-    llava and   1       CLIP + LLaMA + new projector    projector           turn patches into words
+    llava and   1       CLIP + LLaMA + new projector    projector           show LLaMA the patches
     llava-1.5   2       stage 1                         projector + LLaMA   answer about pictures
     blip2       1       ViT + new Q-Former, no LLaMA    Q-Former            match and write captions
-                2       stage 1 + LLaMA, OPT or FlanT5  Q-Former, linear    turn queries into words
+                2       stage 1 + LLaMA, OPT or FlanT5  Q-Former, linear    show LLaMA the queries
     minigpt4    1       BLIP-2's Q-Former + LLaMA       linear              caption
                 2       stage 1                         linear              describe at length
-    sharegpt4v  1       llava-1.5's stage 1             half the ViT, rest  describe at length
+    sharegpt4v  1       llava-1.5's stage 1             all but lower ViT   describe at length
                 2       stage 1                         projector + LLaMA   answer about pictures
 
 A recipe is two rows of the table RECIPES: what the paper and the released script say. Every field
@@ -26,6 +26,7 @@ A step of `train_loop` is five movements: schedule, data, accumulate, step, log.
 only on (seed, stage, step), so a run that was killed and resumed ends with the same bits as one
 that was not (on the same machine, with the same number of threads). What such a run needs besides
 - checkpoints, logs, several GPUs, bad samples - is in the folder trainer/.
+Next: generate.py, which asks what has been trained.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,6 @@ link, two places of one name or a book over MOST_BYTES end the build with one li
 
 import argparse
 import ast
-import base64
 import html
 import re
 import sys
@@ -21,36 +20,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))       # python docs/build.py puts docs/ there, not the folder above
 
+from docs.beside import exercises, figures, lists, tries
 from docs.links import DEFINES, module_of, read, resolve, source
-from docs.markup import linked, markdown, painted, prose
+from docs.markup import is_wide, linked, markdown, painted, prose
 
 MOST_BYTES = 3_000_000
 SHAPE = 30                          # letters of the longest comment that stands beside its line
 CHAPTERS = {    # module -> its chapter in one sentence, for readers of Korean
-    "clip": "이미지를 패치 벡터의 열로 바꿉니다. LLaVA가 왜 끝에서 두 번째 블록을 읽는지도 설명합니다.",
+    "clip": "이미지를 한 줄로 늘어놓은 패치 벡터 시퀀스로 바꿉니다. LLaVA가 왜 끝에서 두 번째 블록을 읽는지도 설명합니다.",
     "llama": "토큰 id뿐 아니라 임베딩도 입력으로 받는 디코더와 그 KV 캐시를 다룹니다.",
     "projector": "패치 벡터를 언어 모델의 폭에 맞추어 텍스트 임베딩 사이에 끼워 넣습니다.",
-    "data": "대화를 id와 라벨로 바꾸고, 어느 토큰에 손실을 걸지 정합니다.",
+    "data": "대화를 id와 라벨로, 사진을 픽셀로, 샘플을 배치로 바꾸고, 어느 토큰에 손실을 걸지 정합니다.",
     "train": "하나의 루프로 모든 레시피의 모든 단계를 학습하며, 무엇을 언제 동결하는지 보여 줍니다.",
     "generate": "프롬프트를 한 번에 읽은 뒤(prefill) 토큰을 하나씩 만들어 냅니다(decode).",
     "qformer": "학습된 쿼리 32개로 이미지에 질문하는 Q-Former, 그 마스크 세 개와 손실 세 개를 다룹니다.",
     "kernels.attention": "점수 행렬을 만들지 않고 타일 단위로 어텐션을 계산하는 FlashAttention을 풀어 씁니다."}
 ENDS = {"kernels.attention": "compile_cases"}       # from there on that file serves its tests
-PICTURES = {    # docs/pictures/NAME.svg or NAME.png -> the definition it explains, and a caption
-    "way": ("projector.VLM", "A photo's way to an answer, with a shape on every arrow"),
-    "splice": ("projector.splice", "The spliced row, and the row of its labels"),
-    "logit_lens": ("projector.VLM.forward", "The word that each patch says at each layer"),
-    "knock_out": ("projector.VLM.embed", "What is lost without an object's patches, by layer"),
-    "packed": ("data.pack", "Rows packed, and rows padded"),
-    "frozen": ("train.set_trainable", "What is frozen and what trains, recipe by recipe"),
-    "memory": ("train.make_optimizers", "Where the memory of one step at 7B goes"),
-    "learning": ("train.train_loop", "Learning to see: answers about one picture, and the loss"),
-    "masks": ("qformer.itc", "The three masks, and the loss that each of them serves"),
-    "tiles": ("kernels.attention.walk", "The tiles that are skipped under each mask")}
-EXERCISES = (   # exercises/README.md: exercise n is about the n-th of these
-    "clip.ViT.embed", "clip.ViT.embed", "clip.Block.forward", "data.tokenize_segments",
-    "projector.splice", "llama.Block.forward", "llama.KVCache.update", "qformer.itc",
-    "qformer.itc_loss", "qformer.hard_negatives", "data.pack", "kernels.attention.fold")
 
 
 # --------------------------------------------------------------------------------- the chapters
@@ -92,25 +77,6 @@ def events(here, comments):
             yield "code", number, comment
 
 
-def beside(full):
-    """The pictures and exercises that belong to a definition."""
-    out = ""
-    for name, (where, caption) in PICTURES.items():
-        files = sorted(ROOT.glob(f"docs/pictures/{name}.*"))
-        if where == full and not files:
-            sys.exit(f"docs/build.py: no picture {name}: python docs/figures.py {name} draws it")
-        if where == full:
-            kind = files[0].suffix[1:].replace("svg", "svg+xml")
-            data = base64.b64encode(files[0].read_bytes()).decode()
-            out += (f'<figure><img alt="{caption}" src="data:image/{kind};base64,{data}">'
-                    f"<figcaption>{caption}</figcaption></figure>")
-    for n, where in enumerate(EXERCISES, 1):
-        if where == full and (ROOT / "exercises/README.md").exists():
-            out += (f'<p class="try"><a href="../exercises/README.md">Exercise {n}</a>: '
-                    f"<code>python -m exercises {n}</code></p>")
-    return out
-
-
 def chapter(module):
     """(HTML of a file, [(place, title)] of its sections and definitions)."""
     here = source(module)
@@ -131,12 +97,16 @@ def chapter(module):
         elif kind in ("definition", "fields"):
             scope, title = said, said.removeprefix(f"{module}.")
             doc = prose(ast.get_docstring(here.places[said]), said)
-            out.append(f'</div><div class="def {kind}" id="{said}"><aside class=doc><h4>'
-                       f'<a href="#{said}">{title}</a></h4>{doc}</aside>{beside(said)}')
+            doc = (f'<aside class="doc{is_wide(doc)}"><h4><a href="#{said}">{title}</a></h4>{doc}'
+                   f"{tries(said)}</aside>")
+            if shown := figures(said):      # a picture stands beside the text, above the code
+                doc = f'<div class="lead">{doc}<div>{shown}</div></div>'
+            out.append(f'</div><div class="def {kind}" id="{said}">{doc}')
             if "." not in title:
                 contents.append((said, title))
         elif kind == "note":
-            out.append(f"<aside><em>{line}</em>{prose(said, scope)}</aside>")
+            text = prose(said, scope)
+            out.append(f'<aside class="note{is_wide(text)}"><em>{line}</em>{text}</aside>')
         elif rows[line - 1]:
             space = len(here.lines[line - 1]) - len(here.lines[line - 1].lstrip())
             code = f"<u>{' ' * space}</u>{rows[line - 1][space:]}"
@@ -158,7 +128,8 @@ def entry(full):
     last = node.body[0].lineno - 1 if isinstance(node, DEFINES) else node.end_lineno
     code = html.escape("\n".join(here.lines[node.lineno - 1:min(last, node.lineno + 5)]))
     head = f"<h4>{full.removeprefix(here.module + '.')}</h4>"
-    return f'<div class=def id="{full}"><aside class=doc>{head}{doc}</aside><pre>{code}</pre></div>'
+    return (f'<div class=def id="{full}"><aside class="doc{is_wide(doc)}">{head}{doc}</aside>'
+            f"<pre>{code}</pre></div>")
 
 
 def rooms(text):
@@ -212,6 +183,26 @@ def faults(text):
     return found
 
 
+def turned(page):
+    """Each chapter with links to the one before and behind it."""
+    heads = re.findall(r'<header id="([^"]+)"><h2>(.*?)</h2></header>', page)
+    for n, (place, title) in enumerate(heads):
+        ways, nearby = [], []
+        if n:
+            ways.append(f'<a href="#{heads[n - 1][0]}" title="{heads[n - 1][1]}">previous</a>')
+        ways.append('<a href="#top">contents</a>')
+        if n + 1 < len(heads):
+            after, name = heads[n + 1]
+            ways.append(f'<a href="#{after}" title="{name}">next</a>')
+            nearby.append(f'<p class="next">Next: <a href="#{after}">{name}</a></p>')
+        old = f'<header id="{place}"><h2>{title}</h2></header>'
+        before, behind = page.split(old)
+        body, rest = behind.split("</section>", 1)
+        page = (f'{before}<header id="{place}"><nav>{" · ".join(ways)}</nav><h2>{title}</h2>'
+                f"</header>{body}{''.join(nearby)}</section>{rest}")
+    return page
+
+
 def book():
     """The whole page."""
     body, contents = "", ""
@@ -219,17 +210,20 @@ def book():
         inner, found = chapter(module)
         title, idea = ast.get_docstring(source(module).tree).split("\n")[0].split(": ", 1)
         links = " · ".join(f'<a href="#{place}">{name}</a>' for place, name in found)
-        contents += (f'<li><a href="#{module}"><b>{title}</b></a>: {idea}<p lang="ko">{korean}</p>'
-                     f'<p class="names">{links}</p></li>\n')
-        body += (f'<section><header id="{module}"><a href="#top">contents</a><h2>{n}. {title}</h2>'
-                 f"</header>{inner}</section>\n")
+        contents += (f'<li value="{n}"><a href="#{module}"><b>{title}</b></a>: {idea}'
+                     f'<p lang="ko">{korean}</p><p class="names">{links}</p></li>\n')
+        body += (f'<section><header id="{module}"><h2>{n}. {title}</h2></header>'
+                 f"{inner}</section>\n")
     path = re.search(r"^## The whole path\n(.*?)^## ", read("README.md"), re.S | re.M)[1]
-    page = read("docs/page.html")
+    page, asked = read("docs/page.html"), questions(read("docs/questions.md"))
     for name, part in (("{STYLE}", read("docs/book.css")), ("{CONTENTS}", contents),
-                       ("{PATH}", markdown(path)), ("{CHAPTERS}", body),
-                       ("{QUESTIONS}", questions(read("docs/questions.md")))):
+                       ("{PATH}", markdown(path)), ("{EXERCISES}", exercises()),
+                       ("{CHAPTERS}", body), ("{QUESTIONS}", asked), *lists(asked).items()):
         page = page.replace(name, part)
-    return page.replace("{ROOMS}", rooms(page))
+    last = rooms(page)
+    names = " · ".join(f'<a href="#{module}">{path}</a>'
+                       for module, path in re.findall(r'<h3 id="([\w.]+)">(.*?)</h3>', last))
+    return turned(page.replace("{ROOMS}", last).replace("{ROOM_LIST}", names))
 
 
 def main():

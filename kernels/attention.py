@@ -19,7 +19,7 @@ later tile has a larger one, m', all that was summed is multiplied by α = exp(m
 
     scores 1 | 3:    m = 1, l = e⁰ = 1;    then m' = 3, α = e⁻² = 0.135, l = 0.135 · 1 + e⁰ = 1.135
 
-At the end out = acc / l and lse = m + log l. For backward is kept:
+At the end out = acc / l and lse = m + log l. Kept for backward:
 
     q, k, v      (B, T, H, D), twice (B, S, G, D)    the scores s are computed again from q and k
     lse          (B, H, T), fp32: one number a row   p = exp(s - lse), without maximum and sum
@@ -313,12 +313,12 @@ def fold(acc, m, l, q, offs_q, begin, end, k_ptr, v_ptr, keep_ptr, k_t, v_t, S, 
         k = load_rows(k_ptr, row, k_t, offs_n, offs_d, S, D, BLOCK_D, MASKED)   # (BLOCK_N, D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")                      # (BLOCK_M, BLOCK_N)
         s = hide(s, offs_q, row + offs_n, begin, end, keep_ptr, S, n, allow, PACKED, KEEP, MASKED)
-        higher = tl.maximum(m, tl.max(s, 1) * scale)                            # m'
-        p = tl.exp2(s * scale - higher[:, None])                                # exp(s - m')
-        alpha = tl.exp2(m - higher)                                             # exp(m - m')
-        l = l * alpha + tl.sum(p, 1)                                            # α l + Σ p
+        higher = tl.maximum(m, tl.max(s, 1) * scale)                    # m' = max(m, max s)
+        p = tl.exp2(s * scale - higher[:, None])                        # p = exp(s - m')
+        alpha = tl.exp2(m - higher)                                     # α = exp(m - m')
+        l = l * alpha + tl.sum(p, 1)                                    # l ← α l + Σ p
         v = load_rows(v_ptr, row, v_t, offs_n, offs_d, S, D, BLOCK_D, MASKED)
-        # α acc + p v
+        # acc ← α acc + p v
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = higher
     return acc, m, l

@@ -1,5 +1,6 @@
 """docs/build.py's book: nothing of the code is lost, names lead to their definitions, no link is
-dead, nothing is loaded; docs/questions.md quotes lines that are there; docs/README.ko.md keeps up.
+dead, nothing is loaded; exercises, pictures and questions stand in the contents; docs/questions.md
+quotes lines that are there; docs/README.ko.md keeps up.
 
 In a browser at two widths only where there is one: see tests/browser.py."""
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from browser import chromium                                # noqa: F401 (fixture)
-from docs import build, links, markup
+from docs import beside, build, links, markup
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (ROOT / "docs/questions.md").read_text(encoding="utf-8")
@@ -56,12 +57,56 @@ def test_make_book_needs_python_alone():
 def test_the_chapters_are_the_seven_and_the_essay(book):
     assert [*build.CHAPTERS] == ["clip", "llama", "projector", "data", "train", "generate",
                                  "qformer", "kernels.attention"]
-    contents = book[book.index("<ol>"):book.index("</ol>")]
+    contents = contents_of(book)
     korean = re.findall(r'<p lang="ko">(.*?)</p>', contents)
-    assert len(korean) == contents.count("<li") == 11
+    assert len(korean) == len(re.findall("<li (value|class)", contents)) == 14
     assert all(re.search("[가-힣]{2,}", sentence) for sentence in korean)
-    for module in build.CHAPTERS:
-        assert f'<li><a href="#{module}">' in contents
+    for n, module in enumerate(build.CHAPTERS, 1):
+        assert f'<li value="{n}"><a href="#{module}">' in contents
+
+
+def contents_of(book):
+    return book[book.index("<ol>"):book.index("</ol>")]
+
+
+def test_exercises_pictures_questions_and_rooms_stand_in_the_contents(book):
+    contents = contents_of(book)
+    for name, count in (("exercise", 12), ("question", 20)):
+        wanted = [f"{name}-{n}" for n in range(1, count + 1)]
+        assert re.findall(rf'<li><a href="#({name}-\d+)">', contents) == wanted
+    assert re.findall(r'<a href="#picture-(\w+)">', contents) == [*beside.PICTURES]
+    korean = re.findall(r'<a href="#question-\d+">\d+\. [^<]+\?</a><span lang="ko">(.*?)</span>',
+                        contents)
+    assert len(korean) == 20 and all(re.search("[가-힣]{2,}", line) for line in korean)
+    assert '<a href="#formats.pictures">formats/pictures.py</a>' in contents
+    assert contents.index('"#exercise-1"') < contents.index('"#clip"') < contents.index(
+        '"#question-1"')
+
+
+def test_each_chapter_leads_to_its_neighbours(book):
+    heads = re.findall(r'<header id="([^"]+)"><nav>(.*?)</nav>', book)
+    places = [place for place, _ in heads]
+    assert places == ["path", "words", "exercises", *build.CHAPTERS, "questions", "rooms"]
+    for n, (_, nav) in enumerate(heads):
+        wanted = [*places[max(n - 1, 0):n], "top", *places[n + 1:n + 2]]
+        assert re.findall(r'href="#([^"]+)"', nav) == wanted
+    assert re.findall(r'<p class="next">Next: <a href="#([^"]+)">', book) == places[1:]
+
+
+def test_words_that_the_chapters_take_for_granted_are_explained(book):
+    words = book[book.index("<dl>"):book.index("</dl>")]
+    terms = " ".join(re.findall("<dt>(.*?)</dt>", words))
+    for term in ("class token", "tower", "template", "KV cache", "BOS", "&lt;/s&gt;", "quirk",
+                 "rank", "micro-batch", "tile", "hard negative", "logit", "room", "RoPE"):
+        assert term in terms, term
+
+
+def test_names_in_the_map_of_the_whole_path_are_links(book):
+    path = book[book.index('<header id="path">'):book.index('<header id="words">')]
+    for full in ("projector.splice", "clip.ViT", "llama.Llama", "generate.sample",
+                 "qformer.QFormer", "data.preprocess", "data.prompt_ids"):
+        assert f'>{full}</a>' in path, full
+    assert '>scene.png</a>' not in path                     # control: no name of the project
 
 
 @pytest.mark.parametrize("module", build.CHAPTERS)
@@ -103,7 +148,8 @@ def test_every_comment_and_docstring_is_in_the_book(book, module):
             words += ast.literal_eval(token.string).split("\n")
     assert len(words) > 50
     for text in words:
-        assert re.sub(r"\s+", " ", text.replace("`", "")).strip() in said, text
+        plain = re.sub(markup.STRESS, r"\1", text).replace("`", "")
+        assert re.sub(r"\s+", " ", plain).strip() in said, text
 
 
 # ------------------------------------------------------------------------------ names
@@ -150,9 +196,10 @@ def test_a_name_that_is_no_such_definition_is_no_link(book, module, code, name):
 
 
 def test_what_the_tables_name_is_there():
-    for full in [*links.TYPES.values(), *build.EXERCISES, *(p for p, _ in build.PICTURES.values())]:
+    for full in [*links.TYPES.values(), *beside.EXERCISES, *beside.SOLUTIONS.values(),
+                 *(place for place, _ in beside.PICTURES.values())]:
         assert links.resolve(full) == full, full
-    assert len(build.EXERCISES) == 12 and len(build.PICTURES) == 10
+    assert len(beside.EXERCISES) == 12 and len(beside.PICTURES) == 10
     for module, name in build.ENDS.items():
         assert f"{module}.{name}" in links.source(module).places
 
@@ -184,6 +231,37 @@ def test_prose_tells_paragraphs_from_drawings():
     assert markup.linked("0.07 and 12345.678") == "0.07 and 12345.678"
 
 
+def test_prose_has_italics_and_a_paragraph_for_each_label():
+    assert markup.prose("a norm *before* it, *late interaction*") == (
+        "<p>a norm <i>before</i> it, <i>late interaction</i></p>")
+    for text in ("B*(T-1), C*D", "2 * x * y", "f(x, *args) and g(*more)", "a*b*c"):     # controls
+        assert markup.prose(text) == f"<p>{text}</p>"
+    assert markup.prose("One.\nLetters: B batch\nand T.\nAlone: run it.\nNext: more.") == (
+        "<p>One.</p><p>Letters: B batch\nand T.</p><p>Alone: run it.</p><p>Next: more.</p>")
+    assert markup.prose("One.\nNextdoor it goes on.") == "<p>One.\nNextdoor it goes on.</p>"
+    assert '<a href="results.md">docs/results.md</a>' in markup.prose("see docs/results.md.")
+
+
+def test_a_drawing_is_wide_by_its_longest_line():
+    narrow, wide = ("\n".join(f"    {'x' * n}" for n in (3, most, 7))
+                    for most in (markup.NARROW, markup.NARROW + 1))
+    assert markup.is_wide(markup.prose(narrow)) == "" == markup.is_wide("<p>no drawing</p>")
+    assert markup.is_wide(markup.prose(wide)) == " wide"
+    assert markup.is_wide(f"<p>{'x' * 99}</p>") == ""           # a paragraph breaks its lines
+
+
+def test_markdown_knows_what_our_pages_use():
+    page = ("## 3. Why?\n왜요?\n\nA [page](x.md), **bold** and [`f(x) < 1`](../clip.py#L3).\n\n"
+            "| a | b |\n|---|---|\n| 1 | `splice` |\n")
+    assert markup.markdown(page) == (
+        '<h3 id="question-3">3. Why?</h3><p lang="ko">왜요?</p>'
+        '<p>A <a href="x.md">page</a>, <b>bold</b> and '
+        '<a href="../clip.py#L3"><code>f(x) &lt; 1</code></a>.</p>'
+        "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td><code>splice</code></td></tr>"
+        "</table>")
+    assert markup.markdown("# Words") == "<h3>Words</h3>"
+
+
 # ------------------------------------------------------------------------------ faults
 
 @pytest.mark.parametrize("part, fault", [
@@ -204,25 +282,46 @@ def test_a_fault_is_found(part, fault):
     assert fault in found
 
 
-def test_pictures_and_exercises_stand_at_their_definitions(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "ROOT", tmp_path)
+def test_pictures_and_exercises_stand_at_their_definitions(monkeypatch, tmp_path, book):
+    assert beside.tries("qformer.itc") == ('<p class="try"><a href="#exercise-8">Exercise 8: the '
+                                           "three masks of the Q-Former</a></p>")
+    assert beside.tries("clip.ViT.embed").count("<a ") == 2 and not beside.tries("clip.ViT")
+    for name, (where, _) in beside.PICTURES.items():
+        here = book[book.index(f'id="{where}"><div class="lead">'):]
+        assert here.index(f'<figure id="picture-{name}">') < here.index('<div class="l"')
+    monkeypatch.setattr(beside, "ROOT", tmp_path)
     (tmp_path / "docs/pictures").mkdir(parents=True)
     (tmp_path / "docs/pictures/splice.svg").write_text("<svg/>")
-    (tmp_path / "exercises").mkdir()
-    (tmp_path / "exercises/README.md").write_text("")
-    shown = build.beside("projector.splice")
-    assert 'src="data:image/svg+xml;base64,PHN2Zy8+"' in shown and "Exercise 5</a>" in shown
-    assert build.beside("projector.merge_tiles") == ""
-    assert build.beside("projector.splice") == shown
+    assert 'src="data:image/svg+xml;base64,PHN2Zy8+"' in beside.figures("projector.splice")
+    assert beside.figures("projector.merge_tiles") == ""
     with pytest.raises(SystemExit, match="no picture packed: python docs/figures.py packed"):
-        build.beside("data.pack")
+        beside.figures("data.pack")
 
 
 def test_what_the_exercises_read_in_the_book_is_there(book):
     index = (ROOT / "exercises/README.md").read_text(encoding="utf-8")
     places = re.findall(r"book\.html#([\w.]+)", index)
-    assert len(places) == 12 and places == [*build.EXERCISES]
+    assert len(places) == 12 and places == [*beside.EXERCISES]
     assert all(f'id="{place}"' in book for place in places)
+
+
+def test_the_book_has_the_text_of_each_exercise_and_hides_where_it_is_solved(book):
+    chapter = book[book.index('<header id="exercises">'):book.index('<header id="clip">')]
+    parts = re.split(r'<h3 id="exercise-(\d+)">', chapter)[1:]
+    assert [int(n) for n in parts[::2]] == [*range(1, 13)]
+    for n, part in zip(parts[::2], parts[1::2]):
+        (path,) = ROOT.glob(f"exercises/ex{int(n):02}_*.py")
+        text = path.read_text(encoding="utf-8")
+        said = re.sub(r"\s+", " ", bare(part))
+        for line in ast.get_docstring(ast.parse(text)).split("\n"):
+            plain = line.removeprefix(f"Exercise {n}: ").rstrip(".").replace("`", "")
+            assert re.sub(r"\s+", " ", plain).strip() in said, line
+        for name in re.findall(r"^def (\w+\(.*\)):$", text, re.M):
+            assert name in said
+        assert "raise NotImplementedError" in said and f"python -m exercises {n}" in said
+        open_part, closed = part.split("<details>")
+        assert 'href="#' not in re.sub(r"<pre>.*?</pre>", "", open_part, flags=re.S)
+        assert re.search(r'<a href="#[\w.]+">', closed)
 
 
 # ------------------------------------------------------------------------------ the questions
@@ -232,7 +331,11 @@ def test_twenty_questions_each_with_its_line_and_its_thread():
     assert [int(part.split(".")[0]) for part in parts] == [*range(1, 21)]
     for part in parts:
         heading, answer, *rest = part.strip().split("\n\n")
-        assert heading.endswith("?") and 2 <= len(answer.split("\n")) <= 5, heading
+        english, korean = heading.split("\n")
+        assert english.endswith("?") and re.search("[가-힣]{2,}.*\\?$", korean), heading
+        assert 2 <= len(answer.split("\n")) <= 6, heading
+        if heading.startswith("7."):                        # the table of losses
+            assert rest.pop(0).startswith(("|", "@@")) and answer.endswith(":")
         assert len(rest) == 2 and rest[0].startswith("[`") and rest[0].endswith(")"), heading
         assert re.match(r"Asked in(,?( and)?\s\[[\w-]+ \d+\]\(https://github\.com/[\w-]+/[\w-]+/"
                         r"issues/\d+\))+\.$", rest[1]), heading
@@ -297,7 +400,14 @@ def page_file(book, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
+def boxes(tab, place, *parts):
+    """Where parts of a definition are on the page."""
+    return [tab.evaluate("""([place, part]) => document.getElementById(place).querySelector(part)
+        .getBoundingClientRect().toJSON()""", [place, part]) for part in parts]
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (1000, "light"), (1600, "dark"),
+                                           (390, "dark")])
 def test_the_book_in_a_browser(chromium, page_file, width, scheme):
     """Nothing is requested or wider than the screen; a name is followed to its definition."""
     context = chromium.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
@@ -311,14 +421,19 @@ def test_the_book_in_a_browser(chromium, page_file, width, scheme):
     paper = tab.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", paper))) < 60) == (scheme == "dark")
     # prose on the left of the code, or above it
-    where = tab.evaluate("""() => ["aside", ".l"].map(part => {
-        const box = document.getElementById("projector.splice").querySelector(part)
-        return box.getBoundingClientRect() })""")
-    if width > 1000:
-        assert where[0]["right"] <= where[1]["left"] and where[0]["width"] < width / 2
-        assert abs(where[0]["top"] - where[1]["top"]) < 20
+    text, code = boxes(tab, "projector.VLM.encode_images", "aside", ".l")
+    if width >= 1000:
+        assert text["right"] <= code["left"] and text["width"] < width / 2
+        assert abs(text["top"] - code["top"]) < 20
     else:
-        assert where[0]["bottom"] <= where[1]["top"]
+        assert text["bottom"] <= code["top"]
+    # a picture and a wide drawing stand above the code
+    for place, part in (("projector.splice", "figure"), ("projector.merge_tiles", "aside pre")):
+        above, code = boxes(tab, place, part, ".l")
+        assert above["bottom"] <= code["top"]
+    cut = tab.evaluate("""() => [...document.querySelectorAll(".def pre")].filter(
+        box => box.scrollWidth > box.clientWidth + 1).map(box => box.textContent.slice(0, 60))""")
+    assert width < 1000 or cut == []                        # on a phone drawings scroll
     embed = "document.getElementById('projector.VLM.embed')"
     tab.evaluate(embed + """.querySelector('a[href="#projector.splice"]').click()""")
     assert tab.evaluate("document.querySelector(':target').id") == "projector.splice"
