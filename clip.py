@@ -21,7 +21,7 @@ its best patch, not by the class token. With the class token alone a tiny tower 
 captions by colour and place, and the patches, which LLaVA reads, lose the shape (docs/weights.md).
 
 EVA ViT-g/14 [EVA] 2211.07636 is the vision tower of BLIP-2 and MiniGPT-4: the same network with
-other settings. A Q-Former reads EVA's block 39. Block 40 and its norm are not in BLIP-2's files:
+other settings. A Q-Former reads EVA's block 39; BLIP-2 leaves out block 40 and the norm behind it:
 
             GELU    patches  norm before  bias of k  a block behind it  eps    read
     CLIP    quick   no bias  yes          yes        yes, and a norm    1e-5   patches

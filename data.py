@@ -30,7 +30,7 @@ A picture becomes (x/255 - mean) / std after Pillow's bicubic resize, the same b
     python data.py show FILE --sample 3         the same for the third row of a file
     python data.py check FILE --images DIR      all that would stop training, a line a fault
 
-Letters: B batch, T tokens, S picture side, n tiles. quirk: odd, but so in LLaVA's code (c121f04).
+Letters: B batch, T tokens, S picture side, n tiles. quirk: odd, but so in LLaVA (commit c121f04).
 Next: train.py, which trains on these rows.
 """
 import runpy

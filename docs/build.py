@@ -184,8 +184,10 @@ def faults(text):
 
 
 def turned(page):
-    """Each chapter with links to the one before and behind it."""
-    heads = re.findall(r'<header id="([^"]+)"><h2>(.*?)</h2></header>', page)
+    """Each chapter with links to the one before and behind it.
+
+    The place of a chapter is its section: a header that sticks to the screen has no fixed one."""
+    heads = re.findall(r'<section[^>]* id="([^"]+)"><header><h2>(.*?)</h2></header>', page)
     for n, (place, title) in enumerate(heads):
         ways, nearby = [], []
         if n:
@@ -195,10 +197,9 @@ def turned(page):
             after, name = heads[n + 1]
             ways.append(f'<a href="#{after}" title="{name}">next</a>')
             nearby.append(f'<p class="next">Next: <a href="#{after}">{name}</a></p>')
-        old = f'<header id="{place}"><h2>{title}</h2></header>'
-        before, behind = page.split(old)
+        before, behind = page.split(f"<header><h2>{title}</h2></header>")
         body, rest = behind.split("</section>", 1)
-        page = (f'{before}<header id="{place}"><nav>{" · ".join(ways)}</nav><h2>{title}</h2>'
+        page = (f'{before}<header><nav>{" · ".join(ways)}</nav><h2>{title}</h2>'
                 f"</header>{body}{''.join(nearby)}</section>{rest}")
     return page
 
@@ -212,7 +213,7 @@ def book():
         links = " · ".join(f'<a href="#{place}">{name}</a>' for place, name in found)
         contents += (f'<li value="{n}"><a href="#{module}"><b>{title}</b></a>: {idea}'
                      f'<p lang="ko">{korean}</p><p class="names">{links}</p></li>\n')
-        body += (f'<section><header id="{module}"><h2>{n}. {title}</h2></header>'
+        body += (f'<section id="{module}"><header><h2>{n}. {title}</h2></header>'
                  f"{inner}</section>\n")
     path = re.search(r"^## The whole path\n(.*?)^## ", read("README.md"), re.S | re.M)[1]
     page, asked = read("docs/page.html"), questions(read("docs/questions.md"))

@@ -106,10 +106,10 @@ def markdown(text):
 def inline(text):
     """Names, bold and stressed words and links of a line of Markdown."""
     # a link keeps the words that its author gave it
-    whole = re.split(r"(\[[^\]]+\]\(\S+?\))", text)
+    whole = re.split(r"(\[(?:`[^`]+`|[^\]`])+\]\(\S+?\))", text)
     for n, part in enumerate(whole):
         if n % 2:
-            words, href = re.match(r"\[([^\]]+)\]\((\S+?)\)", part).groups()
+            words, href = re.match(r"\[(.+)\]\((\S+?)\)$", part, re.S).groups()
             words = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words, quote=False))
             whole[n] = f'<a href="{href}">{words}</a>'
         else:

@@ -84,7 +84,7 @@ def test_exercises_pictures_questions_and_rooms_stand_in_the_contents(book):
 
 
 def test_each_chapter_leads_to_its_neighbours(book):
-    heads = re.findall(r'<header id="([^"]+)"><nav>(.*?)</nav>', book)
+    heads = re.findall(r'<section[^>]* id="([^"]+)"><header><nav>(.*?)</nav>', book)
     places = [place for place, _ in heads]
     assert places == ["path", "words", "exercises", *build.CHAPTERS, "questions", "rooms"]
     for n, (_, nav) in enumerate(heads):
@@ -102,7 +102,7 @@ def test_words_that_the_chapters_take_for_granted_are_explained(book):
 
 
 def test_names_in_the_map_of_the_whole_path_are_links(book):
-    path = book[book.index('<header id="path">'):book.index('<header id="words">')]
+    path = book[book.index('<section id="path">'):book.index('<section id="words">')]
     for full in ("projector.splice", "clip.ViT", "llama.Llama", "generate.sample",
                  "qformer.QFormer", "data.preprocess", "data.prompt_ids"):
         assert f'>{full}</a>' in path, full
@@ -135,7 +135,7 @@ def test_every_line_of_code_is_in_the_book_as_it_stands(book, module):
 @pytest.mark.parametrize("module", build.CHAPTERS)
 def test_every_comment_and_docstring_is_in_the_book(book, module):
     here = links.source(module)
-    chapter = book[book.index(f'<header id="{module}">'):]
+    chapter = book[book.index(f'<section id="{module}">'):]
     said = re.sub(r"\s+", " ", bare(chapter[:chapter.index("</section>")]))
     end = "\n".join(here.lines)
     if module in build.ENDS:
@@ -251,12 +251,12 @@ def test_a_drawing_is_wide_by_its_longest_line():
 
 
 def test_markdown_knows_what_our_pages_use():
-    page = ("## 3. Why?\n왜요?\n\nA [page](x.md), **bold** and [`f(x) < 1`](../clip.py#L3).\n\n"
+    page = ("## 3. Why?\n왜요?\n\nA [page](x.md), **bold** and [`x[0] < [1]`](../clip.py#L3).\n\n"
             "| a | b |\n|---|---|\n| 1 | `splice` |\n")
     assert markup.markdown(page) == (
         '<h3 id="question-3">3. Why?</h3><p lang="ko">왜요?</p>'
         '<p>A <a href="x.md">page</a>, <b>bold</b> and '
-        '<a href="../clip.py#L3"><code>f(x) &lt; 1</code></a>.</p>'
+        '<a href="../clip.py#L3"><code>x[0] &lt; [1]</code></a>.</p>'
         "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td><code>splice</code></td></tr>"
         "</table>")
     assert markup.markdown("# Words") == "<h3>Words</h3>"
@@ -306,7 +306,7 @@ def test_what_the_exercises_read_in_the_book_is_there(book):
 
 
 def test_the_book_has_the_text_of_each_exercise_and_hides_where_it_is_solved(book):
-    chapter = book[book.index('<header id="exercises">'):book.index('<header id="clip">')]
+    chapter = book[book.index('<section id="exercises">'):book.index('<section id="clip">')]
     parts = re.split(r'<h3 id="exercise-(\d+)">', chapter)[1:]
     assert [int(n) for n in parts[::2]] == [*range(1, 13)]
     for n, part in zip(parts[::2], parts[1::2]):
@@ -364,6 +364,9 @@ def test_relink_corrects_a_line_and_refuses_what_it_cannot_find():
 
 
 def test_the_books_questions_lead_to_its_own_lines(book):
+    asked = book[book.index('id="questions">'):book.index('id="rooms">')]
+    assert len(re.findall(r'<p><a href="#[\w.]+-\d+"><code>', asked)) >= 18   # two are of rooms
+    assert "](" not in asked
     code, line = re.search(r"\[`(return \(k < n\).*?)`\]\(\.\./qformer\.py#L(\d+)\)",
                            QUESTIONS).groups()
     assert f'<a href="#qformer-{line}"><code>{html.escape(code, quote=False)}</code></a>' in book
@@ -431,7 +434,7 @@ def test_the_book_in_a_browser(chromium, page_file, width, scheme):
     for place, part in (("projector.splice", "figure"), ("projector.merge_tiles", "aside pre")):
         above, code = boxes(tab, place, part, ".l")
         assert above["bottom"] <= code["top"]
-    cut = tab.evaluate("""() => [...document.querySelectorAll(".def pre")].filter(
+    cut = tab.evaluate("""() => [...document.querySelectorAll(":is(.def, .ex, .open) pre")].filter(
         box => box.scrollWidth > box.clientWidth + 1).map(box => box.textContent.slice(0, 60))""")
     assert width < 1000 or cut == []                        # on a phone drawings scroll
     embed = "document.getElementById('projector.VLM.embed')"
@@ -439,6 +442,12 @@ def test_the_book_in_a_browser(chromium, page_file, width, scheme):
     assert tab.evaluate("document.querySelector(':target').id") == "projector.splice"
     top = tab.evaluate("document.querySelector(':target').getBoundingClientRect().top")
     assert 0 <= top < 120                                   # not under the chapter's title
+    # back to a chapter that was left behind: its beginning, not its end
+    tab.evaluate("document.querySelector('#qformer header a').click()")
+    top = tab.evaluate("document.querySelector(':target').getBoundingClientRect().top")
+    assert tab.evaluate("document.querySelector(':target').id") == "generate" and 0 <= top < 120
+    (opening,) = boxes(tab, "generate", ".open")
+    assert 0 <= opening["top"] < 200
     tab.emulate_media(media="print")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate("getComputedStyle(document.querySelector('header')).position") == "static"
