@@ -25,8 +25,8 @@ The three masks. Row: the token that looks; column: the token it may see. Q = 2,
                    caption, which can only use what the queries have found
 
 Two details give wrong numbers and no error when they are missed: positions of text count from 0,
-although queries come first; queries have no positions, but the same first norm as the text. Left
-out: dropout (0.1 officially). Checked against transformers' Blip2ForImageTextRetrieval and
+although queries come first; queries have no positions, but the same first norm as the text.
+Left out: dropout (0.1 officially). Checked against transformers' Blip2ForImageTextRetrieval and
 InstructBLIP (tests/test_qformer.py).
 Letters: B batch, T text tokens, Q queries, P patches (1+P: the class token is read, too), S keys, C
 width, Cv the tower's, H heads, D head size, E shared width, V vocabulary, N pairs on all ranks.

@@ -191,8 +191,9 @@ def tile_cases():
                         (2, 4, ((3, 150), (4, 900))), (3, 4, ((2, 2), (5, 1), (3, 4)))):
         q = torch.randn(T, D, generator=rng)
         cases.append((q, [tile(S, D, scale) for S, scale in sizes]))
-    # scores near 400, then near -400: a maximum that falls would make alpha overflow
-    q, (k1, v1), (k2, v2) = torch.tensor([[1.], [.9]]).expand(2, 4), tile(3, 4, 1), tile(4, 4, 1)
+    # scores near 400, then near -400: a maximum that falls would make alpha overflow. Those of the
+    # second row are ten times smaller: beside the first row's maximum exp would leave nothing
+    q, (k1, v1), (k2, v2) = torch.tensor([[1.], [.1]]).expand(2, 4), tile(3, 4, 1), tile(4, 4, 1)
     return [*cases, (q, [(k1 + 200, v1), (k2 - 200, v2)])]
 
 
@@ -246,6 +247,9 @@ TILES = Exercise(
       "has much smaller scores than those before", tiles_with(maximum=lambda m, top: top)),
      (OVERFLOW, tiles_with(maximum=lambda m, top: torch.zeros_like(top))),
      (OVERFLOW, tiles_with(maximum=lambda m, top: top.where(m.isinf(), m))),
+     ("the maximum is that of all rows: each row has its own, or exp leaves nothing of a row "
+      "with small scores", tiles_with(maximum=lambda m, top: torch.maximum(m, top).amax(
+          0, keepdim=True).expand_as(top))),
      ("acc is not corrected when the maximum grows: alpha goes to l and to acc",
       tiles_with(on_acc=False)),
      ("l is not corrected when the maximum grows: alpha goes to acc and to l",

@@ -138,6 +138,8 @@ def finish(m, l, acc):
          ("l * alpha", "l", "l is not corrected"),
          ("torch.maximum(m, s.max(1, keepdim=True).values)", "s.max(1, keepdim=True).values",
           "the maximum of the new tile alone"),
+         ("torch.maximum(m, s.max(1, keepdim=True).values)", "torch.maximum(m, s.max())",
+          "that of all rows"),
          ("m - new", "new - m", "alpha is upside down"),
          ("torch.log(l)", "torch.log2(l)", "logarithm to base 2"),
          ("m + torch.log(l)", "(m + torch.log(l)) * 1.442695", "logarithm to base 2"),
