@@ -60,7 +60,7 @@ from formats.processors import MEAN, STD
 from formats.tokenizers import TokenizerFile
 from formats.turns import prompt_turns, training_turns
 
-# What has a room of its own, and is used as data.NAME all the same.
+# What stands in formats/, and is used as data.NAME all the same.
 from formats.anyres import anyres_grid                                  # noqa: F401
 from formats.checkpoints import load_weights                            # noqa: F401
 from formats.conversations import question, read_conversations          # noqa: F401

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import qformer
-from exercises.checking import Exercise, Misfit
+from exercises.checking import Caught, Exercise, Misfit
 
 MASKS = {"itc": qformer.itc, "itm": qformer.itm, "itg": qformer.itg}
 
@@ -33,6 +33,19 @@ def whole_matrix(seen, arguments):
     if seen.dtype != torch.bool:
         raise Misfit(f"{name} is {seen.dtype}, it must be torch.bool: take comparisons and & | ==")
     return seen
+
+
+def for_the_kernel(function, arguments):
+    """Runs a rule; it must also answer for one q and one k. What makes a matrix by its size does
+    not, and a kernel, which asks tile by tile, could not compile it."""
+    name, _, _, n = arguments
+    result = function(*arguments)
+    with Caught() as caught:
+        one = function(name, torch.tensor(3), torch.tensor(1), n)
+    if result is not None and (caught.error or torch.is_tensor(one) and one.dim()):
+        raise Misfit(f"{name} must answer for one q and one k, too: the kernel asks it tile by "
+                     "tile; take comparisons of q, k and n, and & | ==")
+    return result
 
 
 def grids(found, right, arguments):
@@ -110,7 +123,7 @@ MASK = Exercise(
      *either("itg", "itc", "text sees the queries, queries see no text"),
      *((said, mask_that("itg", rule)) for said, rule in OF_ITG),
      *((said, mask_that("itm", rule)) for said, rule in OF_ITM)),
-    ("mask",), whole_matrix, drawing=grids, strict=True)
+    ("mask",), whole_matrix, run=for_the_kernel, drawing=grids, strict=True)
 
 
 # ------------------------------------------------------------------------------ 9: ITC

@@ -98,6 +98,8 @@ def itg(q, k, n):
         ("k <= q", "q <= k", "causal the wrong way round"),
         ("(q > -1) & (k > -1)", "True", "itm returns True: it must be a (5, 5) bool tensor"),
         ("(q > -1) & (k > -1)", "q > -1", r"itm has shape (5, 1), expected (5, 5)"),
+        ("(q > -1) & (k > -1)", "__import__('torch').ones(len(q), k.shape[1]).bool()",
+         "itm must answer for one q and one k, too"),
         ("(q > -1) & (k > -1)", "1 + 0 * (q + k)", "itm is torch.int64, it must be torch.bool")),
     9: ("""import torch
 def itc_loss(image, text, temp):
