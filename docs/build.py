@@ -5,9 +5,11 @@
 
 The seven files and the attention essay stand in reading order: on the left docstrings and comments,
 on the right the code, between them the shapes (short comments at the ends of lines). A name links
-to its definition (docs/links.py), which may stand in the last chapter, "The rooms". The frame is
-docs/page.html, the look docs/book.css. No package is needed, and no model is imported. A broken
-link, two places of one name or a book over MOST_BYTES end the build with one line.
+to its definition (docs/links.py), which may stand in the last chapter, "The rooms". Pictures and
+exercises come from docs/beside.py. The frame is docs/page.html, which also explains the words that
+the chapters take for granted; the look is docs/book.css. No package is needed, and no model is
+imported. A broken link, two places of one name or a book over MOST_BYTES end the build with one
+line.
 """
 
 import argparse
