@@ -38,7 +38,9 @@ from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
-STEPS = 2600
+STEPS = 7000
+ONE_OBJECT_STEPS = 700          # at first a caption says where one object is: see `Batches`
+DESCRIBED = 8                   # pictures of a step that the LLaMA describes
 MOST_TOKENS = 64                # more than any caption or description has
 
 
@@ -47,16 +49,21 @@ class Batches:
 
     pixels (B, 3, S, S); caption, told: (ids, mask) (B, T) of the captions, which ITC and ITM
     compare, and of what ITG writes, descriptions and captions in turn; is_true (B, B): text k is
-    true of picture b; described: (indices of PAIRS pictures, ids, labels) for the LLaMA.
+    true of picture b; described: (indices of DESCRIBED pictures, ids, labels) for the LLaMA.
 
     All captions of a step are of one kind: then all are about as long, and little is padded, and
-    no caption is told from another by its kind."""
+    no caption is told from another by its kind. First they say where one object is. A caption of
+    four objects and twelve details, one of them wrong, teaches ITM little before it can compare
+    one: from such captions alone its loss is .53 after 500 steps, from captions of one object .32.
+    """
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
 
     def __call__(self, step):
-        shown, kind = [], draw_kind(random.Random(f"kind:{step}"))
+        shown, kind = [], "one"
+        if step >= ONE_OBJECT_STEPS:
+            kind = draw_kind(random.Random(f"kind:{step}"))
         for i in range(step * PAIRS, (step + 1) * PAIRS):
             shown += pair_of(training_scene(f"qformer:{i}"), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
@@ -70,9 +77,9 @@ class Batches:
                  "described": self.described(shown, step), "seed": step}]
 
     def described(self, shown, step):
-        """One picture of each pair, and its description as the LLaMA's stage 0 laid it out."""
+        """A picture of some pairs, and its description as the LLaMA's stage 0 laid it out."""
         rng, rows = random.Random(f"described:{step}"), []
-        chosen = [2 * i + rng.randrange(2) for i in range(PAIRS)]
+        chosen = [2 * i + rng.randrange(2) for i in range(DESCRIBED)]
         for i in chosen:
             talk = conversation([("<image>", description(shown[i][0]))])
             rows.append(data.encode(talk, "plain", self.words))
