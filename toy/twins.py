@@ -140,9 +140,12 @@ def draw_fact(kind, scene, rng):
 
 
 def caption_of(fact):
-    """The words of a fact, as toy.texts.captions has them."""
+    """The words of a fact, as toy.texts.captions has them; "there is" says that there may be more.
+    """
     kind, said = fact
-    if kind in ("where", "one"):
+    if kind == "one":
+        return f"there is {article(said[0][0])} in the {PLACES[said[0][1]]}"
+    if kind == "where":
         return listed([f"{article(name)} in the {PLACES[place]}" for name, place in said])
     if kind == "some":
         return listed([article(f"{size} {name}".strip()) for size, name in said])
