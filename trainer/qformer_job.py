@@ -40,7 +40,6 @@ WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
 STEPS = 7000
 ONE_OBJECT_STEPS = 700          # at first a caption says where one object is: see `Batches`
-DESCRIBED = 8                   # pictures of a step that the LLaMA describes
 MOST_TOKENS = 64                # more than any caption or description has
 
 
@@ -49,7 +48,7 @@ class Batches:
 
     pixels (B, 3, S, S); caption, told: (ids, mask) (B, T) of the captions, which ITC and ITM
     compare, and of what ITG writes, descriptions and captions in turn; is_true (B, B): text k is
-    true of picture b; described: (indices of DESCRIBED pictures, ids, labels) for the LLaMA.
+    true of picture b; described: (indices of PAIRS / 2 pictures, ids, labels) for the LLaMA.
 
     All captions of a step are of one kind: then all are about as long, and little is padded, and
     no caption is told from another by its kind. First they say where one object is. A caption of
@@ -77,9 +76,9 @@ class Batches:
                  "described": self.described(shown, step), "seed": step}]
 
     def described(self, shown, step):
-        """A picture of some pairs, and its description as the LLaMA's stage 0 laid it out."""
+        """A picture of every pair of the first half, and its description as stage 0 had it."""
         rng, rows = random.Random(f"described:{step}"), []
-        chosen = [2 * i + rng.randrange(2) for i in range(DESCRIBED)]
+        chosen = [2 * i + rng.randrange(2) for i in range(PAIRS // 2)]
         for i in chosen:
             talk = conversation([("<image>", description(shown[i][0]))])
             rows.append(data.encode(talk, "plain", self.words))
