@@ -142,13 +142,14 @@ def test_a_batch_is_pairs_and_what_is_true_of_them(job):
     assert not torch.equal(job["batches"](8)[0]["pixels"], micro["pixels"])
 
 
-def test_at_first_a_caption_says_where_one_object_is(job):
+def test_at_first_most_captions_say_where_one_object_is(job):
     def starts(steps):
         decode = job["model"].model.tokenizer.decode
         return {decode(ids).startswith("there is a") for step in steps
                 for ids in job["batches"](step)[0]["caption"][0]}
     last = qformer_job.ONE_OBJECT_STEPS
-    assert starts((0, 1, last - 1)) == {True} and starts(range(last, last + 12)) == {True, False}
+    assert starts((1, 2, last - 1)) == {True} and starts(range(0, 48, 4)) == {True, False}
+    assert starts(range(last, last + 12)) == {True, False}
 
 
 def test_what_learns_and_from_what(job):
