@@ -188,8 +188,8 @@ def twin_of(scene, fact, rng):
     return twin, draw_fact(kind, replace(twin, things=tuple(pair)), rng)
 
 
-def draw_kind(rng):
-    return rng.choices(list(KINDS), list(KINDS.values()))[0]
+def draw_kind(rng, weights=KINDS):
+    return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def pair_of(scene, seed, kind=None):

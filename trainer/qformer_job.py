@@ -32,7 +32,7 @@ from qformer import hard_negatives, itc, itc_loss, similarities
 from toy.parts import muon
 from toy.rows import conversation
 from toy.texts import description
-from toy.twins import caption_of, draw_kind, is_true, pair_of
+from toy.twins import caption_of, draw_kind, is_true, KINDS, pair_of
 from toy.world import draw, training_scene
 from trainer.build import match_embedding_scale, new_toy_stage1
 
@@ -40,6 +40,8 @@ WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
 STEPS = 6400
 ONE_OBJECT_STEPS = 800          # at first most captions say where one object is: see `Batches`
+LAST_FROM = 3400                # from here on most say where all objects are: ITM's loss of that is
+LAST_KINDS = KINDS | {"one": 1, "where": 14, "relation": 4}     # .24 then, of two objects .06
 MOST_TOKENS = 64                # more than any caption or description has
 
 
@@ -60,7 +62,8 @@ class Batches:
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
 
     def __call__(self, step):
-        shown, kind = [], draw_kind(random.Random(f"kind:{step}"))
+        weights = KINDS if step < LAST_FROM else LAST_KINDS
+        shown, kind = [], draw_kind(random.Random(f"kind:{step}"), weights)
         if step < ONE_OBJECT_STEPS and step % 4:
             kind = "one"
         for i in range(step * PAIRS, (step + 1) * PAIRS):
