@@ -21,6 +21,14 @@ from formats.files import atomic_write
 RECIPES = "llava", "llava-1.5", "blip2", "minigpt4", "sharegpt4v"
 
 
+def stages_of(recipe):
+    """{name of the curve: (number of the stage, its folder below that of a seed)}."""
+    found = {str(stage): (stage, f"{recipe}/stage{stage}") for stage in (1, 2)}
+    if recipe == "blip2":               # no stage 1 lies beside it: from the shipped Q-Former
+        found["2 alone"] = 2, "blip2-alone/stage2"
+    return found
+
+
 def parse(argv=None):
     """The command line, read before torch is imported."""
     p = argparse.ArgumentParser(prog="python -m evaluate.curves", allow_abbrev=False,
@@ -48,20 +56,19 @@ def recipe_row(recipe, stage):
 def train_seed(args, seed):
     """Train the stages of one seed that are not there yet."""
     from evaluate.claims import stage_flags, train_if_missing
-    stages = [(recipe, stage) for recipe in args.only for stage in (1, 2)]
+    stages = [(recipe, *found) for recipe in args.only for found in stages_of(recipe).values()]
     if "sharegpt4v" in args.only:           # starts from the stage 1 of llava-1.5 beside it
-        stages.insert(0, ("llava-1.5", 1))
+        stages.insert(0, ("llava-1.5", *stages_of("llava-1.5")["1"]))
     threads = ("--threads", 1) if args.jobs > 1 else ()
-    for recipe, stage in stages:
-        train_if_missing(args, f"{recipe}/stage{stage}", seed, *stage_flags(recipe, stage),
-                         *threads)
+    for recipe, stage, name in stages:
+        train_if_missing(args, name, seed, *stage_flags(recipe, stage), *threads)
 
 
-def folders_of(args, recipe, stage):
+def folders_of(args, recipe, stage, name):
     """The folders of a stage with all seeds. Raises UsageError where one is of other settings."""
     outs = []
     for seed in range(args.seeds):
-        out = Path(args.runs) / f"seed{seed}" / recipe / f"stage{stage}"
+        out = Path(args.runs) / f"seed{seed}" / name
         row = json.loads((out / "config.json").read_text())["stage_row"]
         if row != recipe_row(recipe, stage):
             raise UsageError(f"{out} was trained with other settings than the recipe has now: "
@@ -77,8 +84,8 @@ def make(args):
         list(pool.map(partial(train_seed, args), range(args.seeds)))
     curves = read_curves()
     for recipe in args.only:
-        curves[recipe] = {str(stage): curve_of(folders_of(args, recipe, stage))
-                          for stage in (1, 2)}
+        curves[recipe] = {key: curve_of(folders_of(args, recipe, stage, name))
+                          for key, (stage, name) in stages_of(recipe).items()}
     ordered = {name: curves[name] for name in RECIPES if name in curves}
     atomic_write(CURVES, json.dumps(ordered, indent=1) + "\n")
 

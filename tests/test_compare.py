@@ -9,6 +9,7 @@ import train
 from evaluate import curves
 from trainer import compare
 from trainer.flags import parse
+from trainer.start import SHIPPED_QFORMER
 
 STEPS = 40
 
@@ -141,10 +142,22 @@ def test_the_shipped_curves_are_of_the_recipes_as_they_are():
         pytest.skip("no curves yet: python -m evaluate.curves")
     assert set(found) == set(train.RECIPES)
     for recipe, stages in found.items():
-        for stage in ("1", "2"):
-            assert stages[stage]["row"] == curves.recipe_row(recipe, int(stage)), (recipe, stage)
+        assert set(stages) == set(curves.stages_of(recipe))
+        for stage, (number, _) in curves.stages_of(recipe).items():
+            assert stages[stage]["row"] == curves.recipe_row(recipe, number), (recipe, stage)
             assert len(stages[stage]["low"]) == compare.TENTHS
             assert all(a <= b for a, b in zip(stages[stage]["low"], stages[stage]["high"]))
+
+
+def test_stage_2_of_blip2_has_two_curves(known):
+    """One that starts from the shipped Q-Former, and one behind a stage 1 of its own."""
+    known.write_text(json.dumps({"blip2": {"2": "own", "2 alone": "shipped"}}))
+    args = train.parse_args(["--stage", "2", "--recipe", "blip2", "--compare"])
+    for start, curve in ((None, "own"), ("runs/a/model", "own"), (SHIPPED_QFORMER, "shipped")):
+        args.start = start
+        assert compare.curve_for(args) == curve, start
+    args.recipe = "llava"
+    assert compare.curve_for(args) is None                  # the control: no curve of that recipe
 
 
 def test_curves_are_made_of_finished_runs(tmp_path, monkeypatch, capsys):

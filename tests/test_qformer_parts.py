@@ -113,7 +113,7 @@ def test_a_tower_of_its_own_is_not_left_out(model, tmp_path):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(qformer_job, "PAIRS", 3)
+    monkeypatch.setattr(qformer_job, "PAIRS", 4)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def job(few):
 
 def test_a_batch_is_pairs_and_what_is_true_of_them(job):
     micro, = job["batches"](7)
-    assert micro["pixels"].shape == (6, 3, 64, 64) and micro["is_true"].shape == (6, 6)
+    assert micro["pixels"].shape == (8, 3, 64, 64) and micro["is_true"].shape == (8, 8)
     assert micro["is_true"].diagonal().all()
     tokenizer = job["model"].model.tokenizer
     (ids, mask), (long_ids, long_mask) = micro["caption"], micro["told"]
@@ -135,11 +135,21 @@ def test_a_batch_is_pairs_and_what_is_true_of_them(job):
     even, = job["batches"](8)
     assert torch.equal(even["told"][0], even["caption"][0])
     chosen, rows, labels = micro["described"]
-    assert [int(i) // 2 for i in chosen] == [0, 1, 2]           # one of each pair
+    assert [int(i) // 2 for i in chosen] == [0, 1]              # one of each pair of the first half
     assert all((row == IMAGE).sum() == 1 for row in rows) and (labels != IGNORE).any(1).all()
     again, = job["batches"](7)
     assert torch.equal(again["pixels"], micro["pixels"])
     assert not torch.equal(job["batches"](8)[0]["pixels"], micro["pixels"])
+
+
+def test_at_first_most_captions_say_where_one_object_is(job):
+    def starts(steps):
+        decode = job["model"].model.tokenizer.decode
+        return {decode(ids).startswith("there is a") for step in steps
+                for ids in job["batches"](step)[0]["caption"][0]}
+    last = qformer_job.ONE_OBJECT_STEPS
+    assert starts((1, 2, last - 1)) == {True} and starts(range(0, 48, 4)) == {True, False}
+    assert starts(range(last, last + 12)) == {True, False}
 
 
 def test_what_learns_and_from_what(job):
@@ -167,14 +177,14 @@ def test_a_text_that_is_true_of_the_other_picture_is_no_negative(job, monkeypatc
     real = qformer_job.hard_negatives
     monkeypatch.setattr(qformer_job, "hard_negatives",
                         lambda *args: drawn.append(real(*args)) or drawn[-1])
-    truth = torch.eye(6, dtype=torch.bool)
-    truth[0, 1:5] = truth[1:5, 0] = True        # picture 0: only text 5 is false, and text 0 of 5
+    truth = torch.eye(8, dtype=torch.bool)
+    truth[0, 1:7] = truth[1:7, 0] = True        # picture 0: only text 7 is false, and text 0 of 7
     for seed in range(8):
         lessons({**micro, "is_true": truth, "seed": seed})
-    assert all(images[0] == texts[0] == 5 for images, texts in drawn)
+    assert all(images[0] == texts[0] == 7 for images, texts in drawn)
     drawn.clear()
     for seed in range(8):
-        lessons({**micro, "is_true": torch.eye(6, dtype=torch.bool), "seed": seed})
+        lessons({**micro, "is_true": torch.eye(8, dtype=torch.bool), "seed": seed})
     assert len({int(texts[0]) for _, texts in drawn}) > 1
 
 

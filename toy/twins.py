@@ -24,9 +24,9 @@ from toy.world import (
     split_of,
 )
 
-# what a caption may say, and how often: what is where (as retrieval asks), some of the objects, how
-# two of them lie, and how many there are on which background
-KINDS = {"where": 10, "some": 4, "relation": 5, "count": 1}
+# what a caption may say, and how often: where one object is, where all are (as retrieval asks), some
+# of the objects, how two of them lie, and how many there are on which background
+KINDS = {"one": 5, "where": 5, "some": 3, "relation": 8, "count": 1}
 # "below" is not said: no caption of toy.texts has it
 RELATIONS = {"left of": lambda a, b: a.column < b.column,
              "right of": lambda a, b: a.column > b.column,
@@ -102,6 +102,7 @@ def change_count(scene, rng):
 
 
 CHANGES = {"where": (exchange_places, exchange_places, exchange_colours, change_one, change_one),
+           "one": (exchange_places, exchange_colours, change_one, change_one),
            "some": (exchange_colours, change_one), "relation": (exchange_places,),
            "single": (change_one,), "count": (change_count,)}
 
@@ -113,7 +114,7 @@ def may_be_shown(scene):
 
 
 # ----------------------------------------------------------------------------------- the captions
-# A fact is (kind, what is said): of "where" and "some" a tuple of objects, of "relation"
+# A fact is (kind, what is said): of "one", "where" and "some" a tuple of objects, of "relation"
 # (name, how, name), of "count" (number, background), of "single" (size, name).
 
 def draw_fact(kind, scene, rng):
@@ -122,6 +123,9 @@ def draw_fact(kind, scene, rng):
     things = scene.things
     if kind == "where":
         return kind, tuple((t.name, t.place) for t in things)
+    if kind == "one":
+        chosen = rng.choice(things)
+        return kind, ((chosen.name, chosen.place),)
     if kind == "some":
         chosen = sorted(rng.sample(range(len(things)), rng.randint(1, len(things))))
         with_size = rng.random() < .4
@@ -136,8 +140,11 @@ def draw_fact(kind, scene, rng):
 
 
 def caption_of(fact):
-    """The words of a fact, as toy.texts.captions has them."""
+    """The words of a fact, as toy.texts.captions has them; "there is" says that there may be more.
+    """
     kind, said = fact
+    if kind == "one":
+        return f"there is {article(said[0][0])} in the {PLACES[said[0][1]]}"
     if kind == "where":
         return listed([f"{article(name)} in the {PLACES[place]}" for name, place in said])
     if kind == "some":
@@ -150,12 +157,14 @@ def caption_of(fact):
 
 
 def is_true(fact, scene):
-    """Is a fact true of a scene? "where", "count" and "single" speak of the whole scene, "some" and
-    "relation" of objects that may stand among others."""
+    """Is a fact true of a scene? "where", "count" and "single" speak of the whole scene, "one", "some"
+    and "relation" of objects that may stand among others."""
     kind, said = fact
     named = {t.name: t for t in scene.things}
     if kind == "where":
         return said == tuple((t.name, t.place) for t in scene.things)
+    if kind == "one":
+        return said[0] in {(t.name, t.place) for t in scene.things}
     if kind == "some":
         return all(name in named and size in ("", named[name].size) for size, name in said)
     if kind == "count":
@@ -179,8 +188,8 @@ def twin_of(scene, fact, rng):
     return twin, draw_fact(kind, replace(twin, things=tuple(pair)), rng)
 
 
-def draw_kind(rng):
-    return rng.choices(list(KINDS), list(KINDS.values()))[0]
+def draw_kind(rng, weights=KINDS):
+    return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def pair_of(scene, seed, kind=None):

@@ -24,13 +24,19 @@ WEIGHTS = {"vision": "toy/weights/clip", "llm": "toy/weights/llama",
 # ------------------------------------------------------------------------------ the curves
 
 def read_curves():
-    """{recipe: {"1" or "2": a curve}}; a curve is what `curve_of` makes."""
+    """{recipe: {"1", "2" or "2 alone": a curve}}; a curve is what `curve_of` makes."""
     return json.loads(CURVES.read_text(encoding="utf-8"))
 
 
 def curve_for(args):
-    """The curve of this run's recipe and stage, or None. Needs no torch: asked before it loads."""
-    return read_curves().get(args.recipe, {}).get(str(args.stage))
+    """The curve of this run's recipe and stage, or None. Needs no torch: asked before it loads.
+
+    Stage 2 of blip2 has two: behind a stage 1 of one's own, and alone, from the shipped Q-Former,
+    which has seen far more."""
+    curves, stage = read_curves().get(args.recipe, {}), str(args.stage)
+    if args.recipe == "blip2" and args.start == WEIGHTS["qformer"]:
+        stage = "2 alone"
+    return curves.get(stage)
 
 
 def tenths(losses):
