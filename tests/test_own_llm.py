@@ -197,7 +197,10 @@ def test_rates_follow_the_size_of_the_language_model(smol, parts, flags, tmp_pat
     assert "--lr 0.0002 (projector 2e-05) as published" in capsys.readouterr().err
     assert prepared(*lora, "--lr", 1e-3).row.lr == 1e-3
     captions = prepared("--stage", 1, "--llm", smol).row
-    assert (captions.lr, captions.muon) == (1.2e-2, .01)            # a projector of 5,000 weights
+    assert (captions.lr, captions.muon) == (1.2e-2, 0)              # a projector of 5,000 weights
+    assert "by AdamW alone, --muon 0, not the toy's 0.01" in capsys.readouterr().err
+    assert prepared("--stage", 1, "--llm", smol, "--muon", .02).row.muon == .02
+    assert "AdamW alone" not in capsys.readouterr().err
     described = prepared("--stage", 1, "--recipe", "sharegpt4v", "--from", "none", "--llm", smol)
     assert described.row.lr == 2e-5
     whole = prepared("--stage", 2, "--from", "none", "--llm", smol, "--data", "x.json",
@@ -209,6 +212,7 @@ def test_rates_follow_the_size_of_the_language_model(smol, parts, flags, tmp_pat
     assert after.lr == 2e-4
     monkeypatch.setattr(rates, "LARGE", found + 1)                  # control: the limit itself
     assert prepared(*lora).row.lr == small.lr
+    assert prepared("--stage", 1, "--llm", smol).row.muon == .01
     whole = rates.trained_weights(parse(["--stage", "2", "--from", "none"]), train.set_trainable)
     assert 1_000_000 < whole < 2_000_000
 

@@ -6,7 +6,8 @@ The toy's rates are for a model of a million weights: with LoRA .015 a step. A p
 model is destroyed by that within ten steps. So rates follow the size of what trains: from LARGE
 weights on they are those of the recipe as published; batch, steps, warm-up and clipping stay the
 toy's. In stage 1 of LLaVA the projector alone trains, before a large language model too, and keeps
-the toy's rates. A flag wins over both.
+the toy's rate, but not Muon, whose steps have one length whatever the gradient: before SmolLM2-135M
+the loss after 45 steps of 16 captions was 2.4 with it and 1.4 without. A flag wins over all.
 """
 
 from dataclasses import replace
@@ -36,12 +37,25 @@ def published_rates(args):
     return {name: getattr(row, name) for name in RATES if getattr(args, name) is None}
 
 
+def leave_muon(args, set_trainable):
+    """Train a projector before a large language model by AdamW alone."""
+    row = args.row
+    if not row.muon or args.muon is not None or row.projector_type == "qformer":
+        return
+    weights = weights_in(meta_model(args, set_trainable).llm)
+    if weights >= LARGE:
+        args.row = replace(row, muon=0.)
+        tell(f"note: the projector trains before {weights / 1e6:,.0f} M weights: by AdamW alone, "
+             f"--muon 0, not the toy's {row.muon:g}")
+
+
 def fit_rates(args, set_trainable):
     """Set the published rates in args.row where the toy's are too high for what trains."""
     if args.base != "toy" or not args.stage or args.row.losses:
         return
     weights = trained_weights(args, set_trainable)
     if weights < LARGE:
+        leave_muon(args, set_trainable)
         return
     args.row = replace(args.row, **published_rates(args))
     projector = f" (projector {args.row.projector_lr:g})" if args.row.projector_lr else ""
