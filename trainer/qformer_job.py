@@ -38,11 +38,22 @@ from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
-STEPS = 6400
+FIRST_STEPS, LATE_STEPS = 6400, 1600    # two schedules, the second at half the rate
 ONE_OBJECT_STEPS = 800          # at first most captions say where one object is: see `Batches`
 LAST_FROM = 3400                # from here on most say where all objects are: ITM's loss of that is
 LAST_KINDS = KINDS | {"one": 1, "where": 14, "relation": 4}     # .24 then, of two objects .06
+LATE_KINDS = {"late": 10, "where": 5, "some": 3, "relation": 2, "one": 1, "count": 1}
 MOST_TOKENS = 64                # more than any caption or description has
+
+
+def kind_of(step):
+    """What the captions of a step say."""
+    if step < ONE_OBJECT_STEPS and step % 4:
+        return "one"
+    weights = KINDS if step < LAST_FROM else LAST_KINDS
+    if step >= FIRST_STEPS:
+        weights = LATE_KINDS
+    return draw_kind(random.Random(f"kind:{step}"), weights)
 
 
 class Batches:
@@ -62,10 +73,7 @@ class Batches:
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
 
     def __call__(self, step):
-        weights = KINDS if step < LAST_FROM else LAST_KINDS
-        shown, kind = [], draw_kind(random.Random(f"kind:{step}"), weights)
-        if step < ONE_OBJECT_STEPS and step % 4:
-            kind = "one"
+        shown, kind = [], kind_of(step)
         for i in range(step * PAIRS, (step + 1) * PAIRS):
             shown += pair_of(training_scene(f"qformer:{i}"), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
@@ -143,9 +151,13 @@ def qformer_job(out):
         model.save_pretrained(folder)
         leave_out_tower(folder, "toy/weights/clip")
 
-    def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
-        return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / STEPS)) / 2
+    def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; at last half
+        peak, steps = 1, FIRST_STEPS
+        if step >= FIRST_STEPS:
+            peak, steps, step = .5, LATE_STEPS, step - FIRST_STEPS
+        return peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
     trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
-    return dict(model=lessons, optimizers=muon(trained, .008, 1e-3, decay=.01), steps=STEPS,
+    return dict(model=lessons, optimizers=muon(trained, .008, 1e-3, decay=.01),
+                steps=FIRST_STEPS + LATE_STEPS,
                 batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
                 save_model=save_model, clip=1.0, batch=2 * PAIRS)
