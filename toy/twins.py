@@ -170,7 +170,7 @@ def is_true(fact, scene):
     if kind == "where":
         return said == tuple((t.name, t.place) for t in scene.things)
     if kind == "one":
-        return said[0] in {(t.name, t.place) for t in scene.things}
+        return set(said) <= {(t.name, t.place) for t in scene.things}
     if kind == "some":
         return all(name in named and size in ("", named[name].size) for size, name in said)
     if kind == "count":

@@ -42,18 +42,57 @@ FIRST_STEPS, LATE_STEPS = 6400, 1600    # two schedules, the second at half the 
 ONE_OBJECT_STEPS = 800          # at first most captions say where one object is: see `Batches`
 LAST_FROM = 3400                # from here on most say where all objects are: ITM's loss of that is
 LAST_KINDS = KINDS | {"one": 1, "where": 14, "relation": 4}     # .24 then, of two objects .06
-LATE_KINDS = {"late": 10, "where": 5, "some": 3, "relation": 2, "one": 1, "count": 1}
+LATE_KINDS = {"one": 6, "late": 6, "where": 4, "some": 2, "relation": 2, "count": 1}
+SHIFTED_STEPS = 500             # of the second schedule, mostly of one object anywhere in a row
+MOST_SHIFT = 24                 # a caption of four objects names the last one 24 tokens later
 MOST_TOKENS = 64                # more than any caption or description has
 
 
 def kind_of(step):
     """What the captions of a step say."""
-    if step < ONE_OBJECT_STEPS and step % 4:
+    is_first = step < ONE_OBJECT_STEPS or 0 <= step - FIRST_STEPS < SHIFTED_STEPS
+    if is_first and step % 4:
         return "one"
     weights = KINDS if step < LAST_FROM else LAST_KINDS
     if step >= FIRST_STEPS:
         weights = LATE_KINDS
     return draw_kind(random.Random(f"kind:{step}"), weights)
+
+
+def some_hidden(shown, step):
+    """Of each pair, half of the objects that both captions have alike are hidden: (shown, with
+    facts of what is left, [numbers of the hidden objects])."""
+    rng, found, hidden = random.Random(f"hidden:{step}"), [], []
+    for (scene, fact), (twin, other) in zip(shown[::2], shown[1::2]):
+        pair, gone = (fact[1], other[1]), ()
+        if len(pair[0]) == len(pair[1]):
+            gone = [i for i, (a, b) in enumerate(zip(*pair)) if a == b and rng.random() < .5]
+        for picture, said in ((scene, pair[0]), (twin, pair[1])):
+            kept = tuple(item for i, item in enumerate(said) if i not in gone)
+            found.append((picture, ("one", kept) if gone else ("where", said)))
+            hidden.append(gone)
+    return found, hidden
+
+
+def hidden_words(ids, hidden, separators):
+    """(B, T) bool: the words of the objects that are hidden, and the comma or "and" behind them.
+    ids (B, T) of lists; hidden: B lists of numbers of objects; separators: their ids."""
+    number = torch.isin(ids, separators).cumsum(1)
+    number = F.pad(number[:, :-1], (1, 0))              # a separator belongs to what it ends
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for row, gone in enumerate(hidden):
+        for i in gone:
+            found[row] |= number[row] == i
+    found[:, 0] = False                                 # [CLS]
+    return found
+
+
+def shifted(ids, mask, by, pad):
+    """ids, mask (B, T) with `by` hidden tokens behind [CLS] -> (B, T + by) each: the words stand at
+    later positions."""
+    hidden = ids.new_full((len(ids), by), pad)
+    return (torch.cat((ids[:, :1], hidden, ids[:, 1:]), 1),
+            torch.cat((mask[:, :1], torch.zeros_like(hidden, dtype=mask.dtype), mask[:, 1:]), 1))
 
 
 class Batches:
@@ -71,19 +110,29 @@ class Batches:
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
+        comma_and = model.tokenizer.encode([", and"], MOST_TOKENS)[0][0, 1:3]
+        self.separators = comma_and
 
     def __call__(self, step):
-        shown, kind = [], kind_of(step)
+        shown, kind, shift = [], kind_of(step), 0
+        if kind == "one" and step >= FIRST_STEPS:
+            shift = random.Random(f"shift:{step}").randint(0, MOST_SHIFT)
         for i in range(step * PAIRS, (step + 1) * PAIRS):
             shown += pair_of(training_scene(f"qformer:{i}"), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
-        told = texts
+        told, hidden = texts, [()] * len(shown)
+        if kind == "late" and step >= FIRST_STEPS + SHIFTED_STEPS:
+            shown, hidden = some_hidden(shown, step)
         if step % 2:
             told = [description(scene) for scene, _ in shown]
         pixels = [data.preprocess(draw(scene), self.image_size, "squash") for scene, _ in shown]
         truth = [[is_true(fact, scene) for _, fact in shown] for scene, _ in shown]
-        return [{"pixels": torch.cat(pixels), "caption": self.tokenizer.encode(texts, MOST_TOKENS),
-                 "told": self.tokenizer.encode(told, MOST_TOKENS), "is_true": torch.tensor(truth),
+        ids, mask = self.tokenizer.encode(texts, MOST_TOKENS)
+        mask[hidden_words(ids, hidden, self.separators) & (ids != self.tokenizer.sep)] = False
+        return [{"pixels": torch.cat(pixels),
+                 "caption": shifted(ids, mask, shift, self.tokenizer.pad),
+                 "told": self.tokenizer.encode(told, MOST_TOKENS),
+                 "is_true": torch.tensor(truth),
                  "described": self.described(shown, step), "seed": step}]
 
     def described(self, shown, step):
@@ -154,7 +203,7 @@ def qformer_job(out):
     def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; at last half
         peak, steps = 1, FIRST_STEPS
         if step >= FIRST_STEPS:
-            peak, steps, step = .5, LATE_STEPS, step - FIRST_STEPS
+            peak, steps, step = .6, LATE_STEPS, step - FIRST_STEPS
         return peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
     trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
     return dict(model=lessons, optimizers=muon(trained, .008, 1e-3, decay=.01),
