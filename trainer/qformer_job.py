@@ -38,14 +38,21 @@ from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
-FIRST_STEPS, LATE_STEPS = 6400, 1600    # two schedules, the second at half the rate
-ONE_OBJECT_STEPS = 800          # at first most captions say where one object is: see `Batches`
+MOST_TOKENS = 64                # more than any caption or description has
+
+# What the captions of a step say (toy/twins.py), and when. ITM learns to compare one object within
+# 400 steps; from captions of four objects and twelve details, one of them wrong, its loss falls to
+# .4 and stays there. So most captions say first where one object is.
+FIRST_STEPS, LATE_STEPS = 6400, 1600    # two schedules, the second at .6 of the rate
+ONE_OBJECT_STEPS = 800
 LAST_FROM = 3400                # from here on most say where all objects are: ITM's loss of that is
 LAST_KINDS = KINDS | {"one": 1, "where": 14, "relation": 4}     # .24 then, of two objects .06
+# After the first schedule a caption's first two objects were compared without an error, its third
+# and fourth not at all. So the second begins with one object anywhere in the row, and goes on with
+# a third or fourth one while some of the others are hidden.
 LATE_KINDS = {"one": 6, "late": 6, "where": 4, "some": 2, "relation": 2, "count": 1}
-SHIFTED_STEPS = 500             # of the second schedule, mostly of one object anywhere in a row
-MOST_SHIFT = 24                 # a caption of four objects names the last one 24 tokens later
-MOST_TOKENS = 64                # more than any caption or description has
+SHIFTED_STEPS = 500
+MOST_SHIFT = 24                 # so many tokens later a caption names the last of four objects
 
 
 def kind_of(step):
@@ -60,8 +67,8 @@ def kind_of(step):
 
 
 def some_hidden(shown, step):
-    """Of each pair, half of the objects that both captions have alike are hidden: (shown, with
-    facts of what is left, [numbers of the hidden objects])."""
+    """shown: pairs of (scene, "where" fact). Of each pair, half of the objects that both facts have
+    alike are hidden: (pairs with facts of what is left, the numbers of the hidden objects)."""
     rng, found, hidden = random.Random(f"hidden:{step}"), [], []
     for (scene, fact), (twin, other) in zip(shown[::2], shown[1::2]):
         pair, gone = (fact[1], other[1]), ()
@@ -103,15 +110,11 @@ class Batches:
     true of picture b; described: (indices of PAIRS / 2 pictures, ids, labels) for the LLaMA.
 
     All captions of a step are of one kind: then all are about as long, and little is padded, and
-    no caption is told from another by its kind. First most say where one object is. A caption of
-    four objects and twelve details, one of them wrong, teaches ITM little before it can compare
-    one: from such captions alone its loss is .53 after 500 steps, from captions of one object .32.
-    """
+    no caption is told from another by its kind."""
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
-        comma_and = model.tokenizer.encode([", and"], MOST_TOKENS)[0][0, 1:3]
-        self.separators = comma_and
+        self.separators = model.tokenizer.encode([", and"], MOST_TOKENS)[0][0, 1:3]
 
     def __call__(self, step):
         shown, kind, shift = [], kind_of(step), 0
