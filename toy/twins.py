@@ -51,9 +51,10 @@ def free_places(scene):
     return [place for place in cells if place not in taken]
 
 
-def change_one(scene, rng):
-    """One object gets another colour, shape, size or place."""
-    things, at = list(scene.things), rng.randrange(len(scene.things))
+def change_one(scene, rng, first=0):
+    """One object gets another colour, shape, size or place. first: not one before this, if there
+    are as many."""
+    things, at = list(scene.things), rng.randrange(first, len(scene.things))
     old = things[at]
     shape, colour, size, place = old.shape, old.colour, old.size, old.place
     what = rng.choice(("shape", "shape", "colour", "colour", "place", "place", "size"))
@@ -70,6 +71,11 @@ def change_one(scene, rng):
         new = replace(new, centre=old.centre, radius=old.radius)
     things[at] = new
     return in_reading_order(scene, things)
+
+
+def change_late(scene, rng):
+    """As `change_one`, of objects that a caption names third or later, if there are such."""
+    return change_one(scene, rng, first=min(2, len(scene.things) - 1))
 
 
 def exchange_places(scene, rng, names=()):
@@ -164,7 +170,7 @@ def is_true(fact, scene):
     if kind == "where":
         return said == tuple((t.name, t.place) for t in scene.things)
     if kind == "one":
-        return said[0] in {(t.name, t.place) for t in scene.things}
+        return set(said) <= {(t.name, t.place) for t in scene.things}
     if kind == "some":
         return all(name in named and size in ("", named[name].size) for size, name in said)
     if kind == "count":
@@ -175,11 +181,11 @@ def is_true(fact, scene):
     return a in named and b in named and RELATIONS[how](named[a], named[b])
 
 
-def twin_of(scene, fact, rng):
+def twin_of(scene, fact, rng, change=None):
     """(twin, a fact of the same kind about it), one try; the fact names the same objects if it is a
-    relation, which the twin reverses."""
+    relation, which the twin reverses. change: one of the kind's; None: drawn."""
     kind, said = fact
-    change = rng.choice(CHANGES[kind])
+    change = change or rng.choice(CHANGES[kind])
     if kind != "relation":
         twin = change(scene, rng)
         return twin, draw_fact(kind, twin, rng)
@@ -195,12 +201,15 @@ def draw_kind(rng, weights=KINDS):
 def pair_of(scene, seed, kind=None):
     """[(scene, fact), (its twin, fact)]: two facts of one kind, each false of the other scene.
 
-    kind: one of KINDS; None: drawn. A scene without such a twin is paired with one in which every
-    object has another attribute."""
-    rng = random.Random(f"pair:{seed}")
+    kind: one of KINDS, or "late": as "where", but only an object named third or later differs; None:
+    drawn. A scene without such a twin is paired with one in which every object has another
+    attribute."""
+    rng, change = random.Random(f"pair:{seed}"), None
+    if kind == "late":
+        kind, change = "where", change_late
     fact = draw_fact(kind or draw_kind(rng), scene, rng)
     for _ in range(20):
-        twin, other = twin_of(scene, fact, rng)
+        twin, other = twin_of(scene, fact, rng, change)
         if may_be_shown(twin) and not is_true(fact, twin) and not is_true(other, scene):
             return [(scene, fact), (replace(twin, seed=f"pair:{scene.seed}"), other)]
     twin = hard_negative_scene(scene, seed)

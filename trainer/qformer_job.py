@@ -38,11 +38,68 @@ from trainer.build import match_embedding_scale, new_toy_stage1
 
 WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
-STEPS = 6400
-ONE_OBJECT_STEPS = 800          # at first most captions say where one object is: see `Batches`
+MOST_TOKENS = 64                # more than any caption or description has
+
+# What the captions of a step say (toy/twins.py), and when. ITM learns to compare one object within
+# 400 steps; from captions of four objects and twelve details, one of them wrong, its loss falls to
+# .4 and stays there. So most captions say first where one object is.
+FIRST_STEPS, LATE_STEPS = 6400, 1600    # two schedules, the second at .6 of the rate
+ONE_OBJECT_STEPS = 800
 LAST_FROM = 3400                # from here on most say where all objects are: ITM's loss of that is
 LAST_KINDS = KINDS | {"one": 1, "where": 14, "relation": 4}     # .24 then, of two objects .06
-MOST_TOKENS = 64                # more than any caption or description has
+# After the first schedule a caption's first two objects were compared without an error, its third
+# and fourth not at all. So the second begins with one object anywhere in the row, and goes on with
+# a third or fourth one while some of the others are hidden.
+LATE_KINDS = {"one": 6, "late": 6, "where": 4, "some": 2, "relation": 2, "count": 1}
+SHIFTED_STEPS = 500
+MOST_SHIFT = 24                 # so many tokens later a caption names the last of four objects
+
+
+def kind_of(step):
+    """What the captions of a step say."""
+    is_first = step < ONE_OBJECT_STEPS or 0 <= step - FIRST_STEPS < SHIFTED_STEPS
+    if is_first and step % 4:
+        return "one"
+    weights = KINDS if step < LAST_FROM else LAST_KINDS
+    if step >= FIRST_STEPS:
+        weights = LATE_KINDS
+    return draw_kind(random.Random(f"kind:{step}"), weights)
+
+
+def some_hidden(shown, step):
+    """shown: pairs of (scene, "where" fact). Of each pair, half of the objects that both facts have
+    alike are hidden: (pairs with facts of what is left, the numbers of the hidden objects)."""
+    rng, found, hidden = random.Random(f"hidden:{step}"), [], []
+    for (scene, fact), (twin, other) in zip(shown[::2], shown[1::2]):
+        pair, gone = (fact[1], other[1]), ()
+        if len(pair[0]) == len(pair[1]):
+            gone = [i for i, (a, b) in enumerate(zip(*pair)) if a == b and rng.random() < .5]
+        for picture, said in ((scene, pair[0]), (twin, pair[1])):
+            kept = tuple(item for i, item in enumerate(said) if i not in gone)
+            found.append((picture, ("one", kept) if gone else ("where", said)))
+            hidden.append(gone)
+    return found, hidden
+
+
+def hidden_words(ids, hidden, separators):
+    """(B, T) bool: the words of the objects that are hidden, and the comma or "and" behind them.
+    ids (B, T) of lists; hidden: B lists of numbers of objects; separators: their ids."""
+    number = torch.isin(ids, separators).cumsum(1)
+    number = F.pad(number[:, :-1], (1, 0))              # a separator belongs to what it ends
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for row, gone in enumerate(hidden):
+        for i in gone:
+            found[row] |= number[row] == i
+    found[:, 0] = False                                 # [CLS]
+    return found
+
+
+def shifted(ids, mask, by, pad):
+    """ids, mask (B, T) with `by` hidden tokens behind [CLS] -> (B, T + by) each: the words stand at
+    later positions."""
+    hidden = ids.new_full((len(ids), by), pad)
+    return (torch.cat((ids[:, :1], hidden, ids[:, 1:]), 1),
+            torch.cat((mask[:, :1], torch.zeros_like(hidden, dtype=mask.dtype), mask[:, 1:]), 1))
 
 
 class Batches:
@@ -53,29 +110,32 @@ class Batches:
     true of picture b; described: (indices of PAIRS / 2 pictures, ids, labels) for the LLaMA.
 
     All captions of a step are of one kind: then all are about as long, and little is padded, and
-    no caption is told from another by its kind. First most say where one object is. A caption of
-    four objects and twelve details, one of them wrong, teaches ITM little before it can compare
-    one: from such captions alone its loss is .53 after 500 steps, from captions of one object .32.
-    """
+    no caption is told from another by its kind."""
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
+        self.separators = model.tokenizer.encode([", and"], MOST_TOKENS)[0][0, 1:3]
 
     def __call__(self, step):
-        weights = KINDS if step < LAST_FROM else LAST_KINDS
-        shown, kind = [], draw_kind(random.Random(f"kind:{step}"), weights)
-        if step < ONE_OBJECT_STEPS and step % 4:
-            kind = "one"
+        shown, kind, shift = [], kind_of(step), 0
+        if kind == "one" and step >= FIRST_STEPS:
+            shift = random.Random(f"shift:{step}").randint(0, MOST_SHIFT)
         for i in range(step * PAIRS, (step + 1) * PAIRS):
             shown += pair_of(training_scene(f"qformer:{i}"), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
-        told = texts
+        told, hidden = texts, [()] * len(shown)
+        if kind == "late" and step >= FIRST_STEPS + SHIFTED_STEPS:
+            shown, hidden = some_hidden(shown, step)
         if step % 2:
             told = [description(scene) for scene, _ in shown]
         pixels = [data.preprocess(draw(scene), self.image_size, "squash") for scene, _ in shown]
         truth = [[is_true(fact, scene) for _, fact in shown] for scene, _ in shown]
-        return [{"pixels": torch.cat(pixels), "caption": self.tokenizer.encode(texts, MOST_TOKENS),
-                 "told": self.tokenizer.encode(told, MOST_TOKENS), "is_true": torch.tensor(truth),
+        ids, mask = self.tokenizer.encode(texts, MOST_TOKENS)
+        mask[hidden_words(ids, hidden, self.separators) & (ids != self.tokenizer.sep)] = False
+        return [{"pixels": torch.cat(pixels),
+                 "caption": shifted(ids, mask, shift, self.tokenizer.pad),
+                 "told": self.tokenizer.encode(told, MOST_TOKENS),
+                 "is_true": torch.tensor(truth),
                  "described": self.described(shown, step), "seed": step}]
 
     def described(self, shown, step):
@@ -143,9 +203,13 @@ def qformer_job(out):
         model.save_pretrained(folder)
         leave_out_tower(folder, "toy/weights/clip")
 
-    def lr_scale(step):                       # 50 steps of warm-up, then a cosine to 0
-        return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / STEPS)) / 2
+    def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; at last half
+        peak, steps = 1, FIRST_STEPS
+        if step >= FIRST_STEPS:
+            peak, steps, step = .6, LATE_STEPS, step - FIRST_STEPS
+        return peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
     trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
-    return dict(model=lessons, optimizers=muon(trained, .008, 1e-3, decay=.01), steps=STEPS,
+    return dict(model=lessons, optimizers=muon(trained, .008, 1e-3, decay=.01),
+                steps=FIRST_STEPS + LATE_STEPS,
                 batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
                 save_model=save_model, clip=1.0, batch=2 * PAIRS)
