@@ -2,19 +2,25 @@
 
     places        what a small read-out of the queries' outputs says of each of the nine places
     retrieval     captions of pictures and pictures of captions: ITC, and the published score
-    near misses   two captions that differ in one word: ITC and ITM, and ITM with another picture
+    near misses   two captions that differ in one word: ITC and ITM, and ITM with another picture;
+                  and by which object of a list has the wrong word
 
 The read-out is one layer of attention, trained on the frozen outputs: a learned vector for each
 place asks the queries, and linear layers name the colour and the shape of what stands there, or
 "nothing". So it finds only what some query holds, and what can be looked up by its place.
 """
+import random
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluate.retrieval import pairwise_accuracy, qformer_features, recall_at_k
+from evaluate.retrieval import (
+    match_logits, MAX_TEXT_TOKENS, one_attribute_changed, pairwise_accuracy, qformer_features,
+    recall_at_k)
 from evaluate.toy import eval_parts, held_out_scenes, print_gates
 from qformer import Blip2Stage1, itc
+from toy.texts import article, listed
 from toy.world import COLOURS, make_scene, PLACES, SHAPES
 
 NOTHING = 0                             # class of a place where nothing stands
@@ -98,13 +104,41 @@ def place_scores(model, scenes):
     return scores | {f"{name}, other picture": score for name, score in other.items()}
 
 
+def wrong_in_lists(scenes):
+    """{which object, from 0: [(scene index, true text, false text)]}: of scenes with three or four
+    objects, one object of the list has another colour or shape."""
+    pairs = {at: [] for at in range(4)}
+    for i, scene in enumerate(scenes):
+        rng, things = random.Random(f"list:{i}"), scene.things
+        texts = [f"{article(t.name)} in the {t.where}" for t in things]
+        for at, t in enumerate(things if len(things) > 2 else ()):
+            others = one_attribute_changed(t, rng.randrange(2), {t.name for t in things})
+            if others:
+                false = texts[:at] + [rng.choice(others)] + texts[at + 1:]
+                pairs[at].append((i, listed(texts), listed(false)))
+    return pairs
+
+
+@torch.inference_mode()
+def list_accuracy(model, scenes):
+    """{which object of a list: rate by ITM of pairs in which the true text has the higher score}"""
+    features, rates = qformer_features(model, scenes), {}
+    for at, rows in wrong_in_lists(scenes).items():
+        texts = [text for row in rows for text in row[1:]]
+        ids, mask = model.tokenizer.encode(texts, length=MAX_TEXT_TOKENS)
+        x = features[[i for i, *_ in rows]].repeat_interleave(2, 0)
+        true, false = match_logits(model, x, ids, mask, 200).view(-1, 2).unbind(1)
+        rates[("first", "second", "third", "fourth")[at]] = float((true > false).float().mean())
+    return rates
+
+
 def eval_qformer(model, scenes):
     """Print the gates of a Blip2Stage1. Returns the figures."""
     places = place_scores(model, scenes)
     scenes = scenes[:MOST_SCENES]
     itc_alone = recall_at_k(model, scenes, itm=False)
     reranked = recall_at_k(model, scenes)
-    near = pairwise_accuracy(model, scenes)
+    near, lists = pairwise_accuracy(model, scenes), list_accuracy(model, scenes)
     print_gates("Q-Former: a read-out of the queries' outputs, by place", places, GATES)
     print_gates(f"retrieval of {len(scenes)} scenes by ITC", itc_alone, RETRIEVAL_GATES)
     # by the published score it must not be worse
@@ -116,7 +150,9 @@ def eval_qformer(model, scenes):
     print_gates("one word is wrong: ITC", by_itc, {})
     print_gates("one word is wrong: ITM", by_itm, ITM_GATES)
     print_gates("one word is wrong: ITM with another scene's picture (chance: .5)", other, {})
-    return {"places": places, "itc": itc_alone, "itc + itm": reranked, "one word": near}
+    print_gates("three or four objects are listed, and this one is wrong: ITM", lists, {})
+    return {"places": places, "itc": itc_alone, "itc + itm": reranked, "one word": near,
+            "of a list": lists}
 
 
 def eval_all_parts(args):
