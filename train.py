@@ -98,7 +98,7 @@ RECIPES = {
     "minigpt4": (
         Stage("MiniGPT-4, April 2023", "qformer", ("projector.proj",), "minigpt4_caption", "squash",
               1e-4, 256, 4, 20000, 5000, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=8e-5,
-              loss_groups=4, caption_style="web"),
+              loss_groups=4, caption_style="mixed"),
         Stage("MiniGPT-4, April 2023", "qformer", ("projector.proj",), "minigpt4", "squash",
               3e-5, 12, 5, 1000, 200, .05, schedule="minigpt4", warm_lr=1e-6, min_lr=1e-5,
               loss_groups=1, caption_style="details")),
@@ -125,8 +125,8 @@ FROM_ZERO = dict(warmup=.05, clip=1.0, warm_lr=0.)
 TOY = {"llava": (*LLAVA_TOY, LLAVA_TOY[1]), "llava-1.5": LLAVA_TOY,
        "blip2": (FROM_ZERO | dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, min_lr=1e-4),
                  FROM_ZERO | dict(lr=2e-3, muon=.01, batch=16, steps=400, min_lr=2e-4)),
-       "minigpt4": (FROM_ZERO | dict(lr=1e-2, batch=16, steps=300, min_lr=8e-3),
-                    FROM_ZERO | dict(lr=1.5e-2, batch=12, steps=200, min_lr=1e-3)),
+       "minigpt4": (FROM_ZERO | dict(lr=3e-2, batch=16, steps=300, min_lr=3e-3),
+                    FROM_ZERO | dict(lr=3e-2, batch=12, steps=200, min_lr=1e-3)),
        "sharegpt4v": (dict(lr=1e-3, batch=12, steps=300, clip=1.0,
                            train=("vision.blocks.2+", "projector", "llm")), LLAVA_TOY[1])}
 

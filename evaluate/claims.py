@@ -302,7 +302,7 @@ def minigpt4(args, seed, scenes):
     first = train_if_missing(args, "minigpt4/stage1", seed, *stage_flags("minigpt4", 1))
     second = train_if_missing(args, "minigpt4/stage2", seed, *second_flags, "--from", first)
     noisy = train_if_missing(args, "noisy/stage2", seed, *second_flags, "--from", first,
-                             "--caption-style", "web")
+                             "--caption-style", "mixed")
     arms = {}
     for name, folder in (("stage 1, noisy captions", first),
                          ("stage 2, curated descriptions", second),

@@ -27,8 +27,8 @@ KNOWN_KINDS = {"facebook/opt-2.7b": "opt", "facebook/opt-6.7b": "opt",
                "google/flan-t5-xl": "t5", "google/flan-t5-xxl": "t5"}
 
 GOLDEN = str(Path(__file__).parents[1] / "tests/golden_losses.json")
-CAPTION_STYLES = ("captions", "dialogue", "conversation", "short", "web", "details", "descriptions",
-                  "imagined")
+CAPTION_STYLES = ("captions", "dialogue", "conversation", "short", "web", "mixed", "details",
+                  "descriptions", "imagined")
 LOSSES = {"itc", "itm", "itg"}                      # of a Q-Former
 
 
