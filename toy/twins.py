@@ -24,8 +24,8 @@ from toy.world import (
     split_of,
 )
 
-# what a caption may say, and how often: where one object is, where all are (as retrieval asks), some
-# of the objects, how two of them lie, and how many there are on which background
+# what a caption may say, and how often: where one object is, where all are (as retrieval asks),
+# some of the objects, how two of them lie, and how many there are on which background
 KINDS = {"one": 5, "where": 5, "some": 3, "relation": 8, "count": 1}
 # "below" is not said: no caption of toy.texts has it
 RELATIONS = {"left of": lambda a, b: a.column < b.column,
@@ -163,8 +163,8 @@ def caption_of(fact):
 
 
 def is_true(fact, scene):
-    """Is a fact true of a scene? "where", "count" and "single" speak of the whole scene, "one", "some"
-    and "relation" of objects that may stand among others."""
+    """Is a fact true of a scene? "where", "count" and "single" speak of the whole scene; "one",
+    "some" and "relation" of objects that may stand among others."""
     kind, said = fact
     named = {t.name: t for t in scene.things}
     if kind == "where":
