@@ -137,10 +137,9 @@ def test_the_flag_does_not_keep_a_run_from_being_resumed():
 
 
 def test_the_shipped_curves_are_of_the_recipes_as_they_are():
+    """Of llava and sharegpt4v there are none yet; --compare is refused there."""
     found = compare.read_curves()
-    if not found:
-        pytest.skip("no curves yet: python -m evaluate.curves")
-    assert set(found) == set(train.RECIPES)
+    assert {"llava-1.5", "blip2", "minigpt4"} <= set(found) <= set(train.RECIPES)
     for recipe, stages in found.items():
         assert set(stages) == set(curves.stages_of(recipe))
         for stage, (number, _) in curves.stages_of(recipe).items():

@@ -201,8 +201,8 @@ def draw_kind(rng, weights=KINDS):
 def pair_of(scene, seed, kind=None):
     """[(scene, fact), (its twin, fact)]: two facts of one kind, each false of the other scene.
 
-    kind: one of KINDS, or "late": as "where", but only an object named third or later differs; None:
-    drawn. A scene without such a twin is paired with one in which every object has another
+    kind: one of KINDS, or "late": as "where", but only an object named third or later differs;
+    None: drawn. A scene without such a twin is paired with one in which every object has another
     attribute."""
     rng, change = random.Random(f"pair:{seed}"), None
     if kind == "late":
