@@ -351,8 +351,7 @@ CAPTION_STYLES = {
     "mixed": lambda scene, rng: [(DESCRIBE[1], web_caption(scene, rng) if rng.random() < .5
                                   else captions_or_descriptions(scene, rng))],
     "descriptions": lambda scene, rng: [(DESCRIBE[1], description(scene))],
-    # of CURATED pictures only; one of several questions, as published
-    "details": lambda scene, rng: [(rng.choice(DESCRIBE), description(scene))],
+    "details": lambda scene, rng: [(DESCRIBE[1], description(scene))],  # of CURATED pictures only
     "imagined": lambda scene, rng: [(DESCRIBE[1], imagined(scene, rng))],
     "dialogue": lambda scene, rng: dialogue(scene, rng, 5, (6, 6, 5, 8, 9, 30, 8, 12, 20, 4), .25),
     # neither descriptions nor reasoning
