@@ -78,7 +78,7 @@ def leave(code):
 
     There a thread of gloo that is late to free its last tensor aborts the process (exit code -6,
     "terminate called without an active exception"), although everything has been written; torchrun
-    then calls the whole run failed. Seen once in a few hundred runs, on a busy machine."""
+    then calls the whole run failed. Seen once, on a busy machine."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for worker in multiprocessing.active_children():        # of the loader
             worker.kill()
