@@ -125,8 +125,8 @@ FROM_ZERO = dict(warmup=.05, clip=1.0, warm_lr=0.)
 TOY = {"llava": (*LLAVA_TOY, LLAVA_TOY[1]), "llava-1.5": LLAVA_TOY,
        "blip2": (FROM_ZERO | dict(lr=1e-3, muon=.01, batch=32, steps=400, warmup=.1, min_lr=1e-4),
                  FROM_ZERO | dict(lr=2e-3, muon=.01, batch=16, steps=400, min_lr=2e-4)),
-       "minigpt4": (FROM_ZERO | dict(lr=3e-2, batch=16, steps=300, min_lr=3e-3),
-                    FROM_ZERO | dict(lr=3e-2, batch=12, steps=200, min_lr=1e-3)),
+       "minigpt4": (FROM_ZERO | dict(lr=6e-2, batch=8, steps=600, min_lr=3e-3),
+                    FROM_ZERO | dict(lr=6e-2, batch=4, steps=500, min_lr=1e-3)),
        "sharegpt4v": (dict(lr=1e-3, batch=12, steps=300, clip=1.0,
                            train=("vision.blocks.2+", "projector", "llm")), LLAVA_TOY[1])}
 
