@@ -137,9 +137,8 @@ def test_the_flag_does_not_keep_a_run_from_being_resumed():
 
 
 def test_the_shipped_curves_are_of_the_recipes_as_they_are():
-    """Of llava and sharegpt4v there are none yet; --compare is refused there."""
     found = compare.read_curves()
-    assert {"llava-1.5", "blip2", "minigpt4"} <= set(found) <= set(train.RECIPES)
+    assert set(found) == set(train.RECIPES)
     for recipe, stages in found.items():
         assert set(stages) == set(curves.stages_of(recipe))
         for stage, (number, _) in curves.stages_of(recipe).items():

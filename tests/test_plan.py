@@ -25,6 +25,7 @@ from formats.pictures import picture_path
 from toy.standin import stand_in, stand_in_row
 from train import parse_args as parse
 from trainer import allocator, forecast
+from trainer.environment import before_torch
 from trainer.forecast import (activation_bytes, choose_row_and_policy, fit_to_card,
                               flops_per_sample, memory_forecast, meta_model, static_bytes,
                               usable_bytes)
@@ -254,6 +255,17 @@ def test_the_allocator_joins_freed_pages_unless_told_otherwise():
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, check=True,
                               capture_output=True, env={**plain, **env})
         assert done.stdout.strip() == said
+
+
+def test_waiting_threads_soon_sleep_unless_told_otherwise(monkeypatch):
+    """A short wait is set beside "sleep at once"; who asks for one of the two gets what he asked."""
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    for own, kept in (({}, ("PASSIVE", "1000")), ({"OMP_WAIT_POLICY": "PASSIVE"}, ("PASSIVE", None)),
+                      ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+                      ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7"))):
+        monkeypatch.setattr(os, "environ", dict(own))
+        before_torch()
+        assert tuple(map(os.environ.get, names)) == kept
 
 
 # ------------------------------------------------------------- what waits in the host's memory

@@ -7,9 +7,12 @@ import os
 
 
 def before_torch():
-    """Waiting CPU threads sleep; freed pages of the GPU's memory are put together again."""
-    # spinning threads take each other's time where cores are shared
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Waiting CPU threads soon sleep; freed pages of the GPU's memory are put together again."""
+    # threads that spin take each other's time where cores are shared; threads that sleep at once
+    # are woken several thousand times a step of a tiny model. A few microseconds are enough for it
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # of GNU's OpenMP, which PyTorch has
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:     # the older name of the same setting
         # rows differ in length from step to step: trainer/allocator.py
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -11,7 +11,7 @@ are added in another order: there a loss may differ by `allowed`, relative to it
 step. That is MARGIN times the largest difference up to that step that --write-golden measures
 between the instruction sets of one processor (OTHER_SETS), and at least that of ROUNDING. By steps,
 because a toy that learns fast makes much of a difference that began as rounding: 1e-6 at step 1 is
-up to 2.7 times the loss at step 20."""
+up to 7.2 times the loss at step 20."""
 
 import contextlib
 import hashlib
