@@ -258,9 +258,10 @@ def test_the_allocator_joins_freed_pages_unless_told_otherwise():
 
 
 def test_waiting_threads_soon_sleep_unless_told_otherwise(monkeypatch):
-    """A short wait is set beside "sleep at once"; who asks for one of the two gets what he asked."""
+    """A short wait is set beside "sleep at once"; who asks for one of the two gets what he asks."""
     names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
-    for own, kept in (({}, ("PASSIVE", "1000")), ({"OMP_WAIT_POLICY": "PASSIVE"}, ("PASSIVE", None)),
+    for own, kept in (({}, ("PASSIVE", "1000")),
+                      ({"OMP_WAIT_POLICY": "PASSIVE"}, ("PASSIVE", None)),
                       ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
                       ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7"))):
         monkeypatch.setattr(os, "environ", dict(own))
