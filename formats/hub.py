@@ -72,6 +72,12 @@ def refuse_folder(folder):
         name = hub.split("/")[1]
         raise BadModel(f"{hub}: no model.safetensors on the hub: fetch all that it has (hf "
                        f"download {hub} --local-dir {name}), and give {name}")
+    if (folder / "model/config.json").exists():
+        raise BadModel(f"{folder}: the folder of a run, whose model lies one deeper: give "
+                       f"{folder / 'model'}")
+    if (folder / "run.json").exists():
+        raise BadModel(f"{folder}: a run that has not finished, so there is no model yet: let it "
+                       f"finish (train.py --resume auto), then give {folder / 'model'}")
     raise BadModel(f"{folder}: no model.safetensors: give the folder that holds it")
 
 

@@ -877,3 +877,19 @@ def test_dtype_auto_on_a_gpu(tmp_path, monkeypatch, capsys, has, kind, becomes):
     made = cast_for_cpu(model, torch.device("cuda"))
     assert {str(p.dtype) for p in made.parameters()} == {f"torch.{becomes}"}
     assert capsys.readouterr().err.count("\n") == (kind != becomes)
+
+
+def test_the_folder_of_a_run_instead_of_its_model(tmp_path):
+    """The line names the model inside, or says that the run has not finished."""
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(data.BadModel, match="not finished") as info:
+        data.load_weights(tmp_path)
+    assert f"then give {tmp_path / 'model'}" in str(info.value)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(data.BadModel, match=f"give {tmp_path / 'model'}$"):
+        data.load_weights(tmp_path)
+    (tmp_path / "run.json").unlink()                    # control: no run, and no model inside
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(data.BadModel, match="no model.safetensors"):
+        data.load_weights(tmp_path)
