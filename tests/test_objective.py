@@ -24,12 +24,14 @@ import data
 import llama
 import projector
 import train
+from formats.errors import TrainingFailed
 from tiny import loaded, shaken
 from toy.parts import llama_tokenizer
 from toy.texts import dialogue
 from toy.world import SIDE, draw, make_scene
 from train import parse_args as parse
 from trainer.build import new_vlm
+from trainer.distributed import all_ranks
 from trainer.loader import MicroBatches, Samples
 
 HERE = Path(__file__).resolve().parents[1]
@@ -301,6 +303,27 @@ def test_a_killed_rank_ends_the_other(ground, tmp_path):
     assert time.time() - killed < 30 and process.returncode == 1
     assert "error: another rank is gone" in said and "--resume auto" in said, said
     assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_a_rank_that_is_lost_before_all_have_met_is_one_line(monkeypatch):
+    """Controls: another error is not called so, and one process has no other ranks."""
+    failures = [torch.distributed.DistNetworkError("Connection reset by peer"),
+                torch.distributed.DistStoreError("wait timeout"), RuntimeError("a shape differs")]
+
+    def fails(*args, **more):
+        raise failures[0]
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for message in ("another rank is gone.*reset by peer", "another rank is gone.*timeout"):
+        with pytest.raises(TrainingFailed, match=message), all_ranks(None, "cpu"):
+            pass
+        del failures[0]
+    with pytest.raises(RuntimeError, match="^a shape differs"), all_ranks(None, "cpu"):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="^an address of a peer"), all_ranks(None, "cpu"):
+        raise RuntimeError("an address of a peer")
 
 
 # ------------------------------------------------------------------ which samples stand together

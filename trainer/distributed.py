@@ -55,15 +55,16 @@ def init_distributed(device):
 @contextmanager
 def all_ranks(args, device):
     """Yields this rank's device. At the end no rank leaves before the others are done; if one has
-    died, its absence is one line."""
-    device = init_distributed(device)
-    if world_size() > 1 and args.row.losses:
-        raise UsageError("torchrun is for stages with a LLaMA; start this one with python")
+    died, its absence is one line; so it is if that happens while they still look for each other."""
     try:
+        device = init_distributed(device)
+        if world_size() > 1 and args.row.losses:
+            raise UsageError("torchrun is for stages with a LLaMA; start this one with python")
         yield device
         all_reduce_sum(0)                           # wait here until rank 0 has written everything
     except RuntimeError as error:
-        if world_size() == 1 or not re.search("peer|gloo|NCCL", str(error)):
+        lost = isinstance(error, dist.DistError) or re.search("peer|gloo|NCCL", str(error))
+        if not lost or int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         why = str(error).strip().splitlines()[0][:100]
         raise TrainingFailed(f"another rank is gone ({why}): see what it said, and go on with "
