@@ -40,6 +40,7 @@ from trainer.samples import check_size, encode_sample, joined, lesson, sample_pi
 from trainer.start import template_of_files, UNKNOWN
 
 OFFICIAL_LENGTH = 2048          # where the official runs cut a sample
+NAMED = 20                      # rows that a note names
 
 
 # ---------------------------------------------------------------- how long is a sample?
@@ -114,7 +115,7 @@ def sample_tokens(sample, args, counter) -> int:
 class Report:
     """What was found in a file so far."""
     kinds: Counter = field(default_factory=Counter)     # kind of fault -> how often
-    joined_marks: int = 0                               # samples whose marks become one
+    joined_marks: list = field(default_factory=list)    # rows in which several marks become one
     sizes: list = field(default_factory=list)           # tokens of each good sample
     pictures: dict = field(default_factory=dict)        # path -> (where it is named, its name)
     rows: int = 0
@@ -130,14 +131,11 @@ class Report:
         self.kinds[printable(field_name + why)] += 1
 
 
-def note_joined_marks(where, sample, report):
-    """Name a sample of one picture in which a turn marks it twice. It is no fault, because LLaVA's
-    own data has such rows, but a second picture may have been forgotten."""
-    most = max((turn["value"].count(IMAGE_TOKEN) for turn in sample["conversations"]), default=0)
-    if len(images_of(sample)) == 1 and most > 1:
-        report.joined_marks += 1
-        print(f"note: {where}: {sample['field']}: {most} {IMAGE_TOKEN} in a turn and one picture: "
-              "as officially they become one mark, in front; is a picture missing?")
+def has_joined_marks(sample):
+    """Is a turn with several marks about one picture? Officially they become one, in front. It is
+    no fault, because LLaVA's own data may hold such rows, but a picture may have been forgotten."""
+    marks = [turn["value"].count(IMAGE_TOKEN) for turn in sample["conversations"]]
+    return len(images_of(sample)) == 1 and max(marks, default=0) > 1
 
 
 def check_rows(args, report):
@@ -153,9 +151,10 @@ def check_rows(args, report):
             continue
         for sample in got:
             report.samples += 1
-            note_joined_marks(where, sample, report)
             try:
                 report.sizes.append(sample_tokens(sample, args, counter))
+                if has_joined_marks(sample):
+                    report.joined_marks.append(report.rows)
             except BadData as error:
                 report.fault(where, f"{sample['field']}: ", error)
         for name in images_of(got[0]):
@@ -203,8 +202,11 @@ def print_report(args, report, seconds, picture_seconds, opened):
           f"{len(report.pictures):,} pictures; {report.kinds.total():,} faults")
     for kind, n in report.kinds.most_common():
         print(f"{n:9,}  {kind}")
-    if report.joined_marks:
-        print(f"{report.joined_marks:9,}  note: several {IMAGE_TOKEN} in a turn and one picture")
+    joined = report.joined_marks
+    if joined:
+        shown = ", ".join(map(str, joined[:NAMED])) + (", ..." if len(joined) > NAMED else "")
+        print(f"{len(joined):9,}  note: several {IMAGE_TOKEN} in a turn and one picture, which is "
+              f"shown once, in front, as officially; is a picture missing? Rows: {shown}")
     how = f"of {args.llm}" if args.llm else "estimated, 4 for 3 words: --llm counts them"
     print(f"tokens ({how}; template {args.template}; {args.places} for a picture):")
     bins = Counter(size.bit_length() for size in report.sizes)      # 256 to 511, 512 to 1,023 ...
