@@ -21,6 +21,7 @@ import llama
 import projector
 from tiny import shaken
 from decoding.beam import beam_search
+from decoding.caption_journal import files_of_model
 from decoding.chat import trim_history
 from decoding.flags import parse, prompt_error
 from decoding.pictures import load_picture
@@ -548,6 +549,18 @@ def test_a_killed_folder_does_not_go_on_with_another_model(folder, inside, tmp_p
     assert (tmp_path / "m.json.partial").read_bytes() == partial
     (tmp_path / "m.json.partial").unlink()                      # what the line says works
     assert inside(args_for(*call))[0] == 0
+
+
+def test_the_base_of_an_adapter_counts_too(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    (base / "model.safetensors").write_bytes(b"x")
+    (adapter / "adapter_model.safetensors").write_bytes(b"y")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = files_of_model(adapter)
+    assert files_of_model(adapter, base) == before == files_of_model(adapter)       # control
+    (base / "model.safetensors").write_bytes(b"xx")
+    assert files_of_model(adapter) != before
 
 
 def test_a_journal_of_an_older_version_is_refused(folder, inside, tmp_path, monkeypatch):
