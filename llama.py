@@ -25,6 +25,12 @@ Next: projector.py, which puts an image's vectors between the tokens.
 """
 
 import sys
+
+from formats.text_flags import parse
+
+if __name__ == "__main__":
+    parse()                     # before torch is imported: --help answers at once
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -235,10 +241,10 @@ class Llama(nn.Module):
 def main():
     """Continue a text by 40 tokens, without a cache: the whole row is read for every token."""
     toy = Path(__file__).parent / "toy/weights/llama"
-    text = sys.argv[1] if len(sys.argv) > 1 else "This picture shows two objects on"
-    folder = checkpoints.resolve(sys.argv[2] if len(sys.argv) > 2 else toy)
+    args = parse()
+    folder = checkpoints.resolve(args.folder or toy)
     llama, tokenizer = Llama.from_pretrained(folder), data.Tokenizer(folder)
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(args.text)
     print(f"{sum(p.numel() for p in llama.parameters()):,} weights; {len(ids)} tokens in")
     with torch.inference_mode():
         for _ in range(40):

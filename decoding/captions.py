@@ -3,10 +3,11 @@
 A picture that cannot be used is skipped with a line; the others are asked in batches. At the end a
 line says how many pictures and tokens a second there were."""
 
+import os
 import time
 
 import data
-from decoding.caption_journal import Journal, state_of
+from decoding.caption_journal import files_of_model, Journal, MODEL_FILES, state_of
 from decoding.pictures import load_picture
 from decoding.prompt import build_prompt
 from decoding.stopping import cut_reason
@@ -63,7 +64,11 @@ def caption_folder(model, files, args, generate_batch):
     Raises BadImage if none of the pictures can be used, UserError for another run's journal."""
     journal = Journal(args.out, {"question": args.prompt, "model": args.model, "seed": args.seed,
                                  "template": str(model.template), "settings": args.settings,
-                                 "quantize": args.quantize, "dtype": args.dtype})
+                                 "quantize": args.quantize, "dtype": args.dtype,
+                                 MODEL_FILES: files_of_model(args.model, args.model_base)})
+    if os.path.isfile(args.out):
+        note(f"note: {args.out} is there already: its answers are replaced when all pictures are "
+             "done; name another --out to keep them")
     ids = build_prompt([args.prompt], model.template, model.tokenizer)
     files = sort_by_length(model, files)
     done, tokens, start = 0, 0, time.perf_counter()

@@ -265,6 +265,17 @@ def chat_row(row: dict, field: str, pictures: list) -> tuple[list, list]:
     return turns, _all_pictures(pictures, names, field)
 
 
+def _check_list_of_one(row: dict, turns: list, pictures: list):
+    """Raise BadData where a list names one picture and a turn has places for more: a name is
+    missing. Of a name that is no list the marks of a turn are one picture, as in LLaVA's data.
+    Marks of several turns, and longer lists, are counted for all rows in trainer/samples.py."""
+    marks = [text.count(IMAGE_TOKEN) for _, text, _ in turns if IMAGE_TOKEN in text]
+    lists = [key for key in PICTURES if isinstance(row.get(key), list) and row[key]]
+    if lists and len(pictures) == len(marks) == 1 and marks[0] > 1:
+        raise BadData(f"{lists[0]}: is a list of one picture, but {marks[0]} {IMAGE_TOKEN} places "
+                      "in the text: give a name for each of them, or correct the text")
+
+
 def caption_row(rest: dict, captions, pictures: list) -> list[dict]:
     """A sample for each caption: the answer to nothing but the picture."""
     if not isinstance(captions, list):
@@ -300,6 +311,7 @@ def parse_row(row, where: str) -> list[dict]:
     _text("id", str(rest["id"]))
     if field != "caption":
         turns, pictures = chat_row(row, field, pictures)
+        _check_list_of_one(row, turns, pictures)
     system = _system(row, turns, field)
     _refuse_unknown_pictures(row, {*dropped, *TURNS, "id"}, bool(pictures), "")
     if pictures:

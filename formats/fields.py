@@ -26,10 +26,17 @@ def has_kind(value, kind):
     return all(type(x) in (int, float) for x in value)          # "numbers"
 
 
+def holds_broken_text(value):
+    """Is the value text that no UTF-8 can hold, or a list with some?"""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(x, str) and is_broken_text(x) for x in values)
+
+
 def require(where, row, **kinds):
     """The row and its place, if every field is of its kind, as "text or null". Raises BadData."""
     for name, kind in kinds.items():
         value = row.get(name) if isinstance(row, dict) else None
         if not any(has_kind(value, k) for k in kind.split(" or ")):
-            raise BadData(f"{where}.{name}: must be {kind}, in valid UTF-8: correct the row")
+            also = ", in valid UTF-8" if "text" in kind and holds_broken_text(value) else ""
+            raise BadData(f"{where}.{name}: must be {kind}{also}: correct the row")
     return {**row, "where": where}

@@ -81,6 +81,16 @@ def refuse_folder(folder):
     raise BadModel(f"{folder}: no model.safetensors: give the folder that holds it")
 
 
+def weight_files(folder) -> list:
+    """[(name, size, time of the last change)] of a folder's weights: what tells a model from the
+    one that is trained next into the same folder, without reading it."""
+    files = []
+    for path in sorted(folder.glob("*.safetensors")):
+        status = path.stat()
+        files.append((path.name, status.st_size, status.st_mtime_ns))
+    return files
+
+
 def resolve(folder_or_hub_id) -> Path:
     """The local folder of a model; a hub id (owner/name) is downloaded, or found in the cache.
 

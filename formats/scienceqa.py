@@ -10,6 +10,8 @@
 [ScienceQA] 2209.09513; haotian-liu/LLaVA scripts/convert_sqa_to_llava.py and its base_prompt.
 """
 
+import os
+
 from formats.conversations import IMAGE_TOKEN
 from formats.errors import BadData
 from formats.fields import require
@@ -34,7 +36,10 @@ def read_problems(problems_file, splits_file, split, **more):
     found = []
     for name in ids:
         where = f"{problems_file}: {name}"
-        p = require(where, problems.get(str(name)), **FIELDS, **more)
+        if str(name) not in problems:
+            raise BadData(f"{problems_file}: no problem {name}, which {splits_file} names in "
+                          f"{split!r}: give the two files of one release, or correct one of them")
+        p = require(where, problems[str(name)], **FIELDS, **more)
         if not 0 <= p["answer"] < len(p["choices"]) <= len(LETTERS):
             raise BadData(f"{where}: needs 1 to 5 choices, and as answer the number of one, from "
                           "0: correct the row")
@@ -52,8 +57,12 @@ def question_text(problem):
     hint, choices = problem["hint"].strip(), zip(LETTERS, problem["choices"])
     options = " ".join(f"({letter}) {choice}" for letter, choice in choices)
     text = f"Question: {problem['question']}\nContext: {hint or 'N/A'}\nOptions: {options}"
-    # quirk: two spaces become one, once; "Question: " goes wherever it stands
-    return text.replace("  ", " ").strip().replace("Question: ", "")
+    # quirk: two spaces become one, once; "Question: " goes wherever it stands; so does "BECAUSE:",
+    # but only from a text that ends with it
+    text = text.replace("  ", " ").strip()
+    if text.endswith("BECAUSE:"):
+        text = text.replace("BECAUSE:", "").strip()
+    return text.replace("Question: ", "")
 
 
 def answer_text(problem):
@@ -65,12 +74,13 @@ def answer_text(problem):
     return text.replace("  ", " ").strip().replace("Answer: ", "")
 
 
-def training_row(problem):
-    """A problem as a row of LLaVA's training file, in which the picture stands last."""
+def training_row(problem, prefix=""):
+    """A problem as a row of LLaVA's training file, in which the picture stands last. prefix: a
+    folder to put before the picture's name."""
     text, image = question_text(problem), picture_name(problem)
     row = {"id": problem["id"]}
     if image:
-        row["image"] = image
+        row["image"] = os.path.join(prefix, image)
         text = f"{text}\n{IMAGE_TOKEN}"
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer_text(problem)}]
     return {**row, "conversations": turns}

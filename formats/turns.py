@@ -92,7 +92,10 @@ def training_turns(conversation, name, templates, pictures: int) -> tuple:
                       "or train with --template v1")
     if t.style in ("plain", *BLIP2):
         roles = [is_answer for is_answer, _ in turns]
-        if not pictures or roles != [False, True] or IMAGE_TOKEN not in turns[0][1]:
+        if not pictures:
+            raise BadData(f"template {name} needs <image> and its picture in every row, and this "
+                          "one has no picture: give it an image, or leave it out")
+        if roles != [False, True] or IMAGE_TOKEN not in turns[0][1]:
             raise BadData(f"template {name} needs <image> in one human turn, and one gpt turn: a "
                           "caption")
     if t.style in ("instruct", "minigpt4"):

@@ -5,6 +5,7 @@ Also what is wrong with it: who answers, from what, and whether a key may go ove
 import argparse
 import os
 import re
+from pathlib import PurePath
 
 from formats.errors import bounded
 
@@ -60,6 +61,8 @@ def add_scienceqa(sub):
                        allow_abbrev=False)
     q.add_argument("source", help="folder of problems.json and pid_splits.json")
     q.add_argument("--split", default="train", help="of pid_splits.json (default: train)")
+    q.add_argument("--prefix", default="", metavar="FOLDER", help="a folder to put before the "
+                   "names of pictures, such as val: then --images is where val lies")
     q.add_argument("--out", required=True, help="LLaVA JSON")
     q.add_argument("--debug", action="store_true", help="tracebacks")
     return q
@@ -148,6 +151,9 @@ def check_scienceqa(a):
     inputs = [os.path.join(a.source, name) for name in ("problems.json", "pid_splits.json")]
     if os.path.realpath(a.out) in map(os.path.realpath, inputs):
         return "--out would replace its own input"
+    parts = PurePath(a.prefix).parts
+    if os.path.isabs(a.prefix) or ".." in parts or a.prefix and not parts:
+        return f"--prefix {a.prefix}: must be a folder inside that of --images, such as val"
     return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 import data
-from formats.checkpoints import resolve
+from formats.hub import resolve, weight_files
 from formats.errors import note, UsageError
 from formats.strict_json import loads
 
@@ -36,11 +36,7 @@ def cache_key(*parts):
 
 def model_fingerprint(model):
     """What tells a model from the one that is trained next into the same folder."""
-    files = []
-    for path in sorted(resolve(model).glob("*.safetensors")):
-        status = path.stat()
-        files.append((path.name, status.st_size, status.st_mtime_ns))
-    return str(model), files
+    return str(model), weight_files(resolve(model))
 
 
 class Journal:

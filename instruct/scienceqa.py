@@ -10,6 +10,13 @@ is QCM-LEA (formats/scienceqa.py), the only one that LLaVA published a result fo
         --images FOLDER/images/train
     python -m evaluate scienceqa --form QCM-LEA --model MODEL ...
 
+A split's pictures lie in a folder of its own. --prefix puts that folder before their names, so that
+one --images serves the training data and held-out data:
+
+    python -m instruct scienceqa FOLDER --prefix train --out train.json
+    python -m instruct scienceqa FOLDER --split val --prefix val --out val.json
+    python train.py ... --data train.json --eval-data val.json --images FOLDER/images
+
 [LLaVA] 2304.08485 section 5.2. [ScienceQA] 2209.09513.
 """
 
@@ -30,10 +37,11 @@ def main(args):
     problems = read_problems(folder / "problems.json", folder / "pid_splits.json", args.split,
                              **ANSWER_FIELDS)
     # an id that the split lists twice is one sample
-    rows = list({str(p["id"]): training_row(p) for p in problems}.values())
+    rows = list({str(p["id"]): training_row(p, args.prefix) for p in problems}.values())
     write_json(args.out, rows)
-    pictures = sum("image" in row for row in rows)
-    print(f"{args.out}: {len(rows):,} samples, {pictures:,} of them with a picture")
-    images = folder / "images" / args.split
-    if pictures and os.path.isdir(images):
-        print(f"their pictures: --images {images}")
+    names = [row["image"] for row in rows if "image" in row]
+    print(f"{args.out}: {len(rows):,} samples, {len(names):,} of them with a picture")
+    for images in (folder / "images" / args.split, folder / "images", folder):
+        if names and os.path.isfile(images / names[0]):
+            print(f"their pictures: --images {images}")
+            break

@@ -57,8 +57,10 @@ def coco_field(where, row, name):
         fine, what = is_box(value), "[x, y, width, height] in pixels"
     else:
         fine, what = isinstance(value, str) and value.strip(), "some text"
-    if not fine or isinstance(value, str) and is_broken_text(value):
-        raise data.BadData(f"{where}.{name}: must be {what}, in valid UTF-8: correct the row")
+    broken = isinstance(value, str) and is_broken_text(value)
+    if not fine or broken:
+        also = ", in valid UTF-8" if broken else ""
+        raise data.BadData(f"{where}.{name}: must be {what}{also}: correct the row")
     return value
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -20,6 +21,7 @@ import llama
 import projector
 from tiny import shaken
 from decoding.beam import beam_search
+from decoding.caption_journal import files_of_model
 from decoding.chat import trim_history
 from decoding.flags import parse, prompt_error
 from decoding.pictures import load_picture
@@ -496,6 +498,95 @@ def test_a_picture_that_has_changed_is_asked_about_again(folder, inside, tmp_pat
     (tmp_path / "out.json.partial").write_text("[]\n")
     code, _, err = inside(args_for(*call))
     assert code == 3 and "not a journal" in err.splitlines()[-1]
+
+
+def touch(model):
+    """A later time alone: the weights are not read, so nobody can tell that they are the same."""
+    weights = model / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+
+
+def retrain(model):
+    """Other weights of the same size."""
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+
+
+def reconfigure(model):
+    """The same size, and the time of before: its content tells."""
+    config, before = model / "config.json", (model / "config.json").stat()
+    config.write_text(config.read_text().replace("1e-05", "1e-06"))
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert config.stat().st_size == before.st_size
+
+
+def move(model):
+    """The control: the same files under the same name, after a way round."""
+    shutil.move(model, model.with_name("elsewhere"))
+    shutil.copytree(model.with_name("elsewhere"), model)        # keeps the times
+
+
+@pytest.mark.parametrize("change, fits", [(touch, False), (retrain, False), (reconfigure, False),
+                                          (move, True)], ids=lambda x: getattr(x, "__name__", ""))
+def test_a_killed_folder_does_not_go_on_with_another_model(folder, inside, tmp_path, monkeypatch,
+                                                           change, fits):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    call = [tmp_path, folder / "photos", "What?", "--batch-size", 1, "--out", tmp_path / "m.json"]
+    with monkeypatch.context() as context:
+        killed_after(context, 1)
+        with pytest.raises(Killed):
+            inside(args_for(*call))
+    partial = (tmp_path / "m.json.partial").read_bytes()
+    change(tmp_path / "model")
+    code, _, err = inside(args_for(*call))
+    if fits:
+        assert code == 0 and ", 1 were there" in err
+        return
+    said = err.splitlines()[-1]
+    assert code == 3 and "m.json.partial: begun with other files in " in said, err
+    assert str(tmp_path / "model") in said and "delete the file" in said
+    assert (tmp_path / "m.json.partial").read_bytes() == partial
+    (tmp_path / "m.json.partial").unlink()                      # what the line says works
+    assert inside(args_for(*call))[0] == 0
+
+
+def test_the_base_of_an_adapter_counts_too(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    (base / "model.safetensors").write_bytes(b"x")
+    (adapter / "adapter_model.safetensors").write_bytes(b"y")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = files_of_model(adapter)
+    assert files_of_model(adapter, base) == before == files_of_model(adapter)       # control
+    (base / "model.safetensors").write_bytes(b"xx")
+    assert files_of_model(adapter) != before
+
+
+def test_a_journal_of_an_older_version_is_refused(folder, inside, tmp_path, monkeypatch):
+    call = [folder, folder / "photos", "What?", "--batch-size", 1, "--out", tmp_path / "m.json"]
+    with monkeypatch.context() as context:
+        killed_after(context, 1)
+        with pytest.raises(Killed):
+            inside(args_for(*call))
+    first, *rest = (tmp_path / "m.json.partial").read_text().splitlines(keepends=True)
+    settings = json.loads(first)
+    del settings["model files"]
+    (tmp_path / "m.json.partial").write_text(json.dumps(settings) + "\n" + "".join(rest))
+    code, _, err = inside(args_for(*call))
+    assert code == 3 and "older version" in err.splitlines()[-1] and not err.count("Traceback")
+    code, _, err = inside(args_for(*call[:2], "Why?", *call[3:]))
+    assert code == 3 and "another question" in err.splitlines()[-1]
+
+
+def test_a_finished_file_is_not_replaced_without_a_word(folder, inside, tmp_path):
+    call = [folder, folder / "photos", "What?", "--out", tmp_path / "m.json"]
+    word = f"note: {tmp_path}/m.json is there already"
+    assert word not in inside(args_for(*call))[2]               # control
+    code, _, err = inside(args_for(*call[:2], "Why?", *call[3:]))
+    assert code == 0 and err.count(word) == 1
+    assert err.index(word) < err.index("skipped: ")             # before a picture is read
+    assert "Why?" in (tmp_path / "m.json").read_text()
 
 
 def test_folder_without_a_good_picture(folder, inside, tmp_path):

@@ -22,6 +22,7 @@ from decoding.flags import parse
 from formats.strict_json import read_config
 from test_train import (        # noqa: F401  fixtures
     flags, HERE, here, lines, parts, refused, run, server, sha, unchanged_process)
+from trainer import held_out
 from trainer.held_out import best_so_far
 
 COLOURS = {"red": (250, 20, 20), "blue": (20, 20, 250), "green": (20, 200, 20)}
@@ -190,6 +191,107 @@ def test_a_bad_file_is_refused_before_the_first_step(flags, files, run, tmp_path
     (tmp_path / "b.json").write_text(json.dumps(rows))
     refused(run(flags(tmp_path / "run", *files, *eval_flags(tmp_path))), 3, *words)
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def spoil(tmp_path, name, content):
+    """b.json's second row has a picture of its own; its file holds these bytes, None: is none."""
+    rows = json.loads((tmp_path / "b.json").read_text())
+    rows[1]["image"] = name
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("content, why", [(None, "is not a file of"), (b"GIF89a", "torn.png"),
+                                          (b"no picture", "cannot identify")],
+                         ids=["missing", "torn", "text"])
+def test_a_bad_picture_is_found_before_the_first_step_and_placed(flags, files, run, tmp_path, # noqa
+                                                                 content, why):
+    """Although nobody looks before step 99."""
+    spoil(tmp_path, "torn.png", content)
+    done = run(flags(tmp_path / "run", *files, *eval_flags(tmp_path, every=99)))
+    refused(done, 3, "--eval-data ", "b.json: row 2, sample no blue: ", why)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_picture_that_goes_bad_later_is_placed_too(flags, files, tmp_path, monkeypatch):  # noqa
+    """The control of the test above: without the check the run gets as far as its first look."""
+    spoil(tmp_path, "torn.png", b"GIF89a")
+    monkeypatch.setattr(held_out.HeldOut, "check_pictures", lambda self, indexes: None)
+    with pytest.raises(data.BadImage, match="^--eval-data .*b.json: row 2, sample no blue: .*torn"):
+        here(flags(tmp_path / "run", *files, *eval_flags(tmp_path, every=3)))
+    assert len(lines(tmp_path / "run/metrics.jsonl")) == 2
+
+
+def test_what_is_said_of_a_bad_row_works(flags, files, run, tmp_path):          # noqa: F811
+    """--on-bad-sample skip leaves out rows of --data, none of --eval-data."""
+    rows = json.loads((tmp_path / "b.json").read_text())
+    rows[1]["conversations"] = 3
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    for more in ((), ("--on-bad-sample", "skip")):
+        done = run(flags(tmp_path / "run", *files, *eval_flags(tmp_path, *more)))
+        refused(done, 3, "b.json: row 2", "take them out of --eval-data")
+        assert "--on-bad-sample" not in done.err
+
+
+@pytest.fixture
+def stopped(flags, files, run, tmp_path):                                       # noqa: F811
+    """(out, its flags) of a run that was stopped after step 5, with a look at steps 2 and 4."""
+    more = flags(tmp_path / "run", *files, *eval_flags(tmp_path, "--keep-best"), "--lr", "2e-2",
+                 steps=8)
+    assert run(more, signal=(5, signal.SIGTERM)).code == 143
+    return tmp_path / "run", [*more, "--resume", "auto"]
+
+
+def cut_to_a_row(rows):
+    del rows[1:]
+
+
+def answer_otherwise(rows):
+    rows[2]["conversations"][1]["value"] = "green."
+
+
+def exchange_two(rows):
+    rows[0], rows[3] = rows[3], rows[0]
+
+
+@pytest.mark.parametrize("change, words", [
+    (cut_to_a_row, ["has 1 samples now, and had 4"]),
+    (answer_otherwise, ["b.json: row 3, sample no green, has changed"]),
+    (exchange_two, ["b.json: row 1, sample text, has changed"])], ids=lambda x: getattr(
+        x, "__name__", ""))
+def test_another_file_is_refused_when_a_run_is_resumed(stopped, run, tmp_path, change,      # noqa
+                                                       words):
+    out, again = stopped
+    kept = (tmp_path / "b.json").read_text()
+    rows = json.loads(kept)
+    change(rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    before = (out / "metrics.jsonl").read_bytes()
+    refused(run(again), 3, "--resume with another --eval-data file", "--overwrite", *words)
+    assert (out / "metrics.jsonl").read_bytes() == before and not (out / "model").exists()
+    # the old one, laid out otherwise, is the same; a run that is finished is compared, too
+    (tmp_path / "b.json").write_text(json.dumps(json.loads(kept), indent=2))
+    assert run(again).code == 0 and (out / "model").exists()
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    refused(run(again), 3, "--resume with another --eval-data file", *words)
+    if change is cut_to_a_row:                      # a run that begins anew may have another
+        assert run([*again[:-2], "--overwrite"]).code == 0 and run(again).code == 0
+
+
+def test_a_run_of_an_older_version_goes_on_with_a_word(stopped, run):           # noqa: F811
+    out, again = stopped
+    assert "nobody can tell" not in run(again).err          # control
+    shutil.rmtree(out / "model")
+    (out / "held_out.safetensors").unlink()
+    done = run(again)
+    assert done.code == 0 and "nobody can tell whether --eval-data" in done.err
+    assert (out / "held_out.safetensors").exists()
+    shutil.rmtree(out / "model")
+    damaged = bytearray((out / "held_out.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (out / "held_out.safetensors").write_bytes(damaged)
+    refused(run(again), 3, "held_out.safetensors", "checksum")
 
 
 @pytest.mark.parametrize("words, told", [

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +27,9 @@ from projector import VLM
 from test_train import flags, here, parts, run, server, unchanged_process  # noqa: F401
 from tiny import shaken, write_words
 from train import parse_args as parse
-from trainer import machine, rates, start
+from trainer import doctor, machine, rates, start
 from trainer.doctor import TokenCounter
+from trainer.doctor_flags import parse as parse_doctor
 from trainer.lengths import sample_lengths
 
 # the chat template of SmolLM2-Instruct, word for word; then of nobody
@@ -235,6 +238,50 @@ def test_show_batch_reads_the_models_own_tokens(smol, flags, tmp_path, capsys): 
         parse(["--stage", "2", "--llm", str(smol)])
 
 
+def doctored(capsys, *argv):
+    """What `data.py` prints of a command."""
+    code = exit_status(lambda: doctor.run(parse_doctor([*map(str, argv)])))
+    return code, *capsys.readouterr()
+
+
+def test_the_doctor_lays_rows_out_as_training_does(smol, tmp_path, capsys):
+    """The same tokens with loss as --show-batch prints; without --llm, and for Vicuna, v1."""
+    rows = [{"id": "1", "conversations": [{"from": "human", "value": "Is it red?"},
+                                          {"from": "gpt", "value": "Yes."}]}]
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(rows))
+    vicuna = language_model(tmp_path / "vicuna", None, ())
+    for llm, name in ((smol, "smollm2"), (vicuna, "v1")):
+        assert here(["--stage", "2", "--llm", str(llm), "--show-batch", "1", "--data", str(file),
+                     "--images", str(tmp_path)]) == 0
+        trained = capsys.readouterr().out.split("\n")[1]
+        code, said, _ = doctored(capsys, "show", file, "--llm", llm)
+        assert code == 0 and f"template {name}\n{trained}\n" in said
+        assert ("<|im_start|>" in trained) == (llm == smol)
+        code, said, _ = doctored(capsys, "check", file, "--llm", llm)
+        assert code == 0 and f"; template {name};" in said
+        # a flag wins: the control
+        said = doctored(capsys, "show", file, "--llm", llm, "--template", "llama_2")[1]
+        assert "template llama_2\n" in said and trained not in said
+    assert "template v1\n" in doctored(capsys, "show", file)[1]
+    # its weights are not needed, and its config.json is not either
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((smol / name).read_bytes())
+    assert "; template smollm2;" in doctored(capsys, "check", file, "--llm", bare)[1]
+
+
+def test_the_doctor_says_where_it_does_not_know_the_template(tmp_path, capsys):
+    folder, file = language_model(tmp_path / "llm", STRANGE, ()), tmp_path / "x.json"
+    file.write_text(json.dumps([{"conversations": [{"from": "human", "value": "Q?"},
+                                                   {"from": "gpt", "value": "A"}]}]))
+    code, said, err = doctored(capsys, "show", file, "--llm", folder)
+    assert code == 0 and "template v1\n" in said
+    assert "none of ours" in err and "--template" in err and err.count("\n") == 1
+    assert not doctored(capsys, "show", file, "--llm", folder, "--template", "v1")[2]
+
+
 def test_the_plan_counts_the_models_own_tokens(smol, tmp_path, capsys):
     start_vlm(smol, "smollm2").save_pretrained(tmp_path / "stage1/model")
     counts = {}
@@ -381,6 +428,16 @@ def test_llama_continues_a_text_with_a_folder_of_ones_own(smol, tmp_path, monkey
     monkeypatch.setattr("sys.argv", ["llama.py", "The red", str(tmp_path)])
     assert exit_status(llama.main) == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["-h"], 0), (["--model", "x"], 2),
+                                         (["a", "b", "c"], 2)])
+def test_llama_answers_help_and_refuses_flags(words, code):
+    done = subprocess.run([sys.executable, "-X", "importtime", llama.__file__, *words],
+                          capture_output=True, text=True)
+    said = done.stdout if code == 0 else done.stderr
+    assert done.returncode == code and "usage: llama.py" in said and "weights;" not in said
+    assert "argparse" in done.stderr and "torch" not in done.stderr     # so at once
 
 
 def ask(folder, *argv, typed=None, monkeypatch=None):

@@ -391,6 +391,11 @@ TABLE = [                   # row, template, flags, a word of the verdict ("": f
     ({"images": ["a.png", "b.png"], "messages": chat(*Q)}, "v1", (), "2 pictures, but 1"),
     ({"images": ["a.png"], "messages": chat("<image><image>", "A", "<image>", "A")}, "v1", (),
      "one picture, but 2"),
+    *(({key: ["a.png"], turns: say(*TWO)}, name, (), "is a list of one picture, but 2 <image>")
+      for key, turns, say in (("image", "conversations", talk), ("images", "messages", chat))
+      for name in ("v1", "plain", "minigpt4")),
+    ({"image": "a.png", "conversations": talk(*TWO)}, "v1", (), ""),
+    ({"image": ["a.png"], "conversations": talk(*Q)}, "v1", (), ""),
     ({"images": ["a.png", "b.png"], "messages": chat(*TWO)}, "plain", (), "holds one picture"),
     ({"images": ["a.png", "b.png"], "messages": chat(*TWO)}, "minigpt4", (), "holds one picture"),
     ({"images": ["a.png", "b.png"], "messages": chat(*TWO)}, "llava_llama_2", (), ""),
@@ -405,8 +410,10 @@ TABLE = [                   # row, template, flags, a word of the verdict ("": f
     ({"image": "a.png", "conversations": talk(*Q, *Q)}, "blip2", (), "not from 4 turns"),
     ({"image": "a.png", "conversations": talk(*Q, "Q?", "A")}, "minigpt4", (), "not from 4 turns"),
     ({"image": "a.png", "conversations": talk("no mark", "A")}, "minigpt4", (), ""),
-    ({"conversations": talk("Q?", "A")}, "minigpt4", (), "one question|but no picture"),
-    ({"conversations": talk("Q?", "A")}, "plain", (), "needs <image>"),
+    *(({"conversations": talk("Q?", "A")}, name, (), "picture in every row, and this")
+      for name in ("minigpt4", "minigpt4_caption", "plain", "blip2")),
+    ({"conversations": talk("<image>\nQ?", "A")}, "minigpt4", (), "but no picture"),
+    ({"conversations": talk("Q?", "A")}, "instructblip", (), ""),
     ({"image": "a.png", "conversations": talk(*Q, "Q?", "A")}, "plain", (), "needs <image>"),
     ({"image": "a.png", "conversations": talk(*Q)}, "instructblip", (), ""),
     ({"conversations": talk("Q?", "A", "B")[1:]}, "v1", (), "nothing to learn"),
@@ -459,6 +466,23 @@ def test_samples_that_teach_nothing_are_counted_and_named(folder, capsys):
     assert out.count("conversations: nothing to learn, no answer has words") == 8     # 7 and a sum
     assert re.search(r"^ +7  conversations: nothing to learn", out, re.M)
     assert issubclass(NothingToLearn, data.BadData)
+
+
+def test_marks_that_become_one_are_named_and_are_no_fault(folder, capsys):
+    """A single name with two marks in a turn: officially one picture, in front."""
+    rows = [{"image": "a.png", "conversations": talk(*said)} for said in (
+        Q, TWO, [TWO[0], "A", "Q?", "A"], ["<image><image><image>", "A"], Q, *[TWO] * 19)]
+    rows.append({"image": "a.png", "caption": "a cat"})
+    (folder / "x.json").write_text(json.dumps(rows))
+    check = parse(["check", str(folder / "x.json"), "--images", str(folder / "images")])
+    assert trainer_doctor.run(check) == 0
+    out = capsys.readouterr().out
+    named = ", ".join(map(str, (2, 3, 4, *range(6, 23))))
+    assert re.search(rf"^ +22  note: several <image> in a turn and one .* Rows: {named}, \.\.\.$",
+                     out, re.M)
+    assert "0 faults" in out
+    (folder / "x.json").write_text(json.dumps(rows[:1]))
+    assert trainer_doctor.run(check) == 0 and "note: " not in capsys.readouterr().out
 
 
 def test_every_picture_of_a_row_is_looked_at(folder, capsys):

@@ -19,7 +19,8 @@ import train
 from data import IGNORE, IMAGE
 from evaluate.__main__ import main as evaluated
 from formats.errors import exit_status
-from formats.scienceqa import prompt_text
+from formats.pictures import picture_path
+from formats.scienceqa import prompt_text, training_row
 from instruct.scienceqa import main as converted
 from projector import VLM
 from toy import problems
@@ -129,6 +130,30 @@ def convert(*words):
         return error.code
 
 
+# quirk: where a text ends with "BECAUSE:", every "BECAUSE:" goes
+CUT = {
+    "21": (problem("Is it warm?", ["no", "yes BECAUSE:"], 1),
+           "Is it warm?\nContext: N/A\nOptions: (A) no (B) yes", " The answer is B."),
+    "22": (problem("BECAUSE: why?", ["no BECAUSE:", "yes  BECAUSE: "], 0, "BECAUSE: it is.", PNG,
+                   "Far BECAUSE:", "Near BECAUSE:"),
+           " why?\nContext:  it is.\nOptions: (A) no  (B) yes\n<image>",
+           "Far BECAUSE: Near BECAUSE: The answer is A."),
+    # controls: it does not end the text, is written otherwise, or ends the question only
+    "23": (problem("Is it so BECAUSE:", ["no", "yes"], 1),
+           "Is it so BECAUSE:\nContext: N/A\nOptions: (A) no (B) yes", " The answer is B."),
+    "24": (problem("Is it?", ["BECAUSE: no", "Because:"], 1),
+           "Is it?\nContext: N/A\nOptions: (A) BECAUSE: no (B) Because:", " The answer is B."),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_because_is_cut_where_it_ends_the_text(name):
+    p, asked, answered = CUT[name]
+    row = training_row({**p, "id": name})
+    assert [turn["value"] for turn in row["conversations"]] == [asked, answered]
+    assert prompt_text({**p, "id": name}, "QCM-LEA") == asked.removesuffix("\n<image>").strip()
+
+
 @pytest.fixture
 def rows(tmp_path):
     write_exam(tmp_path)
@@ -229,6 +254,7 @@ def test_a_split_is_converted_in_its_order(tmp_path, capsys):
     ({"lecture": None}, "problems.json: 3.lecture: must be text"),
     ({"solution": 7}, "problems.json: 3.solution: must be text"),
     ({"answer": 2}, "problems.json: 3: needs 1 to 5 choices"),
+    ({"answer": "1"}, "problems.json: 3.answer: must be a whole number: correct the row"),
     ({"answer": True}, "problems.json: 3.answer"), ({"choices": "ab"}, "problems.json: 3.choices"),
     ({"choices": list("abcdef")}, "needs 1 to 5 choices"), ({"hint": None}, "3.hint"),
     ({"image": 3}, "3.image"), ({"question": "\ud800"}, "3.question")], ids=str)
@@ -238,12 +264,44 @@ def test_a_bad_problem_is_named(tmp_path, capsys, change, told):
     assert convert(tmp_path, "--out", tmp_path / "a.json") == 3
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1 and not (tmp_path / "a.json").exists()
+    assert ("UTF-8" in said) == (change == {"question": "\ud800"})
+
+
+@pytest.mark.parametrize("name", ["4", 4], ids=["text", "number"])
+def test_a_problem_that_is_missing_is_called_so(tmp_path, capsys, name):
+    write_exam(tmp_path, {"3": EXAM["3"][0]}, {"train": ["3", name], "val": [3]})
+    assert convert(tmp_path, "--out", tmp_path / "a.json") == 3
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/problems.json: no problem 4, which {tmp_path}/pid_splits.json" in said
+    assert said.count("\n") == 1 and "question" not in said
+    assert convert(tmp_path, "--out", tmp_path / "a.json", "--split", "val") == 0       # control
+
+
+def test_one_folder_serves_two_splits(tmp_path, capsys):
+    """With --prefix the names of both files start from images/; without it they do not."""
+    write_exam(tmp_path)
+    for split, prefix in (("train", "train"), ("test", "test/")):
+        assert convert(tmp_path, "--split", split, "--prefix", prefix, "--out",
+                       tmp_path / f"{split}.json") == 0
+        assert f"their pictures: --images {tmp_path}/images\n" in capsys.readouterr().out
+        names = [row["image"] for row in json.loads((tmp_path / f"{split}.json").read_text())
+                 if "image" in row]
+        assert names and all(name.startswith(f"{split}/") for name in names)
+        for name in names:
+            assert picture_path(tmp_path / "images", name).is_file()
+    assert convert(tmp_path, "--split", "test", "--out", tmp_path / "bare.json") == 0
+    assert f"their pictures: --images {tmp_path}/images/test\n" in capsys.readouterr().out
+    with pytest.raises(data.BadData, match="is not a file"):
+        picture_path(tmp_path / "images", json.loads(
+            (tmp_path / "bare.json").read_text())[0]["image"])
 
 
 @pytest.mark.parametrize("words, code, told", [
     (("--split", "nothing"), 3, "has no list 'nothing'"),
     (("--out", "{}/problems.json"), 2, "replace its own input"),
     (("--out", "{}/no/a.json"), 2, "folder that exists"),
+    (("--prefix", "../val"), 2, "--prefix ../val"), (("--prefix", "/val"), 2, "--prefix /val"),
+    (("--prefix", "."), 2, "--prefix ."),
     (("--model", "x"), 2, "unrecognized arguments: --model"),
     (("--llm", "x"), 2, "unrecognized arguments")])
 def test_a_wrong_command_is_refused(tmp_path, capsys, words, code, told):

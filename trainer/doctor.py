@@ -31,13 +31,16 @@ from pathlib import Path
 from data import encode, show_batch, tokenize_segments, Tokenizer
 from formats.checkpoints import resolve
 from formats.conversations import IMAGE_TOKEN, images_of, read_rows
-from formats.errors import BadData, BadImage, exit_status, printable, progress, UsageError
+from formats.errors import BadData, BadImage, exit_status, note, printable, progress, UsageError
 from formats.pictures import check_pixels, load_image, picture_path
+from formats.strict_json import read_config
 from formats.words import cut_before_spaces, word_cutter
 from trainer.doctor_flags import parse
 from trainer.samples import check_size, encode_sample, joined, lesson, sample_pieces
+from trainer.start import template_of_files, UNKNOWN
 
 OFFICIAL_LENGTH = 2048          # where the official runs cut a sample
+NAMED = 20                      # rows that a note names
 
 
 # ---------------------------------------------------------------- how long is a sample?
@@ -112,6 +115,7 @@ def sample_tokens(sample, args, counter) -> int:
 class Report:
     """What was found in a file so far."""
     kinds: Counter = field(default_factory=Counter)     # kind of fault -> how often
+    joined_marks: list = field(default_factory=list)    # rows in which several marks become one
     sizes: list = field(default_factory=list)           # tokens of each good sample
     pictures: dict = field(default_factory=dict)        # path -> (where it is named, its name)
     rows: int = 0
@@ -125,6 +129,13 @@ class Report:
         why = re.sub(r" \(.*|'.*?'", "", str(why)).split(": ")[0]
         why = re.sub(r"(?<![\w/.-])\d[\d,.×]*", "n", why)
         self.kinds[printable(field_name + why)] += 1
+
+
+def has_joined_marks(sample):
+    """Is a turn with several marks about one picture? Officially they become one, in front. It is
+    no fault, because LLaVA's own data may hold such rows, but a picture may have been forgotten."""
+    marks = [turn["value"].count(IMAGE_TOKEN) for turn in sample["conversations"]]
+    return len(images_of(sample)) == 1 and max(marks, default=0) > 1
 
 
 def check_rows(args, report):
@@ -142,6 +153,8 @@ def check_rows(args, report):
             report.samples += 1
             try:
                 report.sizes.append(sample_tokens(sample, args, counter))
+                if has_joined_marks(sample):
+                    report.joined_marks.append(report.rows)
             except BadData as error:
                 report.fault(where, f"{sample['field']}: ", error)
         for name in images_of(got[0]):
@@ -189,6 +202,11 @@ def print_report(args, report, seconds, picture_seconds, opened):
           f"{len(report.pictures):,} pictures; {report.kinds.total():,} faults")
     for kind, n in report.kinds.most_common():
         print(f"{n:9,}  {kind}")
+    joined = report.joined_marks
+    if joined:
+        shown = ", ".join(map(str, joined[:NAMED])) + (", ..." if len(joined) > NAMED else "")
+        print(f"{len(joined):9,}  note: several {IMAGE_TOKEN} in a turn and one picture, which is "
+              f"shown once, in front, as officially; is a picture missing? Rows: {shown}")
     how = f"of {args.llm}" if args.llm else "estimated, 4 for 3 words: --llm counts them"
     print(f"tokens ({how}; template {args.template}; {args.places} for a picture):")
     bins = Counter(size.bit_length() for size in report.sizes)      # 256 to 511, 512 to 1,023 ...
@@ -241,7 +259,24 @@ def show_row(args) -> int:
     raise UsageError(f"--sample {args.sample}: {args.file} has {row:,} rows")
 
 
+def set_template(args):
+    """Set args.template, where no flag does, to what training lays the rows out in: the format
+    that the language model of --llm has learned, else v1."""
+    if args.template:
+        return
+    args.template = "v1"
+    if args.llm:
+        folder = resolve(args.llm)          # a tokenizer alone will do
+        found = template_of_files(folder, read_config(folder, missing_ok=True))
+        if found == UNKNOWN:
+            note(f"note: {args.llm}: its chat template is none of ours; the rows are laid out in "
+                 "v1, --template takes another")
+        else:
+            args.template = found
+
+
 def run(args) -> int:
+    set_template(args)
     if args.what == "show":
         return show_row(args)
     return check(args)

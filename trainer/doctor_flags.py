@@ -15,8 +15,9 @@ def parse(argv=None):
         q.add_argument("file", help="JSON or JSON lines of LLaVA, LLaMA-Factory, "
                        "OpenAI, ShareGPT4V, MiniGPT-4 or LAVIS")
         q.add_argument("--llm", help="folder or hub id of the LLaMA whose tokens are counted")
-        q.add_argument("--template", choices=sorted(ROWS), default="v1", metavar="NAME",
-                       help="how the words are laid out (default: v1): " + ", ".join(ROWS))
+        q.add_argument("--template", choices=sorted(ROWS), metavar="NAME",
+                       help="how the words are laid out (default: as the model of --llm has "
+                       "learned it, else v1): " + ", ".join(ROWS))
         q.add_argument("--places", type=int, default=576, metavar="N", help="tokens of a picture "
                        "(default: LLaVA's 576; with a Q-Former 32)")
         q.add_argument("--debug", action="store_true", help="tracebacks")

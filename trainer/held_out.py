@@ -7,13 +7,18 @@
 eval_loss is the mean over all tokens of the file that have loss; a step's own loss is officially a
 mean of means (trainer/loader.py), so the two differ a little on the same samples. Nothing random is
 drawn and nothing is changed: a run with --eval-data trains to the same bits as one without.
+
+Losses on two files cannot be compared: held_out.safetensors holds a digest of each sample, and a
+run that is resumed with another file is refused.
 """
 
 import argparse
 import json
 import math
 import shutil
+import sys
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +27,16 @@ from safetensors.torch import save_file
 import data
 from formats.checkpoints import LazyWeights
 from formats.conversations import images_of
-from formats.errors import NothingToLearn, TrainingFailed
+from formats.errors import NothingToLearn, progress, TrainingFailed, UserError
 from formats.files import rename_into_place
 from formats.pictures import picture_path
 from trainer.checkpoint import gather_weights, restore, sha256_file
 from trainer.distributed import all_reduce_sum, rank, world_size
 from trainer.loader import count_learned, MicroBatches, Planned, Samples, to_device
 from trainer.logs import read_lines
+from trainer.rows import AGAIN, load_digests, save_numbers
+
+DIGESTS = "held_out.safetensors"
 
 
 class HeldOutSamples(Samples):
@@ -37,31 +45,91 @@ class HeldOutSamples(Samples):
 
     def __init__(self, args):
         super().__init__(argparse.Namespace(**{
-            **vars(args), "data": args.eval_data, "on_bad_sample": "error"}))
+            **vars(args), "data": args.eval_data, "on_bad_sample": "skip"}))
+        self.args.on_bad_sample = "error"           # none is left out, so the line says otherwise
+        self.rows.refuse("correct them, or take them out of --eval-data")
         self.epoch, self.order = 0, array("q", range(len(self.rows)))       # never shuffled
         for index in range(len(self.rows)):
             for name in images_of(self.sample(index)):
-                picture_path(args.images, name, args.follow_links)
+                try:
+                    picture_path(args.images, name, args.follow_links)
+                except data.BadData as error:
+                    raise data.BadData(f"{self.place(index)}, {self.name(index)}: {error}"
+                                       ) from None
+
+    def place(self, index):
+        """Where a sample stands, as a line on stderr names it: the flag, the file, the row."""
+        return f"--eval-data {self.rows[index]['where']}"
+
+    def check_unchanged(self, out, step):
+        """Refuses another file than the one that the first `step` steps of a run were judged by."""
+        path = out / DIGESTS
+        if not step:
+            return
+        if not path.exists():                       # of a run that an older version began
+            print(f"{path} is missing: nobody can tell whether --eval-data is still the file that "
+                  "the run began with", file=sys.stderr)
+            return
+        digests, _ = load_digests(path)
+        refused = f"{out}: --resume with another --eval-data file"
+        if len(digests) != len(self.rows):
+            raise data.BadData(f"{refused}: {self.rows.path} has {len(self.rows):,} samples now, "
+                               f"and had {len(digests):,}; {AGAIN}")
+        is_other = digests != torch.frombuffer(self.rows.digests, dtype=torch.int64)
+        if is_other.any():
+            row = self.rows[int(is_other.nonzero()[0])]
+            raise data.BadData(f"{refused}: {row['where']}, sample {row['id']}, has changed, and "
+                               f"losses on two files cannot be compared; {AGAIN}")
 
 
 class HeldOut:
     """Called, it computes the loss; every rank must call it.
 
-    The texts are encoded once and kept; pictures are read each time."""
+    The texts are encoded once and kept; pictures are read each time, and once before the first
+    step: one that cannot be read would end the run at its first look. Raises UserError."""
 
     def __init__(self, model, args):
-        samples = HeldOutSamples(args)
+        self.samples = samples = HeldOutSamples(args)
         self.model, self.batches = model, MicroBatches(samples, model, samples.args)
         planned = []
         for index in range(len(samples.rows)):
             try:
-                planned.append(Planned(index, *self.batches.text(index), 1.0))
+                planned.append(Planned(index, *self.located(self.batches.text, index), 1.0))
             except NothingToLearn:
                 continue
         if not planned:
             raise data.BadData(f"{args.eval_data}: no token of it has loss: give another file")
         self.tokens = sum(count_learned(sample.labels) for sample in planned)
         self.micros = list(self.micro_batches(planned, args))
+        self.check_pictures([sample.index for sample in planned])
+
+    def begin(self, out, step, writes):
+        """A run begins, or goes on after `step` steps. Raises BadData if the file has changed."""
+        self.samples.check_unchanged(out, step)
+        if writes:
+            rows = self.samples.rows
+            save_numbers(out / DIGESTS, digest=rows.digests, words=rows.words)
+
+    def located(self, read, index):
+        """read(index); what is wrong with the sample is told with the flag, the file and the row.
+        """
+        try:
+            return read(index)
+        except UserError as error:
+            raise type(error)(f"{self.samples.place(index)}, {error}") from None
+
+    def check_pictures(self, indexes):
+        """Read every picture once, as a look does; each rank its share of them."""
+        first = {}                                  # names of pictures -> a sample that has them
+        for index in indexes:
+            first.setdefault(tuple(images_of(self.samples.sample(index))), index)
+        mine = list(first.values())[rank()::world_size()]
+
+        def check(index):                           # without a result: pixels would pile up
+            self.located(self.batches.pixels, index)
+        with ThreadPoolExecutor() as pool:
+            for _ in progress(pool.map(check, mine), "held-out pictures", len(mine)):
+                pass
 
     def micro_batches(self, planned, args):
         """Lists of samples, as large as those of training."""
@@ -77,7 +145,7 @@ class HeldOut:
         """A MicroBatch on the model's device; without samples a blank one."""
         pixels = []
         for sample in chosen:
-            pixels += self.batches.pixels(sample.index)
+            pixels += self.located(self.batches.pixels, sample.index)
         if not chosen:
             return to_device(self.batches.blank([]), self.batches.device)
         micro = self.batches.assemble(chosen, pixels, False, [])

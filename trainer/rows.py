@@ -33,6 +33,7 @@ LISTS = BAD, NOTHING
 DIGESTS = "rows.safetensors"
 # the keys of a sample that are kept: where it stands, and what a run is trained on
 WHERE_KEYS, TRAINED_KEYS = ("id", "where", "field"), ("image", "system", "conversations")
+AGAIN = "put the old one back, or --overwrite to start anew"
 SHOWN = 3                               # samples that a line on stderr names
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -90,8 +91,9 @@ class Rows:
         where, trained = json.loads(self.block[self.ends[i]:self.ends[i + 1]])
         return {**where, **trained}
 
-    def refuse(self):
-        """Raises BadData, if there are bad samples, that names the first of them."""
+    def refuse(self, mend="correct them, or leave them out with --on-bad-sample skip"):
+        """Raises BadData, if there are bad samples, that names the first of them. mend: what to do
+        about them."""
         if not self.bad:
             return
         first = []
@@ -99,8 +101,7 @@ class Rows:
             why, where = self.bad[number], self[number]["where"]
             first.append(why if why.startswith(where) else f"{where}, {why}")
         raise BadData(f"{len(self.bad):,} of {len(self):,} samples cannot be trained on: "
-                      f"{'; '.join(first)}{and_more(self.bad)}: correct them, or leave them out "
-                      "with --on-bad-sample skip")
+                      f"{'; '.join(first)}{and_more(self.bad)}: {mend}")
 
 
 def select(sample, keys):
@@ -167,11 +168,10 @@ class Journal:
                   "file that the run began with", file=sys.stderr)
             return
         digests, words = self.load_digests()
-        again = "put the old one back, or --overwrite to start anew"
         refused = f"{self.out}: --resume with another --data file"
         if len(digests) != len(rows):
             raise BadData(f"{refused}: {rows.path} has {len(rows):,} samples now, and had "
-                          f"{len(digests):,}; {again}")
+                          f"{len(digests):,}; {AGAIN}")
         # the order of the samples depends on these: it goes on as it began
         rows.words, self.samples.epoch = array("i", words.tolist()), -1
         is_other = digests != torch.frombuffer(rows.digests, dtype=torch.int64)
@@ -185,21 +185,11 @@ class Journal:
             if number in used:
                 row = rows[number]
                 raise BadData(f"{refused}: {row['where']}, sample {row['id']}, has changed, and "
-                              f"the run has learned from it; {again}")
+                              f"the run has learned from it; {AGAIN}")
 
     def load_digests(self):
         """(digests, words) of the samples that the run began with."""
-        path = self.out / DIGESTS
-        try:
-            with safe_open(path, "pt") as file:
-                digests, words = file.get_tensor("digest"), file.get_tensor("words")
-                wanted = (file.metadata() or {}).get("sha256")      # None: of an older version
-            if wanted and wanted != checksum(digest=digests, words=words):
-                raise ValueError("its checksum differs")
-            return digests, words
-        except (SafetensorError, ValueError) as error:
-            raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of "
-                          "the data, or --overwrite to start anew") from None
+        return load_digests(self.out / DIGESTS)
 
     def add(self, step, found):
         """found: [(file, number of the sample, why)] of all ranks, met in this step (from 1).
@@ -232,6 +222,20 @@ class Journal:
             if whys:
                 first = "; ".join(whys[:SHOWN]) + and_more(whys)
                 yield f"samples {what}: {len(whys):,} ({first}), listed in {self.out / name}"
+
+
+def load_digests(path):
+    """(digests, words) of a file's samples, as `save_numbers` wrote them. Raises BadData."""
+    try:
+        with safe_open(path, "pt") as file:
+            digests, words = file.get_tensor("digest"), file.get_tensor("words")
+            wanted = (file.metadata() or {}).get("sha256")      # None: of an older version
+        if wanted and wanted != checksum(digest=digests, words=words):
+            raise ValueError("its checksum differs")
+        return digests, words
+    except (SafetensorError, ValueError) as error:
+        raise BadData(f"{path}: damaged ({error}): delete it to go on without a comparison of the "
+                      "data, or --overwrite to start anew") from None
 
 
 def checksum(**tensors):

@@ -34,7 +34,7 @@ from trainer.allocator import setting as allocator_setting
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compare import report
 from trainer.distributed import all_reduce_sum, rank, StopSignal, unsharded, world_size
-from trainer.held_out import best_so_far, load_best, save_best
+from trainer.held_out import best_so_far, HeldOutSamples, load_best, save_best
 from trainer.learning import draw_learning, is_sampled, plot_loss
 from trainer.loader import MicroBatch, Samples
 from trainer.logs import append_lines, truncate_log
@@ -46,8 +46,8 @@ from trainer.speed import Throughput
 LOGS = ("metrics.jsonl", "samples.jsonl", *LISTS)
 # what --overwrite deletes; config.json comes first of a run's files and goes last
 OWN_FILES = ("step-*", "best-*", "model", "model.tmp", "adapter", "adapter.tmp", *LOGS,
-             "rows.safetensors", "loss.png", "learning.png", "nan-step-*.json", "run.json",
-             "config.json")
+             "rows.safetensors", "held_out.safetensors", "loss.png", "learning.png",
+             "nan-step-*.json", "run.json", "config.json")
 # flags that do not change the finished bits, so that a run may be resumed with others
 FREE_FLAGS = {"free", "plan", "memory", "gpus", "mfu", "resume", "overwrite", "save_every",
               "keep_last", "debug", "row", "show_batch", "part", "output_dir", "workers",
@@ -58,8 +58,6 @@ SHOWN = ("loss", "tokens_per_second", "mfu", "peak_gb", "data_wait")    # beside
 
 
 # ------------------------------------------------------------------------------ files of the folder
-
-
 
 def run_config(args):
     """What decides the finished bits: the content of config.json."""
@@ -205,6 +203,8 @@ class Run:
             return False
         if self.args.data and Path(self.args.data).exists():
             compare_data(self.args, self.out)           # was it trained on this file?
+        if self.args.eval_data:
+            HeldOutSamples(self.args).check_unchanged(self.out, step=1)
         print(f"{self.out / 'model'} is finished already")
         if self.writes:
             report(self.out, self.args)
@@ -225,6 +225,8 @@ class Run:
         step = 0
         if self.args.resume:
             step = load_checkpoint(job, self.out)
+        if job.held_out:
+            job.held_out.begin(self.out, step, self.writes)
         self.best = best_so_far(self.out / "metrics.jsonl", step)
         if self.writes:
             for name in LOGS:

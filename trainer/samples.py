@@ -109,7 +109,10 @@ def sample_pieces(sample, template: str, asked: str = "") -> tuple[Template, lis
     Raises BadData, or NothingToLearn where all answers are blank."""
     turns, pictures = lesson(sample, template, asked), len(images_of(sample))
     if not pictures:
-        _refuse_stray_marks(turns)
+        _refuse_stray_marks(sample["conversations"])
+        if template == "minigpt4":
+            raise BadData("template minigpt4 is learned from one question about a picture in every "
+                          "row, and this one has no picture: give it an image, or leave it out")
     t, segments = training_segments(turns, template, pictures)
     marks = sum(segment.text.count(IMAGE_TOKEN) for segment in segments)
     if pictures and marks != pictures:

@@ -139,7 +139,11 @@ def own_template(folder):
     """The conversation format that the language model in a folder has learned: a name of
     data.TEMPLATES, or UNKNOWN. Raises BadModel, Offline."""
     tokenizer_folder, config_folder, _ = open_model(folder)
-    config = read_config(config_folder)
+    return template_of_files(tokenizer_folder, read_config(config_folder))
+
+
+def template_of_files(tokenizer_folder, config):
+    """The same, of a folder with the tokenizer and of config.json: {} where there is none."""
     if "llm_template" in config:                # of a stage 1 of ours
         name = config["llm_template"]
         return name if name in data.TEMPLATES else UNKNOWN
