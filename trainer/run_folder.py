@@ -203,7 +203,7 @@ class Run:
             return False
         if self.args.data and Path(self.args.data).exists():
             compare_data(self.args, self.out)           # was it trained on this file?
-        if self.args.eval_data:
+        if self.args.eval_data and Path(self.args.eval_data).exists():
             HeldOutSamples(self.args).check_unchanged(self.out, step=1)
         print(f"{self.out / 'model'} is finished already")
         if self.writes:
