@@ -368,6 +368,9 @@ def faults_of_memory(args, row):
     yield args.keep_adapter and args.quantize, (
         "--keep-adapter: beside --quantize the additions make up for what the codes lose, and no "
         "folder holds the coded weights that they belong to: leave one out")
+    yield args.keep_adapter and row.projector_type == "qformer", (
+        "--keep-adapter is for LLaVA's recipes: of a model with a Q-Former no adapter is loaded "
+        "again: leave it out")
     yield args.keep_adapter and (args.start == "none" or args.stage == 1 and not args.start
                                  and args.recipe != "sharegpt4v"), (
         "--keep-adapter: an adapter belongs to the model that the run starts from: give --from "
