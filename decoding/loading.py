@@ -49,6 +49,19 @@ def is_cheap_to_lay_out(model):
     return sum(p.nbytes for p in fp32) <= LAID_BYTES
 
 
+def say_what_is_laid_out(model, codes):
+    """A note where --lay-out changes nothing, or not the language model."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        note(f"note: --lay-out is for a CPU with oneDNN: on this {weight.device.type} it changes "
+             "nothing")
+    elif weight.dtype != torch.float32:
+        note(f"note: --lay-out is for fp32 weights, and these are {dtype_name(weight.dtype)}: it "
+             "changes nothing")
+    elif codes:
+        note(f"note: --lay-out changes nothing for the language model: its weights are in {codes}")
+
+
 def cast_for_cpu(model, device):
     """The model in the dtype that its device computes well, with a note where it changes.
 
@@ -118,7 +131,10 @@ def load_model(args, codes=None):
     elif style == "plain":
         note("note: this model knows pictures and captions but no questions: yours is ignored, it "
              "writes a caption")
-    return prepare_for_inference(model.to(device), codes, getattr(args, "lay_out", None) or None)
+    model = model.to(device)
+    if getattr(args, "lay_out", False):
+        say_what_is_laid_out(model, codes)
+    return prepare_for_inference(model, codes, getattr(args, "lay_out", None) or None)
 
 
 def memory_bandwidth(device):

@@ -508,6 +508,25 @@ def test_large_fp32_weights_are_laid_out_on_request_only(smol, monkeypatch):
     assert load_model(args).llm.config.width == 32 and Path(smol).is_dir()
 
 
+@pytest.mark.parametrize("more, told", [
+    (["--quantize", "int8"], "nothing for the language model: its weights are in int8"),
+    (["--dtype", "bf16"], "is for fp32 weights, and these are bfloat16"), ([], "")], ids=str)
+def test_a_layout_that_changes_nothing_is_told(smol, capsys, more, told):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("laid out by oneDNN")
+    for argv in (["--lay-out", *more], more):
+        args = parse_generate(["--text", "x", "--model", str(smol), *argv, "--device", "cpu"])
+        load_model(args, args.quantize)
+        said = [x for x in capsys.readouterr().err.splitlines() if "--lay-out" in x]
+        assert len(said) == bool(told and "--lay-out" in argv) and all(told in x for x in said)
+
+
+def test_a_layout_is_for_a_cpu(smol, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    load_model(parse_generate(["--text", "x", "--model", str(smol), "--lay-out"]))
+    assert "--lay-out is for a CPU with oneDNN" in capsys.readouterr().err
+
+
 def test_starting_the_process_that_renders_takes_no_time_off_a_template(tmp_path, monkeypatch):
     """On a busy machine it took ten seconds, and the template was another one."""
     from formats import jinja_process

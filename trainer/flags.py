@@ -280,7 +280,8 @@ def faults_of_start(args, row, given):
     start = args.start or "stage 1"
     if not args.start and args.stage == 1 and args.recipe != "sharegpt4v":
         start = "none"
-    looks = args.plan or args.show_batch            # nothing is loaded: the parts are as good
+    # without --from nothing is loaded to look at: the parts are as good
+    looks = (args.plan or args.show_batch) and not args.start
     if args.stage and start != "none" and args.recipe != "blip2" and not looks:
         for name in ("vision", "llm", "qformer", "projector"):
             yield getattr(args, name), (
