@@ -315,8 +315,8 @@ def test_an_adapter_of_an_adapter_is_refused_before_anything_is_trained(stages, 
     assert here([str(word) for word in [*same, "--from", adapter]]) == 0            # controls
     again = ["--from", stages / "stage2/model", "--keep-adapter", "--overwrite"]
     assert here([str(word) for word in [*same, *again]]) == 0
-    kept, merged = (answer(projector.VLM.from_pretrained(stages / "upon" / name), stages / "red.png")
-                    for name in ("adapter", "model"))
+    models = [projector.VLM.from_pretrained(stages / "upon" / name) for name in ("adapter", "model")]
+    kept, merged = (answer(model, stages / "red.png") for model in models)
     assert (kept - merged).abs().max() <= 1e-5 * merged.abs().max()
 
 
@@ -338,7 +338,7 @@ def test_a_base_that_has_moved_is_named_with_the_way_out(stages, tmp_path, base,
     whole = projector.VLM.from_pretrained(adapter, base=stages / "stage1/model")    # the way out
     wanted = answer(projector.VLM.from_pretrained(stages / "stage2/adapter"), stages / "red.png")
     assert torch.equal(answer(whole, stages / "red.png"), wanted)
-    with pytest.raises((data.BadModel, Offline)) as info:       # control: a --model-base of one's own
+    with pytest.raises((data.BadModel, Offline)) as info:       # control: --model-base is wrong
         projector.VLM.from_pretrained(adapter, base=name)
     assert "base_model_name_or_path" not in str(info.value)
 

@@ -86,6 +86,17 @@ def test_no_call_is_shown_that_transformers_cannot_answer_alike(models):
         assert "pipeline(" in card_of(models["v1"])                             # control
 
 
+def test_before_a_q_former_only_this_program_is_called(tmp_path, capsys, monkeypatch):
+    """transformers has no model of a CLIP with a Q-Former; MiniGPT-4's stage 1 writes captions."""
+    monkeypatch.setattr(generate, "accept_any_bytes", lambda: None)
+    argv = ["--recipe", "minigpt4", "--stage", 1, "--steps", 1, "--batch", 2, "--sample-every", 0,
+            "--threads", 1, "--output-dir", tmp_path]
+    assert here([str(word) for word in argv]) == 0
+    card = card_of(tmp_path / "model")
+    assert "pipeline" not in card and "img.jpg --caption --model" in card and TOY in card
+    assert said_here(tmp_path / "model", HERE / "tests/scene.png", capsys)
+
+
 # ------------------------------------------------------------------------------ what it began with
 
 def row_of(folder, name):

@@ -256,7 +256,7 @@ def test_a_q_formers_projector_before_a_large_language_model(smol, monkeypatch, 
     monkeypatch.setattr(rates, "trained_weights", lambda *_: weights - 1)   # smol is smaller
     row = prepared(*new).row
     said = capsys.readouterr().err
-    assert f"M weights: --lr {lr:g}, {rest} as published, not the toy's" in said
+    assert f"M weights: --lr {lr:g}, {rest} as published, not the toy's (low" in said
     assert (row.lr, row.muon) == (lr, 0) and (row.warm_lr, row.min_lr) == (1e-6, {
         ("minigpt4", 1): 8e-5}.get((recipe, stage), 1e-5))
     assert (row.batch, row.steps, row.warmup, row.clip) == (toy.batch, toy.steps, toy.warmup, 1)

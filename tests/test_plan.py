@@ -179,7 +179,8 @@ def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
 def test_a_plan_names_the_task_and_what_is_recomputed(offline, capsys, tmp_path):
     toy = told(capsys, "--base", "toy")
     assert "None" not in toy and "padded samples, nothing recomputed (no --checkpoint)" in toy
-    assert "--checkpoint full" in told(capsys, "--base", "toy", "--checkpoint", "full")     # control
+    full = told(capsys, "--base", "toy", "--checkpoint", "full")        # control
+    assert "padded samples, --checkpoint full" in full
     short = told(capsys, "--base", "toy", "--memory", 1, "--batch", 96)     # advice
     assert "does not fit" in short and "fits with" in short and "None" not in short
     rows = [{"id": 1, "conversations": [{"from": "human", "value": "Which?"},
@@ -206,9 +207,9 @@ def test_parts_beside_a_whole_model_are_refused_as_in_training(parts, capsys, lo
 
 
 def test_a_plan_goes_by_the_tower_that_is_given(parts, capsys, tmp_path):         # noqa: F811
-    """Though a finished stage 1 with another one lies beside: training is not possible with both."""
+    """Though a finished stage 1 with another one lies beside it: a run would refuse the two."""
     (tmp_path / "stage1/model").mkdir(parents=True)
-    (tmp_path / "stage1/model/config.json").write_text("{}")        # would be refused if it was read
+    (tmp_path / "stage1/model/config.json").write_text("{}")        # refused, if it were read
     args = parse(["--stage", "2", "--vision", str(parts / "clip"), "--plan", "--output-dir",
                   str(tmp_path / "stage2")])
     assert model_of(args).vision.config.width == 32

@@ -53,7 +53,7 @@ def card(config, run):
              f"| steps | {run.job.steps:,} of {row.batch} samples, learning rate {row.lr:g} |",
              *losses(out / "metrics.jsonl", run), f"| commit | {commit(out)} |",
              "", "## What it may be used for", "", *uses(args, out)]
-    if config.get("architectures") and not row.losses:
+    if not row.losses:
         lines += ["", "## How it is asked", "", *how(config, run.job.model.tokenizer)]
     return "\n".join(lines) + "\n"
 

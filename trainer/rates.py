@@ -11,7 +11,8 @@ clipping stay the toy's. A projector that trains alone before a large language m
                    gradient: before SmolLM2-135M the loss after 45 steps of 16 captions was 2.3 with
                    it and 1.4 without
     qformer        takes the published rates, those of the schedule's two ends included: the toy's
-                   are up to 2,000 times as high, chosen for its own language model
+                   are up to 2,000 times as high, chosen for its own language model. For the toy's
+                   few steps the published ones are low, and the note says so (docs/training.md)
 
 A flag wins over all, and a note says what is published and what was given.
 """
@@ -52,17 +53,17 @@ def leave_muon(args, weights):
              f"--muon 0, not the toy's {row.muon:g}")
 
 
-def publish_rates(args, why):
+def publish_rates(args, why, hint=""):
     """Set the published rates where no flag gives another, and tell the two apart in a note.
 
-    why: what is too large for the toy's, the note's beginning."""
+    why: what is too large for the toy's, the note's beginning; hint: behind what is published."""
     published, toy = published_rates(args), args.row
     ours = {name: value for name, value in published.items() if getattr(args, name) is None}
     args.row = replace(toy, **ours)
     changed = {name: value for name, value in ours.items() if value != getattr(toy, name)}
     parts = []
     if changed:
-        parts.append(f"{listed(changed)} as published, not the toy's")
+        parts.append(f"{listed(changed)} as published, not the toy's{hint}")
     given = {name: getattr(args, name) for name in published if name not in ours}
     if given:
         there = ", ".join(f"{published[name]:g}" for name in given)
@@ -88,6 +89,7 @@ def fit_rates(args, set_trainable):
     if trained >= LARGE:
         publish_rates(args, f"{trained / 1e6:,.0f} M weights are trained")
     elif behind >= LARGE and args.row.projector_type == "qformer":
-        publish_rates(args, f"the projector trains before {behind / 1e6:,.0f} M weights")
+        publish_rates(args, f"the projector trains before {behind / 1e6:,.0f} M weights",
+                      " (low for few steps: --lr gives another)")
     elif behind >= LARGE:
         leave_muon(args, behind)
