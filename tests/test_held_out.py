@@ -315,8 +315,8 @@ def test_an_adapter_of_an_adapter_is_refused_before_anything_is_trained(stages, 
     assert here([str(word) for word in [*same, "--from", adapter]]) == 0            # controls
     again = ["--from", stages / "stage2/model", "--keep-adapter", "--overwrite"]
     assert here([str(word) for word in [*same, *again]]) == 0
-    models = [projector.VLM.from_pretrained(stages / "upon" / name) for name in ("adapter", "model")]
-    kept, merged = (answer(model, stages / "red.png") for model in models)
+    kept, merged = (answer(projector.VLM.from_pretrained(stages / f"upon/{name}"),
+                           stages / "red.png") for name in ("adapter", "model"))
     assert (kept - merged).abs().max() <= 1e-5 * merged.abs().max()
 
 
