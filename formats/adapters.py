@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from formats.checkpoints import load_weights
-from formats.errors import BadModel, UsageError
+from formats.errors import BadModel, Offline, UsageError
 from formats.hub import CONVERT, resolve
 from formats.names import canonical
 from formats.strict_json import read_config
@@ -193,7 +193,22 @@ def open_model(folder_or_hub_id, base=None):
     if base is None and adapter.base is None:
         raise UsageError(f"{folder}: a LoRA adapter that does not name its base; give it as well "
                          "(--model-base)")
-    base = resolve(base or adapter.base)
+    base, weights = open_base(adapter, base)
     tokenizer_folder = folder if (folder / "tokenizer.json").exists() else base
     config_folder = folder if (folder / "config.json").exists() else base
-    return tokenizer_folder, config_folder, Adapted(load_weights(base), adapter)
+    return tokenizer_folder, config_folder, Adapted(weights, adapter)
+
+
+def open_base(adapter, base):
+    """(folder, weights) of an adapter's base; None: of the one that it names, which may have moved
+    since. Raises BadModel, Offline."""
+    try:
+        folder = resolve(base or adapter.base)
+        return folder, load_weights(folder)
+    except (BadModel, Offline) as error:
+        if base is not None:
+            raise
+        raise type(error)(
+            f"{adapter.folder}: a LoRA adapter, and the base that it names is not to be used "
+            f"({error}): give generate.py the base where it is now (--model-base), or correct "
+            "base_model_name_or_path in adapter_config.json") from None

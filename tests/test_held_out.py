@@ -19,6 +19,7 @@ import generate
 import projector
 import train
 from decoding.flags import parse
+from formats.errors import Offline, UsageError
 from formats.strict_json import read_config
 from test_train import (        # noqa: F401  fixtures
     flags, HERE, here, lines, parts, refused, run, server, sha, unchanged_process)
@@ -301,6 +302,8 @@ def test_a_run_of_an_older_version_goes_on_with_a_word(stopped, run):           
     (("--eval-data", "x.json", "--recipe", "blip2", "--stage", "1"), "with a LLaMA"),
     (("--keep-adapter",), "--lora"),
     (("--keep-adapter", "--lora", "4", "--from", "none"), "--from"),
+    (("--keep-adapter", "--lora", "4", "--recipe", "minigpt4", "--train", "projector.proj,llm"),
+     "Q-Former"),
     (("--keep-adapter", "--lora", "4", "--quantize", "int4"), "--quantize")], ids=" ".join)
 def test_flags_that_do_not_go_together(words, told, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -394,6 +397,52 @@ def test_names_are_those_that_peft_looks_for(stages):
     assert any("vision_tower" in name and name.endswith("q_proj") for name in modules)   # control
     rest = [name.removeprefix("base_model.model.") for name in weights if ".lora_" not in name]
     assert rest and set(rest) <= {name for name, _ in theirs.named_parameters()}
+
+
+def test_an_adapter_of_an_adapter_is_refused_before_anything_is_trained(stages, capsys):
+    """Nothing could load what it would write: its base is no whole model. Without --keep-adapter an
+    adapter is a start like another."""
+    same = ["--stage", 2, "--lora", 2, "--threads", 1, "--batch", 3, "--data", stages / "a.json",
+            "--images", stages, "--steps", 1, "--output-dir", stages / "upon"]
+    adapter = stages / "stage2/adapter"
+    for more in ([], ["--plan"]):
+        call = [*same, "--from", adapter, "--keep-adapter", *more]
+        with pytest.raises(UsageError, match=f"--from {stages / 'stage2/model'}$"):
+            here([str(word) for word in call])
+    alone = stages / "alone/adapter"                    # no model/ beside it
+    shutil.copytree(adapter, alone)
+    with pytest.raises(UsageError, match=r"save_pretrained\(FOLDER\), and give --from FOLDER$"):
+        here([str(word) for word in [*same, "--from", alone, "--keep-adapter"]])
+    assert not (stages / "upon").exists() and "step" not in capsys.readouterr().out
+    assert here([str(word) for word in [*same, "--from", adapter]]) == 0            # controls
+    again = ["--from", stages / "stage2/model", "--keep-adapter", "--overwrite"]
+    assert here([str(word) for word in [*same, *again]]) == 0
+    kept, merged = (answer(projector.VLM.from_pretrained(stages / f"upon/{name}"),
+                           stages / "red.png") for name in ("adapter", "model"))
+    assert (kept - merged).abs().max() <= 1e-5 * merged.abs().max()
+
+
+@pytest.mark.parametrize("base", ["gone", "an unfinished run", "an adapter", "unknown/on-the-hub"])
+def test_a_base_that_has_moved_is_named_with_the_way_out(stages, tmp_path, base, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(stages / "stage2/adapter", adapter)
+    (tmp_path / "an unfinished run").mkdir()
+    shutil.copytree(adapter, tmp_path / "an adapter")
+    name = base if "/" in base else str(tmp_path / base)
+    config = read_config(adapter, "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps(
+        {**config, "base_model_name_or_path": name}))
+    wrong = Offline if "/" in base else data.BadModel
+    with pytest.raises(wrong, match="--model-base.*base_model_name_or_path") as info:
+        projector.VLM.from_pretrained(adapter)
+    assert name in str(info.value) and str(adapter) in str(info.value)
+    whole = projector.VLM.from_pretrained(adapter, base=stages / "stage1/model")    # the way out
+    wanted = answer(projector.VLM.from_pretrained(stages / "stage2/adapter"), stages / "red.png")
+    assert torch.equal(answer(whole, stages / "red.png"), wanted)
+    with pytest.raises((data.BadModel, Offline)) as info:       # control: --model-base is wrong
+        projector.VLM.from_pretrained(adapter, base=name)
+    assert "base_model_name_or_path" not in str(info.value)
 
 
 def test_peft_says_the_same(stages):

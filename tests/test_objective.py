@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -363,8 +364,18 @@ def test_a_long_sample_is_cut_where_asked(ground, tmp_path):
         n = len(ids)
         assert (ids, labels) == tuple(x[:n] for x in before[index])
         assert batches.size(ids) == min(80, batches.size(before[index][0]))
-    with pytest.raises(data.BadData, match="its picture ends behind --max-length 6"):
+    # the message names the number from which on the picture is whole
+    with pytest.raises(data.BadData, match="its picture ends behind --max-length 6: give more "
+                       r"than (\d+), or .*--on-bad-sample skip") as info:
         texts("--max-length", 6)
+    enough = int(re.search(r"give more than (\d+)", str(info.value))[1])
+    name = str(info.value).split(": its picture")[0]
+    with pytest.raises(data.BadData, match=f"{name}: its picture ends behind"):
+        texts("--max-length", enough - 1)
+    try:
+        texts("--max-length", enough)
+    except data.BadData as error:                   # another sample may need more, this one not
+        assert not str(error).startswith(f"{name}: its picture")
 
 
 @pytest.mark.skipif(not SAMPLER.exists(), reason=f"{SAMPLER} is not here")

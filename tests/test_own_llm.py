@@ -31,6 +31,7 @@ from trainer import doctor, machine, rates, start
 from trainer.doctor import TokenCounter
 from trainer.doctor_flags import parse as parse_doctor
 from trainer.lengths import sample_lengths
+from trainer.schedules import lr_schedule
 
 # the chat template of SmolLM2-Instruct, word for word; then of nobody
 SMOLLM2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -218,6 +219,60 @@ def test_rates_follow_the_size_of_the_language_model(smol, parts, flags, tmp_pat
     assert prepared("--stage", 1, "--llm", smol).row.muon == .01
     whole = rates.trained_weights(parse(["--stage", "2", "--from", "none"]), train.set_trainable)
     assert 1_000_000 < whole < 2_000_000
+
+
+@pytest.mark.parametrize("given, published, asked", [
+    ((), "--lr 0.0002 (projector 2e-05) as published, not the toy's", ""),
+    (("--lr", .015), "--projector-lr 2e-05 as published, not the toy's",
+     "--lr 0.015 as given (published: 0.0002)"),
+    (("--projector-lr", 2e-4), "--lr 0.0002 as published, not the toy's",
+     "--projector-lr 0.0002 as given (published: 2e-05)"),
+    (("--lr", 1e-3, "--projector-lr", 1e-4), "",
+     "--lr 0.001 (projector 0.0001) as given (published: 0.0002, 2e-05)"),
+    (("--decay", .1), "--lr 0.0002 (projector 2e-05) as published, not the toy's",
+     "--decay 0.1 as given (published: 0)")], ids=["none", "lr", "projector", "both", "decay"])
+def test_the_note_tells_published_rates_from_given_ones(smol, monkeypatch, capsys, given, published,
+                                                        asked):
+    monkeypatch.setattr(rates, "LARGE", 1000)
+    prepared("--stage", 2, "--from", "none", "--lora", 4, "--llm", smol, *given)
+    (said,) = [x for x in capsys.readouterr().err.splitlines() if "weights are trained" in x]
+    head, _, rest = said.partition(" weights are trained: ")
+    assert head.endswith(" M") and rest == "; ".join(filter(None, (published, asked)))
+
+
+@pytest.mark.parametrize("recipe, stage, lr, rest", [
+    ("minigpt4", 1, 1e-4, "--warm-lr 1e-06, --min-lr 8e-05"),
+    ("minigpt4", 2, 3e-5, "--warm-lr 1e-06, --min-lr 1e-05"),
+    ("blip2", 2, 1e-4, "--muon 0, --warm-lr 1e-06, --min-lr 1e-05")])
+def test_a_q_formers_projector_before_a_large_language_model(smol, monkeypatch, capsys, recipe,
+                                                             stage, lr, rest):
+    """Published rates and both ends of the schedule, never without a word; steps, batch and the
+    length of the warm-up stay. Before a small language model nothing changes."""
+    new = ["--recipe", recipe, "--stage", stage, "--llm", smol]
+    if (recipe, stage) == ("minigpt4", 2):
+        new += ["--from", "none"]
+    toy = prepared(*new).row
+    assert toy == parse([*map(str, new)]).row or recipe == "blip2"          # but for its template
+    assert toy.lr > 10 * lr and "published" not in capsys.readouterr().err
+    weights = sum(p.numel() for p in llama.Llama.from_pretrained(smol).parameters())
+    monkeypatch.setattr(rates, "LARGE", weights)
+    monkeypatch.setattr(rates, "trained_weights", lambda *_: weights - 1)   # smol is smaller
+    row = prepared(*new).row
+    said = capsys.readouterr().err
+    assert f"M weights: --lr {lr:g}, {rest} as published, not the toy's (low" in said
+    assert (row.lr, row.muon) == (lr, 0) and (row.warm_lr, row.min_lr) == (1e-6, {
+        ("minigpt4", 1): 8e-5}.get((recipe, stage), 1e-5))
+    assert (row.batch, row.steps, row.warmup, row.clip) == (toy.batch, toy.steps, toy.warmup, 1)
+    factor = lr_schedule(row, row.steps)                    # it rises, and ends at the lowest
+    scale = [row.lr * factor(step) for step in range(row.steps)]
+    assert scale[0] < .1 * max(scale) and min(scale[row.steps // 2:]) >= .99 * row.min_lr
+    assert max(scale) == pytest.approx(row.lr, rel=.05)
+    asked = prepared(*new, "--lr", 6e-3, "--min-lr", 1e-4).row
+    assert (asked.lr, asked.min_lr, asked.warm_lr) == (6e-3, 1e-4, 1e-6)
+    said = capsys.readouterr().err
+    assert f"--lr 0.006, --min-lr 0.0001 as given (published: {lr:g}, " in said
+    monkeypatch.setattr(rates, "LARGE", weights + 1)        # control: the limit itself
+    assert prepared(*new).row == toy
 
 
 # ------------------------------------------------------------------- before a run: whose tokens?
@@ -508,6 +563,25 @@ def test_large_fp32_weights_are_laid_out_on_request_only(smol, monkeypatch):
     args = parse_generate(["--text", "x", "--lay-out", "--model", str(smol)])
     assert args.lay_out and isinstance(args, argparse.Namespace)
     assert load_model(args).llm.config.width == 32 and Path(smol).is_dir()
+
+
+@pytest.mark.parametrize("more, told", [
+    (["--quantize", "int8"], "nothing for the language model: its weights are in int8"),
+    (["--dtype", "bf16"], "is for fp32 weights, and these are bfloat16"), ([], "")], ids=str)
+def test_a_layout_that_changes_nothing_is_told(smol, capsys, more, told):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("laid out by oneDNN")
+    for argv in (["--lay-out", *more], more):
+        args = parse_generate(["--text", "x", "--model", str(smol), *argv, "--device", "cpu"])
+        load_model(args, args.quantize)
+        said = [x for x in capsys.readouterr().err.splitlines() if "--lay-out" in x]
+        assert len(said) == bool(told and "--lay-out" in argv) and all(told in x for x in said)
+
+
+def test_a_layout_is_for_a_cpu(smol, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    load_model(parse_generate(["--text", "x", "--model", str(smol), "--lay-out"]))
+    assert "--lay-out is for a CPU with oneDNN" in capsys.readouterr().err
 
 
 def test_starting_the_process_that_renders_takes_no_time_off_a_template(tmp_path, monkeypatch):

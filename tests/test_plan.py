@@ -1,4 +1,5 @@
 """train.py's forecast beside sums done by hand and what autograd keeps; LoRA; stand-in data."""
+import json
 import os
 import random
 import re
@@ -173,6 +174,45 @@ def test_every_recipe_can_be_planned_without_a_network(offline, capsys, base):
                 places[recipe] = model_of(args).num_image_tokens()
     assert places == {"llava": 256, "llava-1.5": 576, "blip2": 32, "minigpt4": 32,
                       "sharegpt4v": 576}
+
+
+def test_a_plan_names_the_task_and_what_is_recomputed(offline, capsys, tmp_path):
+    toy = told(capsys, "--base", "toy")
+    assert "None" not in toy and "padded samples, nothing recomputed (no --checkpoint)" in toy
+    full = told(capsys, "--base", "toy", "--checkpoint", "full")        # control
+    assert "padded samples, --checkpoint full" in full
+    short = told(capsys, "--base", "toy", "--memory", 1, "--batch", 96)     # advice
+    assert "does not fit" in short and "fits with" in short and "None" not in short
+    rows = [{"id": 1, "conversations": [{"from": "human", "value": "Which?"},
+                                        {"from": "gpt", "value": "B."}]}]
+    (tmp_path / "sqa.json").write_text(json.dumps(rows))
+    same = "--base", "toy", "--recipe", "llava", "--data", tmp_path / "sqa.json"
+    assert told(capsys, *same, "--task", "scienceqa").startswith("llava stage 2, scienceqa, base")
+    assert told(capsys, *same).startswith("llava stage 2, base toy")
+
+
+@pytest.mark.parametrize("looks", [["--plan"], ["--show-batch", "1"], []], ids=str)
+@pytest.mark.parametrize("part", ["--llm", "--vision"])
+def test_parts_beside_a_whole_model_are_refused_as_in_training(parts, capsys, looks, part):  # noqa
+    """--from and --llm contradict each other, whatever is looked at."""
+    call = ["--stage", "2", part, str(parts / "llama"), *looks]
+    with pytest.raises(SystemExit) as stopped:
+        parse([*call, "--from", "x/model"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert f"{part} is a part of a new model, and this one begins with x/model" in said
+    parse([*call, "--from", "none"])                # controls
+    if looks:                                       # without --from the parts are looked at
+        parse(call)
+
+
+def test_a_plan_goes_by_the_tower_that_is_given(parts, capsys, tmp_path):         # noqa: F811
+    """Though a finished stage 1 with another one lies beside it: a run would refuse the two."""
+    (tmp_path / "stage1/model").mkdir(parents=True)
+    (tmp_path / "stage1/model/config.json").write_text("{}")        # refused, if it were read
+    args = parse(["--stage", "2", "--vision", str(parts / "clip"), "--plan", "--output-dir",
+                  str(tmp_path / "stage2")])
+    assert model_of(args).vision.config.width == 32
 
 
 def test_a_plan_reads_what_it_is_given(offline, capsys, parts, tmp_path):       # noqa: F811

@@ -18,16 +18,35 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from formats import names
-from formats.adapters import PREFIX
+from formats.adapters import is_adapter, PREFIX
 from formats.checkpoints import load_weights
+from formats.errors import UsageError
 from formats.files import atomic_write, rename_into_place
+from formats.hub import resolve
 from trainer.lora import LoRALinear
-from trainer.start import chosen_start
+from trainer.start import chosen_start, output_folders
 
 # part that trains, by its name here: (its tensors in the file, its module in transformers' model)
 WHOLE = {"projector": ("multi_modal_projector.", "multi_modal_projector"),
          "vision": ("vision_tower.vision_model.", "vision_tower")}
 LAYERS = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+
+
+def check_base(args):
+    """Refuse --keep-adapter for a run that starts from an adapter: its base is no whole model.
+    Raises UsageError, BadModel, Offline."""
+    start = chosen_start(args, output_folders(args)[0])
+    downloads_nothing = args.plan or not args.start
+    if not args.keep_adapter or downloads_nothing and not Path(start).is_dir():
+        return
+    if is_adapter(resolve(start)):
+        whole = Path(start).parent / "model"
+        advice = f"give the merged model beside it, --from {whole}"
+        if not (whole / "config.json").exists():
+            advice = ("write the whole once, VLM.from_pretrained(ADAPTER).save_pretrained(FOLDER), "
+                      "and give --from FOLDER")
+        raise UsageError(f"--keep-adapter: {start} is an adapter, and what is kept would be one "
+                         f"of an adapter, which cannot be loaded: {advice}")
 
 
 @contextmanager

@@ -280,7 +280,8 @@ def faults_of_start(args, row, given):
     start = args.start or "stage 1"
     if not args.start and args.stage == 1 and args.recipe != "sharegpt4v":
         start = "none"
-    looks = args.plan or args.show_batch            # nothing is loaded: the parts are as good
+    # without --from nothing is loaded to look at: the parts are as good
+    looks = (args.plan or args.show_batch) and not args.start
     if args.stage and start != "none" and args.recipe != "blip2" and not looks:
         for name in ("vision", "llm", "qformer", "projector"):
             yield getattr(args, name), (
@@ -368,6 +369,9 @@ def faults_of_memory(args, row):
     yield args.keep_adapter and args.quantize, (
         "--keep-adapter: beside --quantize the additions make up for what the codes lose, and no "
         "folder holds the coded weights that they belong to: leave one out")
+    yield args.keep_adapter and row.projector_type == "qformer", (
+        "--keep-adapter is for LLaVA's recipes: of a model with a Q-Former no adapter is loaded "
+        "again: leave it out")
     yield args.keep_adapter and (args.start == "none" or args.stage == 1 and not args.start
                                  and args.recipe != "sharegpt4v"), (
         "--keep-adapter: an adapter belongs to the model that the run starts from: give --from "

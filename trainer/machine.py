@@ -9,6 +9,7 @@ import torch
 
 import data
 from formats.errors import UsageError
+from trainer.adapter import check_base
 from trainer.forecast import fit_to_card
 from trainer.held_out import HeldOutSamples
 from trainer.rates import fit_rates
@@ -29,6 +30,7 @@ def prepare(args, set_trainable):
         raise UsageError(f"--template {template!r} is unknown: choose one of "
                          f"{', '.join(data.TEMPLATES)}")
     if args.stage:
+        check_base(args)                    # of --keep-adapter
         set_template(args)                  # of stage 2: the language model's own
     if args.plan:
         return None

@@ -3,16 +3,26 @@
 What the hub and a reader want to know: recipe, parts, data, commit, loss, what it may be used for,
 and how it is asked. It names files, but no folder of this machine."""
 
+import argparse
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import data
 from formats.files import atomic_write
+from formats.folders import SHIPPED_QFORMER
+from formats.hub import hub_id
 from formats.strict_json import read_config
+from formats.templates import BLIP2, chat_template, stop_text
 from trainer.flags import BASES
+from trainer.start import chosen_start
 
 LAST = 50                   # steps whose mean loss the card gives
+# names of files and folders that are the same in every run: they name nothing alone
+SAME_EVERYWHERE = "model", "adapter", "model.safetensors", "adapter_model.safetensors"
+PARTS = "vision", "llm", "qformer", "projector"         # flags for other parts than the base's
 
 
 def git_commit():
@@ -36,15 +46,15 @@ def card(config, run):
     title = f"{args.recipe}, stage {args.stage}, base {args.base}"
     if args.task:
         title += f", {args.task}"
-    lines = [*front_matter(config, args), f"# {title}", "", what_it_is(args), "",
+    lines = [*front_matter(config, args), f"# {title}", "", what_it_is(config, args, out), "",
              "| | |", "|---|---|", f"| recipe | {args.recipe}, stage {args.stage}: {row.source} |",
              f"| trained | {', '.join(row.train)}{additions(args)} |",
-             f"| started from | {start(args)} |", f"| data | {data_of(args)} |",
+             f"| started from | {start(args, out)} |", f"| data | {data_of(args)} |",
              f"| steps | {run.job.steps:,} of {row.batch} samples, learning rate {row.lr:g} |",
              *losses(out / "metrics.jsonl", run), f"| commit | {commit(out)} |",
-             "", "## What it may be used for", "", *uses(args)]
-    if config.get("architectures") and not row.losses:
-        lines += ["", "## How it is asked", "", *how(config)]
+             "", "## What it may be used for", "", *uses(args, out)]
+    if not row.losses:
+        lines += ["", "## How it is asked", "", *how(config, run.job.model.tokenizer)]
     return "\n".join(lines) + "\n"
 
 
@@ -62,14 +72,45 @@ def front_matter(config, args):
     return [*lines, "tags:", f"- {config['model_type']}", "---", ""]
 
 
-def what_it_is(args):
-    """One sentence."""
-    if args.base == "toy":
-        return ("A model of a toy world: coloured shapes on a background, and a vocabulary of a "
-                "few hundred words.")
+def what_it_is(config, args, out):
+    """What the model is, and in which world it learned."""
     if args.row.losses:
-        return "A Q-Former that matches pictures and captions: BLIP-2's first stage."
-    return "A vision-language model: a picture's vectors stand between the words of a prompt."
+        text = "A Q-Former that matches pictures and captions: BLIP-2's first stage."
+    else:
+        text = ("A vision-language model: a picture's vectors stand between the words of a prompt. "
+                f"Its vocabulary has {config['text_config']['vocab_size']:,} rows.")
+    if is_of_the_toy_world(args, out):
+        return ("A model of a toy world: coloured shapes on a background, and a vocabulary of a "
+                f"few hundred words. {text}")
+    if args.base == "toy" and not args.data:
+        text += " It learned from pictures of a toy world: coloured shapes on a background."
+    return text
+
+
+def history(args, out):
+    """[(flags, folder)] of this run and of those whose models it goes back to, the newest first, as
+    far as their folders are here and say so."""
+    runs, folders = [], set()
+    while os.path.abspath(out) not in folders:      # a folder may have been used anew
+        runs.append((args, out))
+        folders.add(os.path.abspath(out))
+        start = Path(chosen_start(args, out))
+        if start.name not in SAME_EVERYWHERE:
+            break
+        before = read_config(start.parent, missing_ok=True)
+        if not isinstance(before.get("stage_row"), dict):       # of no run
+            break
+        args, out = argparse.Namespace(**before), start.parent
+    return runs
+
+
+def is_of_the_toy_world(args, out):
+    """Were all parts and all data made by this program, of this run and of those before it?"""
+    runs = history(args, out)
+    for flags, _ in runs:
+        if flags.base != "toy" or any(vars(flags).get(name) for name in (*PARTS, "data")):
+            return False
+    return chosen_start(*runs[-1]) in ("none", SHIPPED_QFORMER)
 
 
 def additions(args):
@@ -80,20 +121,34 @@ def additions(args):
 
 
 def name_of(path):
-    """A hub id as it is; of a folder the name alone, because its path is this machine's."""
-    return Path(path).name if Path(path).exists() or path.startswith(("/", ".")) else path
+    """A hub id as it is; of a path its end, because the rest is this machine's: the folder's name,
+    and before names that every run has the run's."""
+    if not Path(path).exists() and not path.startswith(("/", ".", "~")):
+        return path
+    if hub_id(path):                        # in the hub's cache a folder has a number for a name
+        return hub_id(path)
+    parts = Path(os.path.abspath(path)).parts
+    first = len(parts) - 1
+    while first > 1 and parts[first] in SAME_EVERYWHERE:
+        first -= 1
+    return "/".join(parts[first:])
 
 
-def start(args):
-    """What the run started from, in words."""
-    parts = [f"--{name} {name_of(getattr(args, name))}" for name in
-             ("vision", "llm", "qformer", "projector") if getattr(args, name)]
+def start(args, out):
+    """What the run started from, in words; behind a colon, what the run before had started from."""
+    return ": ".join(start_of_run(flags) for flags, _ in history(args, out))
+
+
+def start_of_run(args):
+    """What one run started from."""
     if args.start and args.start != "none":
         return f"--from {name_of(args.start)}"
     if args.stage == 2 and args.start is None:
         return "stage 1 of the same recipe and base"
     if args.recipe == "sharegpt4v" and args.start is None:
         return "stage 1 of llava-1.5"
+    given = [name for name in PARTS if vars(args).get(name)]
+    parts = [f"--{name} {name_of(getattr(args, name))}" for name in given]
     return ", ".join([f"the parts of base {args.base}", *parts])
 
 
@@ -126,9 +181,9 @@ def commit(out):
     return read_config(out, "run.json", missing_ok=True).get("git") or "not known"
 
 
-def uses(args):
+def uses(args, out):
     """What it may be used for."""
-    if args.base == "toy" and not (args.data or args.vision or args.llm):
+    if is_of_the_toy_world(args, out):
         yield "To study how such a model is built and trained. It knows nothing of photographs."
         yield "Weights and data were made by the program that trained it, under the MIT licence."
         return
@@ -139,17 +194,30 @@ def uses(args):
            "commercially. Data that a commercial model wrote is often for research alone.")
 
 
-def how(config):
-    """The same question to this program and to transformers."""
+def how(config, tokenizer):
+    """The same question to this program and to transformers; of a captioner the picture alone."""
+    template = data.template_of(config["template"])
+    is_captioner = template.style in ("plain", *BLIP2)
+    question = "--caption" if is_captioner else '"Describe this image"'
     yield "```"
-    yield 'python generate.py img.jpg "Describe this image" --model FOLDER'
+    yield f"python generate.py img.jpg {question} --model FOLDER"
     yield "```"
-    if config["model_type"] in ("llava", "llava_next"):
-        yield ""
-        yield "```python"
-        yield "from transformers import pipeline"
-        yield 'ask = pipeline("image-text-to-text", model="FOLDER")'
+    # transformers needs the template in Jinja, and ends at tokens, not at a text such as ###
+    is_alike = chat_template(template) and stop_text(config["template"], tokenizer) is None
+    if config["model_type"] not in ("llava", "llava_next") or not is_alike:
+        return
+    yield ""
+    yield "```python"
+    yield "from transformers import pipeline"
+    yield 'ask = pipeline("image-text-to-text", model="FOLDER")'
+    if is_captioner:
+        yield 'content = [{"type": "image", "url": "img.jpg"}]'
+    else:
         yield 'content = [{"type": "image", "url": "img.jpg"},'
         yield '           {"type": "text", "text": "Describe this image"}]'
-        yield 'print(ask(text=[{"role": "user", "content": content}], return_full_text=False))'
-        yield "```"
+    yield 'print(ask(text=[{"role": "user", "content": content}], return_full_text=False))'
+    yield "```"
+    if is_captioner:
+        yield ""
+        yield ("It has learned captions and no questions. generate.py leaves a question out; "
+               "transformers does not, so give it the picture alone.")

@@ -45,7 +45,8 @@ def print_parts(args, model):
     lora = f", LoRA {args.lora}" if args.lora else ""
     if args.quantize:
         lora += f" beside frozen weights in {args.quantize}"
-    print(f"{args.recipe} stage {args.stage}, base {args.base}{lora}\n\n"
+    task = f", {args.task}" if args.task else ""
+    print(f"{args.recipe} stage {args.stage}{task}, base {args.base}{lora}\n\n"
           "              weights     trained")
     for name, part in model.named_children():
         total = weights_in(part)
@@ -61,7 +62,8 @@ def print_memory(args, needs, pack, policy, space):
         rows = f"rows of {pack:,} tokens"
     unit, name = (1e9, "GB = 10⁹") if total > 2e9 else (1e6, "MB = 10⁶")
     each = ", of each GPU" if args.gpus > 1 else ""
-    print(f"\n  memory, {name} bytes{each}: {rows}, --checkpoint {policy}, "
+    recomputed = f"--checkpoint {policy}" if policy else "nothing recomputed (no --checkpoint)"
+    print(f"\n  memory, {name} bytes{each}: {rows}, {recomputed}, "
           f"--optimizer {args.optimizer}{other_flags(args)}")
     for what, size in needs.items():
         print(f"  {what:12} {size / unit:8.2f}")
@@ -162,7 +164,9 @@ def advice(args, space, kinds, samples, set_trainable):
         if run is None:
             return f"{change}: does not fit"
         other, model, cost = run
-        line = f"{change}: fits with --pack {other.pack} --checkpoint {other.checkpoint}"
+        line = f"{change}: fits with --pack {other.pack}"
+        if other.checkpoint:
+            line += f" --checkpoint {other.checkpoint}"
         if other.offload:
             line += " --offload"
         line += f": {hours_in_all(cost, steps_of(other.row, samples))}"

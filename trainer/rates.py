@@ -4,10 +4,17 @@
 
 The toy's rates are for a model of a million weights: with LoRA .015 a step. A published language
 model is destroyed by that within ten steps. So rates follow the size of what trains: from LARGE
-weights on they are those of the recipe as published; batch, steps, warm-up and clipping stay the
-toy's. In stage 1 of LLaVA the projector alone trains, before a large language model too, and keeps
-the toy's rate, but not Muon, whose steps have one length whatever the gradient: before SmolLM2-135M
-the loss after 45 steps of 16 captions was 2.3 with it and 1.4 without. A flag wins over all.
+weights on they are those of the recipe as published; batch, steps, the length of the warm-up and
+clipping stay the toy's. A projector that trains alone before a large language model:
+
+    mlp, linear    keeps the toy's rate, but not Muon, whose steps have one length whatever the
+                   gradient: before SmolLM2-135M the loss after 45 steps of 16 captions was 2.3 with
+                   it and 1.4 without
+    qformer        takes the published rates, those of the schedule's two ends included: the toy's
+                   are up to 2,000 times as high, chosen for its own language model. For the toy's
+                   few steps the published ones are low, and the note says so (docs/training.md)
+
+A flag wins over all, and a note says what is published and what was given.
 """
 
 from dataclasses import replace
@@ -29,35 +36,60 @@ def trained_weights(args, set_trainable):
 
 
 def published_rates(args):
-    """{field: value} of the recipe's row, without those that a flag gives; with --lora ten times
-    the rate for the LLaMA, as officially."""
+    """{field: value} of the recipe's row; with --lora ten times the rate for the LLaMA, as
+    officially."""
     row = args.published
     if args.lora:
         row = replace(row, lr=10 * row.lr, projector_lr=row.lr)
-    return {name: getattr(row, name) for name in RATES if getattr(args, name) is None}
+    return {name: getattr(row, name) for name in RATES}
 
 
-def leave_muon(args, set_trainable):
-    """Train a projector before a large language model by AdamW alone."""
+def leave_muon(args, weights):
+    """Train a projector before a language model of so many weights by AdamW alone."""
     row = args.row
-    if not row.muon or args.muon is not None or row.projector_type == "qformer":
-        return
-    weights = weights_in(meta_model(args, set_trainable).llm)
-    if weights >= LARGE:
+    if row.muon and args.muon is None:
         args.row = replace(row, muon=0.)
         tell(f"note: the projector trains before {weights / 1e6:,.0f} M weights: by AdamW alone, "
              f"--muon 0, not the toy's {row.muon:g}")
 
 
+def publish_rates(args, why, hint=""):
+    """Set the published rates where no flag gives another, and tell the two apart in a note.
+
+    why: what is too large for the toy's, the note's beginning; hint: behind what is published."""
+    published, toy = published_rates(args), args.row
+    ours = {name: value for name, value in published.items() if getattr(args, name) is None}
+    args.row = replace(toy, **ours)
+    changed = {name: value for name, value in ours.items() if value != getattr(toy, name)}
+    parts = []
+    if changed:
+        parts.append(f"{listed(changed)} as published, not the toy's{hint}")
+    given = {name: getattr(args, name) for name in published if name not in ours}
+    if given:
+        there = ", ".join(f"{published[name]:g}" for name in given)
+        parts.append(f"{listed(given)} as given (published: {there})")
+    tell(f"note: {why}: {'; '.join(parts)}")
+
+
+def listed(rates):
+    """{field: value} as flags; the projector's rate in brackets behind the others' lr."""
+    words = {name: f"--{name.replace('_', '-')} {value:g}" for name, value in rates.items()}
+    if "lr" in words and words.pop("projector_lr", None):
+        words["lr"] += f" (projector {rates['projector_lr']:g})"
+    return ", ".join(words.values())
+
+
 def fit_rates(args, set_trainable):
-    """Set the published rates in args.row where the toy's are too high for what trains."""
+    """Set the published rates in args.row where the toy's are too high for what trains, or for the
+    language model behind it."""
     if args.base != "toy" or not args.stage or args.row.losses:
         return
-    weights = trained_weights(args, set_trainable)
-    if weights < LARGE:
-        leave_muon(args, set_trainable)
-        return
-    args.row = replace(args.row, **published_rates(args))
-    projector = f" (projector {args.row.projector_lr:g})" if args.row.projector_lr else ""
-    tell(f"note: {weights / 1e6:,.0f} M weights are trained: --lr {args.row.lr:g}{projector} as "
-         "published, not the toy's")
+    trained = trained_weights(args, set_trainable)
+    behind = weights_in(meta_model(args, set_trainable).llm)
+    if trained >= LARGE:
+        publish_rates(args, f"{trained / 1e6:,.0f} M weights are trained")
+    elif behind >= LARGE and args.row.projector_type == "qformer":
+        publish_rates(args, f"the projector trains before {behind / 1e6:,.0f} M weights",
+                      " (low for few steps: --lr gives another)")
+    elif behind >= LARGE:
+        leave_muon(args, behind)

@@ -160,7 +160,10 @@ def encode_sample(sample, template: str, tokenizer, image_tokens: int, pack: int
     if max_length and size > max_length:
         keep = max_length - (size - len(ids))   # quirk: what follows is lost, answers too
         if IMAGE in ids[max(keep, 0):]:         # an image span is never truncated
-            raise BadData(f"its picture ends behind --max-length {max_length:,}")
+            shown = ids[:len(ids) - ids[::-1].index(IMAGE)]     # up to the last picture's end
+            raise BadData(f"its picture ends behind --max-length {max_length:,}: give more than "
+                          f"{len(shown) + (image_tokens - 1) * shown.count(IMAGE):,}, or leave the "
+                          "sample out (--on-bad-sample skip)")
         ids, labels, size = ids[:keep], labels[:keep], max_length
     check_size(size, pack)
     if not has_loss:

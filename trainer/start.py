@@ -93,7 +93,8 @@ def chosen_start(args, out):
 def start_folder(args):
     """The folder or hub id of the whole model that the run starts from. None for new parts, or
     where the stage before has not been run: then --plan and --show-batch go by the parts."""
-    if args.recipe == "blip2" or args.llm:          # --llm beside a whole model is refused
+    # parts beside a whole model are refused, or it is not there yet
+    if args.recipe == "blip2" or args.llm or args.vision:
         return None
     start = chosen_start(args, output_folders(args)[0])
     if start == "none" or args.start is None and not Path(start).exists():
