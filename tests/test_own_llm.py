@@ -602,3 +602,10 @@ def slow_python(folder, seconds):
     path.write_text(f"#!/bin/sh\nsleep {seconds}\nexec {sys.executable} \"$@\"\n")
     path.chmod(0o755)
     return str(path)
+
+
+def test_int4_says_what_it_costs(smol, capsys):
+    """Control: int8, which hardly changes the answers, does not."""
+    for codes, is_said in (("int4", True), ("int8", False)):
+        prepare_for_inference(start_vlm(smol), codes)
+        assert ("perplexity" in capsys.readouterr().err) == is_said
