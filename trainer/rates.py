@@ -10,9 +10,8 @@ clipping stay the toy's. A projector that trains alone before a large language m
     mlp, linear    keeps the toy's rate, but not Muon, whose steps have one length whatever the
                    gradient: before SmolLM2-135M the loss after 45 steps of 16 captions was 2.3 with
                    it and 1.4 without
-    qformer        takes the published rates, those of the schedule's two ends included: the toy's
-                   are up to 2,000 times as high, chosen for its own language model. For the toy's
-                   few steps the published ones are low, and the note says so (docs/training.md)
+    qformer        keeps the toy's rates, up to 2,000 times the published: in the toy's few steps it
+                   learns most with them (docs/training.md has four tried). A note gives both
 
 A flag wins over all, and a note says what is published and what was given.
 """
@@ -53,17 +52,28 @@ def leave_muon(args, weights):
              f"--muon 0, not the toy's {row.muon:g}")
 
 
-def publish_rates(args, why, hint=""):
+def tell_toy_rates(args, weights):
+    """A note that a Q-Former's projector trains at the toy's rates before so many weights."""
+    published, row = published_rates(args), args.row
+    kept = {name: getattr(row, name) for name, value in published.items()
+            if getattr(args, name) is None and value != getattr(row, name)}
+    if kept:
+        there = ", ".join(f"{published[name]:g}" for name in kept)
+        tell(f"note: the projector trains before {weights / 1e6:,.0f} M weights: {listed(kept)}, "
+             f"the toy's (published: {there}); flags give others")
+
+
+def publish_rates(args, why):
     """Set the published rates where no flag gives another, and tell the two apart in a note.
 
-    why: what is too large for the toy's, the note's beginning; hint: behind what is published."""
+    why: what is too large for the toy's, the note's beginning."""
     published, toy = published_rates(args), args.row
     ours = {name: value for name, value in published.items() if getattr(args, name) is None}
     args.row = replace(toy, **ours)
     changed = {name: value for name, value in ours.items() if value != getattr(toy, name)}
     parts = []
     if changed:
-        parts.append(f"{listed(changed)} as published, not the toy's{hint}")
+        parts.append(f"{listed(changed)} as published, not the toy's")
     given = {name: getattr(args, name) for name in published if name not in ours}
     if given:
         there = ", ".join(f"{published[name]:g}" for name in given)
@@ -80,8 +90,8 @@ def listed(rates):
 
 
 def fit_rates(args, set_trainable):
-    """Set the published rates in args.row where the toy's are too high for what trains, or for the
-    language model behind it."""
+    """Set the published rates in args.row where the toy's are too high for what trains; before a
+    large language model a projector's optimizer, or a note."""
     if args.base != "toy" or not args.stage or args.row.losses:
         return
     trained = trained_weights(args, set_trainable)
@@ -89,7 +99,6 @@ def fit_rates(args, set_trainable):
     if trained >= LARGE:
         publish_rates(args, f"{trained / 1e6:,.0f} M weights are trained")
     elif behind >= LARGE and args.row.projector_type == "qformer":
-        publish_rates(args, f"the projector trains before {behind / 1e6:,.0f} M weights",
-                      " (low for few steps: --lr gives another)")
+        tell_toy_rates(args, behind)
     elif behind >= LARGE:
         leave_muon(args, behind)
