@@ -50,7 +50,7 @@ def exit_status(main, debug: bool = False) -> int:
             code = 1 if error.errno == errno.ENOSPC else 3
             where = error.filename or "disk"
             line = one_line(f"{where}: {error.strerror}: free space or choose another folder")
-        print("error:", line, file=sys.stderr)
+        print(one_line(f"error: {line}"), file=sys.stderr)
         return code
 
 

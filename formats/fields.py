@@ -33,10 +33,11 @@ def holds_broken_text(value):
 
 
 def require(where, row, **kinds):
-    """The row and its place, if every field is of its kind, as "text or null". Raises BadData."""
+    """The row and its place, if every field is of its kind, as "text or null"; one that may be null
+    may be missing, too, and is None then. Raises BadData."""
     for name, kind in kinds.items():
         value = row.get(name) if isinstance(row, dict) else None
         if not any(has_kind(value, k) for k in kind.split(" or ")):
             also = ", in valid UTF-8" if "text" in kind and holds_broken_text(value) else ""
             raise BadData(f"{where}.{name}: must be {kind}{also}: correct the row")
-    return {**row, "where": where}
+    return {**dict.fromkeys(kinds), **row, "where": where}

@@ -58,6 +58,9 @@ MOST = 205_000_000
 # DEFLATE packs 1,000 equal bytes into one. Over 50 megapixels a file that holds 2,000 pixels a byte
 # is no photograph.
 PLAIN, PACKED = 50_000_000, 2000
+# Intermediates take 4 bytes a pixel. LARGEST: a telephone's picture, made square; LARGE: that of a
+# strip, STRIP times as long as wide.
+LARGEST, LARGE, STRIP = 2 ** 28, 2 ** 26, 16
 # What Pillow raises on damaged files, found by mutating some; UserError is none of these.
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
            OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
@@ -191,17 +194,18 @@ def _turn(image):
 
 
 def pad_to_square(image, colour):
-    """The picture in the middle of a square of this colour."""
+    """The picture in the middle of a square of this colour. Raises BadImage for a strip whose square
+    would take hundreds of MB: 64 x 15,000 pixels, a file of 12 KB, would take 900."""
     side = max(image.size)
-    check_pixels(side, side)
+    check_pixels(side, side, LARGE if side > STRIP * min(image.size) else LARGEST)
     canvas = Image.new("RGB", (side, side), colour)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
 
 
-def check_pixels(width, height):
+def check_pixels(width, height, most=LARGEST):
     """Refuse an intermediate picture that would fill the memory."""
-    if width * height > 2 ** 28:
+    if width * height > most:
         raise BadImage(f"a {width}×{height} intermediate is too large: crop the picture first")
 
 

@@ -761,3 +761,27 @@ def test_a_caption_is_a_question_and_an_answer():
     assert data.encode(talk, "plain", words)
     with pytest.raises(data.BadData, match="one gpt turn"):
         data.encode([talk[0], {**talk[1], "from": "human"}], "plain", words)
+
+
+def test_a_long_strip_is_not_made_a_huge_square(monkeypatch):
+    """Controls: a shorter strip, and a wide picture with as large a square."""
+    from formats import pictures
+    monkeypatch.setattr(pictures, "LARGE", 400 ** 2)
+    with pytest.raises(data.BadImage, match="401×401 intermediate is too large: crop"):
+        data.preprocess(Image.new("RGB", (24, 401)), 32, "pad")
+    for shape in ((24, 400), (26, 401)):
+        assert data.preprocess(Image.new("RGB", shape), 32, "pad").shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("more", [0, 7, 20, 1000])
+def test_an_error_is_no_longer_than_a_line_may_be(more, capsys):
+    """With the word error: before it; its end, which says what to do, is kept."""
+    from formats.errors import exit_status, LONGEST_LINE
+
+    def fails():
+        raise data.BadData("x" * (LONGEST_LINE - 20 + more) + " do this")
+
+    assert exit_status(fails) == 3
+    said = capsys.readouterr().err
+    assert len(said.rstrip("\n")) <= LONGEST_LINE and said.endswith("x do this\n")
+    assert said.startswith("error: xxx")
