@@ -1,8 +1,10 @@
 """The shipped Q-Former: its stage 0, its folder without a vision tower, and its gates."""
 
 import json
+import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from formats.checkpoints import load_weights
 from qformer import Blip2Stage1
 from toy.texts import description
 from toy.twins import caption_of, pair_of
-from toy.world import make_scene, training_scene
+from toy.world import make_object, make_scene, training_scene
 from trainer import qformer_job
 from trainer.build import load_qformer_parts, new_toy_stage1
 
@@ -146,39 +148,55 @@ def test_a_batch_is_pairs_and_what_is_true_of_them(job):
 def test_what_the_captions_say_when():
     def kinds(first, last):
         return Counter(qformer_job.kind_of(step) for step in range(first, last))
-    first, late = qformer_job.FIRST_STEPS, qformer_job.FIRST_STEPS + qformer_job.SHIFTED_STEPS
-    assert kinds(0, 400)["one"] >= 300 and "late" not in kinds(0, first)
-    assert kinds(1000, 3000)["one"] < 600 < kinds(3400, 5400)["where"]
-    assert kinds(first, late)["one"] >= 375 and kinds(late, late + 400)["late"] > 60
+    assert kinds(0, 400)["one"] >= 300
+    assert kinds(400, 1400)["one"] < 100 and kinds(400, 1400)["where"] > 500
 
 
-def test_hidden_objects_and_words_that_stand_later(few):
-    """A third or fourth object differs; others may be hidden, in both captions of a pair; what is
-    left is true of one picture and false of the other."""
-    job = qformer_job.qformer_job(None)
-    tokenizer, begin = job["model"].model.tokenizer, qformer_job.FIRST_STEPS
-    steps = [s for s in range(begin, begin + 700) if qformer_job.kind_of(s) == "late"]
-    said = Counter()
-    for step in [s for s in steps if s >= begin + qformer_job.SHIFTED_STEPS][:12]:
+def test_which_object_of_a_text_is_not_in_a_picture(job):
+    """Each quarter of the queries has one object's label; of a text about one object, all have it;
+    where none is named, there is none."""
+    first, second, third = (make_object(random.Random(i), shape, colour, "small", place)
+                            for i, (shape, colour, place)
+                            in enumerate((("star", "red", 0), ("circle", "blue", 4),
+                                          ("cross", "green", 8))))
+    scene = replace(make_scene(0), things=(first, second))
+    other = replace(scene, things=(first, third))
+    where = ("where", tuple((t.name, t.place) for t in scene.things))
+    assert qformer_job.wrong_objects(where, scene) == [0, 0, -1, -1]
+    assert qformer_job.wrong_objects(where, other) == [0, 1, -1, -1]
+    one = "one", ((second.name, second.place),)
+    assert qformer_job.wrong_objects(one, other) == [1] * 4
+    some = "some", (("large", first.name), ("", second.name))
+    assert qformer_job.wrong_objects(some, scene) == [1, 0, -1, -1]
+    assert qformer_job.wrong_objects(("count", (2, "plain")), scene) == [-1] * 4
+    for step in range(400, 404):
         micro, = job["batches"](step)
-        (ids, mask), truth = micro["caption"], micro["is_true"]
-        for a in range(0, 8, 2):
-            assert truth[a, a] and truth[a + 1, a + 1] and not truth[a, a + 1]
-            shown = [tokenizer.decode(ids[i][mask[i]]) for i in (a, a + 1)]
-            whole = [tokenizer.decode(ids[i][ids[i] != tokenizer.pad]) for i in (a, a + 1)]
-            assert shown[0] != shown[1] and all(mask[i].sum() >= 9 for i in (a, a + 1))
-            said[shown != whole] += 1
-    assert min(said[True], said[False]) > 5, said
-    early, = job["batches"](steps[0])                       # at first nothing is hidden
-    assert (early["caption"][1] == (early["caption"][0] != tokenizer.pad)).all()
-    lengths = set()
-    for step in range(begin + 1, begin + 40, 4):            # "one": behind 0 to 24 hidden tokens
-        ids, mask = job["batches"](step)[0]["caption"]
-        first = int((mask[0].long().cumsum(0) == 2).nonzero()[0])
-        assert mask[:, 0].all() and not mask[:, 1:first].any()
-        assert tokenizer.decode(ids[0][mask[0]]).startswith("there is a")
-        lengths.add(first)
-    assert len(lengths) > 4 and max(lengths) > 12 and max(lengths) <= 25, lengths
+        named = micro["wrong"] >= 0
+        assert not (micro["wrong"] > 0)[torch.eye(8, dtype=torch.bool)].any()
+        if named.any():             # a text whose objects are all there may still say too little
+            assert not ((micro["wrong"] > 0).any(2) & micro["is_true"]).any()
+
+
+def test_object_loss_asks_each_quarter_for_its_own_object(job):
+    """A head that says "wrong" by one quarter of the queries is right where that object is."""
+    lessons, (micro,) = job["model"], job["batches"](0)
+    width, q = lessons.object_head.in_features, lessons.model.qformer.config.num_queries
+    (ids, mask), drawn = micro["caption"], torch.stack((torch.arange(8).flip(0),) * 2)
+    features = torch.zeros(8, 65, width)
+    lessons.object_head.requires_grad_(False).weight.zero_()[0, 0] = 1
+    lessons.object_head.bias.zero_()
+    said = torch.zeros(24, q + ids.shape[1], width)
+    said[:, q // 4:q // 2, 0] = 9                           # the second quarter says: wrong
+
+    def loss(at):
+        wrong = torch.zeros(8, 8, 4)
+        wrong[..., at] = 1
+        lessons.model.qformer.forward = lambda *_: said
+        try:
+            return float(lessons.matching_losses(features, ids, mask, drawn, wrong)["object"])
+        finally:
+            del lessons.model.qformer.forward
+    assert loss(1) < .53 < 2.7 < loss(0)        # of those who say nothing it is .69
 
 
 def test_what_learns_and_from_what(job):
@@ -186,13 +204,13 @@ def test_what_learns_and_from_what(job):
     lessons = job["model"]
     micro, = job["batches"](0)
     losses = lessons(micro)
-    assert set(losses) == {"itc", "itm", "itg", "lm"}
+    assert set(losses) == {"itc", "itm", "itg", "lm", "object"}
     assert all(torch.isfinite(value) for value in losses.values())
     losses["lm"].backward(retain_graph=True)
     assert lessons.model.qformer.query_tokens.grad.abs().sum() > 0
     # nothing that reads text takes part in it
     assert lessons.model.qformer.token.weight.grad is None
-    sum(losses[name] for name in ("itc", "itm", "itg")).backward()
+    sum(losses[name] for name in ("itc", "itm", "itg", "object")).backward()
     for name, p in lessons.named_parameters():
         frozen = name.startswith(("llm.", "model.vision."))
         assert p.requires_grad != frozen and (p.grad is None) == frozen, name
@@ -218,8 +236,7 @@ def test_a_text_that_is_true_of_the_other_picture_is_no_negative(job, monkeypatc
 
 
 def test_stage_0_trains_it_and_resumes_to_the_same_bits(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(qformer_job, "FIRST_STEPS", 3)
-    monkeypatch.setattr(qformer_job, "LATE_STEPS", 0)
+    monkeypatch.setattr(qformer_job, "STEPS", 3)
     threads = torch.get_num_threads()
 
     def run(out, *more):

@@ -26,7 +26,7 @@ from toy.world import (
 
 # what a caption may say, and how often: where one object is, where all are (as retrieval asks),
 # some of the objects, how two of them lie, and how many there are on which background
-KINDS = {"one": 5, "where": 5, "some": 3, "relation": 8, "count": 1}
+KINDS = {"one": 1, "where": 14, "some": 3, "relation": 4, "count": 1}
 # "below" is not said: no caption of toy.texts has it
 RELATIONS = {"left of": lambda a, b: a.column < b.column,
              "right of": lambda a, b: a.column > b.column,
@@ -51,10 +51,9 @@ def free_places(scene):
     return [place for place in cells if place not in taken]
 
 
-def change_one(scene, rng, first=0):
-    """One object gets another colour, shape, size or place. first: not one before this, if there
-    are as many."""
-    things, at = list(scene.things), rng.randrange(first, len(scene.things))
+def change_one(scene, rng):
+    """One object gets another colour, shape, size or place."""
+    things, at = list(scene.things), rng.randrange(len(scene.things))
     old = things[at]
     shape, colour, size, place = old.shape, old.colour, old.size, old.place
     what = rng.choice(("shape", "shape", "colour", "colour", "place", "place", "size"))
@@ -71,11 +70,6 @@ def change_one(scene, rng, first=0):
         new = replace(new, centre=old.centre, radius=old.radius)
     things[at] = new
     return in_reading_order(scene, things)
-
-
-def change_late(scene, rng):
-    """As `change_one`, of objects that a caption names third or later, if there are such."""
-    return change_one(scene, rng, first=min(2, len(scene.things) - 1))
 
 
 def exchange_places(scene, rng, names=()):
@@ -162,30 +156,40 @@ def caption_of(fact):
     return f"{article(said[0])} {said[1]} {article(said[2])}"
 
 
+def objects_are_true(fact, scene):
+    """[is the n-th object of a fact in the scene, as it says?] of "one", "where" and "some"; of
+    other facts []."""
+    kind, said = fact
+    if kind == "some":
+        sizes = {t.name: ("", t.size) for t in scene.things}
+        return [size in sizes.get(name, ()) for size, name in said]
+    if kind in ("one", "where"):
+        stand = {(t.name, t.place) for t in scene.things}
+        return [item in stand for item in said]
+    return []
+
+
 def is_true(fact, scene):
     """Is a fact true of a scene? "where", "count" and "single" speak of the whole scene; "one",
     "some" and "relation" of objects that may stand among others."""
     kind, said = fact
-    named = {t.name: t for t in scene.things}
-    if kind == "where":
-        return said == tuple((t.name, t.place) for t in scene.things)
-    if kind == "one":
-        return set(said) <= {(t.name, t.place) for t in scene.things}
-    if kind == "some":
-        return all(name in named and size in ("", named[name].size) for size, name in said)
+    if kind in ("one", "where", "some"):
+        is_all = kind != "where" or len(said) == len(scene.things)
+        return is_all and all(objects_are_true(fact, scene))
     if kind == "count":
         return said == (len(scene.things), scene.background)
     if kind == "single":
         return said == (scene.things[0].size, scene.things[0].name) and len(scene.things) == 1
+    named = {t.name: t for t in scene.things}
     a, how, b = said
     return a in named and b in named and RELATIONS[how](named[a], named[b])
 
 
-def twin_of(scene, fact, rng, change=None):
+def twin_of(scene, fact, rng):
     """(twin, a fact of the same kind about it), one try; the fact names the same objects if it is a
-    relation, which the twin reverses. change: one of the kind's; None: drawn."""
+    relation, which the twin reverses."""
     kind, said = fact
-    change = change or rng.choice(CHANGES[kind])
+    change = rng.choice(CHANGES[kind])
     if kind != "relation":
         twin = change(scene, rng)
         return twin, draw_fact(kind, twin, rng)
@@ -194,22 +198,19 @@ def twin_of(scene, fact, rng, change=None):
     return twin, draw_fact(kind, replace(twin, things=tuple(pair)), rng)
 
 
-def draw_kind(rng, weights=KINDS):
-    return rng.choices(list(weights), list(weights.values()))[0]
+def draw_kind(rng):
+    return rng.choices(list(KINDS), list(KINDS.values()))[0]
 
 
 def pair_of(scene, seed, kind=None):
     """[(scene, fact), (its twin, fact)]: two facts of one kind, each false of the other scene.
 
-    kind: one of KINDS, or "late": as "where", but only an object named third or later differs;
-    None: drawn. A scene without such a twin is paired with one in which every object has another
-    attribute."""
-    rng, change = random.Random(f"pair:{seed}"), None
-    if kind == "late":
-        kind, change = "where", change_late
+    kind: one of KINDS; None: drawn. A scene without such a twin is paired with one in which every
+    object has another attribute."""
+    rng = random.Random(f"pair:{seed}")
     fact = draw_fact(kind or draw_kind(rng), scene, rng)
     for _ in range(20):
-        twin, other = twin_of(scene, fact, rng, change)
+        twin, other = twin_of(scene, fact, rng)
         if may_be_shown(twin) and not is_true(fact, twin) and not is_true(other, scene):
             return [(scene, fact), (replace(twin, seed=f"pair:{scene.seed}"), other)]
     twin = hard_negative_scene(scene, seed)

@@ -8,10 +8,14 @@ run side by side on the shipped CLIP and LLaMA, which stay frozen:
 
     itc, itm, itg    stage 1: captions of scenes beside their twins (toy/twins.py), descriptions
     lm               stage 2: the LLaMA describes the scene from the queries' outputs
+    object           which object of a caption is not in the picture? A quarter of the queries is
+                     asked for the first one that is named, a quarter for the second, ...
 
-Why the last one: ITG reads the queries' keys and values, of which the last block's are made from
-that block's *input*; ITC wants one good query, and ITM a mean over all. Nothing in the three asks
-the outputs for all objects, and the outputs are all that a language model gets.
+Why the last two. lm: ITG reads the queries' keys and values, of which the last block's are made
+from that block's *input*; ITC wants one good query, and ITM a mean over all. Nothing in the three
+asks the outputs for all objects, and the outputs are all that a language model gets. object: from
+ITM's yes or no alone all queries learn to compare the first two objects of a list, and none ever
+compares the third.
 
 [BLIP-2] 2301.12597.  Next: evaluate/qformer_parts.py, the gates that the result must pass.
 """
@@ -28,11 +32,11 @@ from formats.folders import leave_out_tower
 from kernels import linear_cross_entropy
 from llama import Llama
 from projector import splice
-from qformer import hard_negatives, itc, itc_loss, similarities
+from qformer import hard_negatives, itc, itc_loss, itm, itm_loss, similarities
 from toy.parts import muon
 from toy.rows import conversation
 from toy.texts import description
-from toy.twins import caption_of, draw_kind, is_true, KINDS, pair_of
+from toy.twins import caption_of, draw_kind, is_true, objects_are_true, pair_of
 from toy.world import draw, training_scene
 from trainer.build import match_embedding_scale, new_toy_stage1
 
@@ -40,66 +44,29 @@ WEIGHTS = Path(__file__).parents[1] / "toy/weights"
 PAIRS = 16                      # scenes of a step, each with its twin
 MOST_TOKENS = 64                # more than any caption or description has
 
-# What the captions of a step say (toy/twins.py), and when. ITM learns to compare one object within
-# 400 steps; from captions of four objects and twelve details, one of them wrong, its loss was still
-# .36 after 2,600. So most captions say first where one object is.
-FIRST_STEPS, LATE_STEPS = 6400, 1600    # two schedules, the second at .6 of the rate
-ONE_OBJECT_STEPS = 800
-LAST_FROM = 3400                # from here on most say where all objects are: ITM's loss of that is
-LAST_KINDS = KINDS | {"one": 1, "where": 14, "relation": 4}     # .24 then, of two objects .06
-# After the first schedule a caption's first two objects were compared without an error, its third
-# and fourth not at all. So the second begins with one object anywhere in the row, and goes on with
-# a third or fourth one while some of the others are hidden.
-LATE_KINDS = {"one": 6, "late": 6, "where": 4, "some": 2, "relation": 2, "count": 1}
-SHIFTED_STEPS = 500
-MOST_SHIFT = 24                 # so many tokens later a caption names the last of four objects
+STEPS = 6400
+
+# ITM learns to compare one object within 400 steps; from captions of four objects and twelve
+# details, one of them wrong, its loss was still .36 after 2,600. So most captions say first where
+# one object is, and then, as toy/twins.py has it, where all are.
+ONE_OBJECT_STEPS = 400
+MOST_OBJECTS = 4                # of a scene
 
 
 def kind_of(step):
     """What the captions of a step say."""
-    is_first = step < ONE_OBJECT_STEPS or 0 <= step - FIRST_STEPS < SHIFTED_STEPS
-    if is_first and step % 4:
+    if step < ONE_OBJECT_STEPS and step % 4:
         return "one"
-    weights = KINDS if step < LAST_FROM else LAST_KINDS
-    if step >= FIRST_STEPS:
-        weights = LATE_KINDS
-    return draw_kind(random.Random(f"kind:{step}"), weights)
+    return draw_kind(random.Random(f"kind:{step}"))
 
 
-def some_hidden(shown, step):
-    """shown: pairs of (scene, "where" fact). Of each pair, half of the objects that both facts have
-    alike are hidden: (pairs with facts of what is left, the numbers of the hidden objects)."""
-    rng, found, hidden = random.Random(f"hidden:{step}"), [], []
-    for (scene, fact), (twin, other) in zip(shown[::2], shown[1::2]):
-        pair, gone = (fact[1], other[1]), ()
-        if len(pair[0]) == len(pair[1]):
-            gone = [i for i, (a, b) in enumerate(zip(*pair)) if a == b and rng.random() < .5]
-        for picture, said in ((scene, pair[0]), (twin, pair[1])):
-            kept = tuple(item for i, item in enumerate(said) if i not in gone)
-            found.append((picture, ("one", kept) if gone else ("where", said)))
-            hidden.append(gone)
-    return found, hidden
-
-
-def hidden_words(ids, hidden, separators):
-    """(B, T) bool: the words of the objects that are hidden, and the comma or "and" behind them.
-    ids (B, T) of lists; hidden: B lists of numbers of objects; separators: their ids."""
-    number = torch.isin(ids, separators).cumsum(1)
-    number = F.pad(number[:, :-1], (1, 0))              # a separator belongs to what it ends
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for row, gone in enumerate(hidden):
-        for i in gone:
-            found[row] |= number[row] == i
-    found[:, 0] = False                                 # [CLS]
-    return found
-
-
-def shifted(ids, mask, by, pad):
-    """ids, mask (B, T) with `by` hidden tokens behind [CLS] -> (B, T + by) each: the words stand at
-    later positions."""
-    hidden = ids.new_full((len(ids), by), pad)
-    return (torch.cat((ids[:, :1], hidden, ids[:, 1:]), 1),
-            torch.cat((mask[:, :1], torch.zeros_like(hidden, dtype=mask.dtype), mask[:, 1:]), 1))
+def wrong_objects(fact, scene):
+    """MOST_OBJECTS numbers: 1 where the fact's n-th object is not in the scene as it says, 0 where
+    it is, -1 where it names none. Of a fact about one object all are equal."""
+    found = [float(not right) for right in objects_are_true(fact, scene)]
+    if fact[0] == "one":
+        found *= MOST_OBJECTS
+    return found + [-1.] * (MOST_OBJECTS - len(found))
 
 
 class Batches:
@@ -107,35 +74,30 @@ class Batches:
 
     pixels (B, 3, S, S); caption, told: (ids, mask) (B, T) of the captions, which ITC and ITM
     compare, and of what ITG writes, descriptions and captions in turn; is_true (B, B): text k is
-    true of picture b; described: (indices of PAIRS / 2 pictures, ids, labels) for the LLaMA.
+    true of picture b; wrong (B, B, MOST_OBJECTS): its n-th object is not (`wrong_objects`);
+    described: (indices of PAIRS / 2 pictures, ids, labels) for the LLaMA.
 
     All captions of a step are of one kind: then all are about as long, and little is padded, and
     no caption is told from another by its kind."""
 
     def __init__(self, model, words):
         self.tokenizer, self.image_size, self.words = model.tokenizer, model.image_size, words
-        self.separators = model.tokenizer.encode([", and"], MOST_TOKENS)[0][0, 1:3]
 
     def __call__(self, step):
-        shown, kind, shift = [], kind_of(step), 0
-        if kind == "one" and step >= FIRST_STEPS:
-            shift = random.Random(f"shift:{step}").randint(0, MOST_SHIFT)
+        shown, kind = [], kind_of(step)
         for i in range(step * PAIRS, (step + 1) * PAIRS):
             shown += pair_of(training_scene(f"qformer:{i}"), i, kind)
         texts = [caption_of(fact) for _, fact in shown]
-        told, hidden = texts, [()] * len(shown)
-        if kind == "late" and step >= FIRST_STEPS + SHIFTED_STEPS:
-            shown, hidden = some_hidden(shown, step)
+        told = texts
         if step % 2:
             told = [description(scene) for scene, _ in shown]
         pixels = [data.preprocess(draw(scene), self.image_size, "squash") for scene, _ in shown]
         truth = [[is_true(fact, scene) for _, fact in shown] for scene, _ in shown]
-        ids, mask = self.tokenizer.encode(texts, MOST_TOKENS)
-        mask[hidden_words(ids, hidden, self.separators) & (ids != self.tokenizer.sep)] = False
+        wrong = [[wrong_objects(fact, scene) for _, fact in shown] for scene, _ in shown]
         return [{"pixels": torch.cat(pixels),
-                 "caption": shifted(ids, mask, shift, self.tokenizer.pad),
+                 "caption": self.tokenizer.encode(texts, MOST_TOKENS),
                  "told": self.tokenizer.encode(told, MOST_TOKENS),
-                 "is_true": torch.tensor(truth),
+                 "is_true": torch.tensor(truth), "wrong": torch.tensor(wrong),
                  "described": self.described(shown, step), "seed": step}]
 
     def described(self, shown, step):
@@ -149,14 +111,15 @@ class Batches:
 
 
 class Lessons(nn.Module):
-    """The four losses of one micro-batch. `proj` is thrown away when training ends: what comes
-    after has a layer of its own, as in MiniGPT-4."""
+    """The five losses of one micro-batch. `proj` and `object_head` are thrown away when training
+    ends: what comes after has a projection of its own, as in MiniGPT-4."""
 
     def __init__(self, model, llm):
         super().__init__()
         self.model, self.llm = model, llm.requires_grad_(False)
         self.proj = nn.Linear(model.qformer.config.width, llm.config.width)
         match_embedding_scale(self.proj, self.proj, model.qformer.config.width, llm)
+        self.object_head = nn.Linear(model.qformer.config.width, 1)
 
     def forward(self, micro):
         model, (ids, mask), is_true = self.model, micro["caption"], micro["is_true"]
@@ -180,8 +143,22 @@ class Lessons(nn.Module):
                                    to_image.masked_fill(is_true.T & ~own, -torch.inf), own,
                                    micro["seed"])
         with torch.autocast("cpu", torch.bfloat16):
-            out["itm"] = model.matching_loss(vision, features, ids, mask, 0, negatives)
+            out |= self.matching_losses(features, ids, mask, negatives, micro["wrong"])
         return out
+
+    def matching_losses(self, features, ids, mask, negatives, wrong):
+        """itm as in `matching_loss` of qformer.py, and object from the same pass.
+        features (B, 1+P, Cv); ids, mask (B, T); negatives (2, B); wrong (B, B, MOST_OBJECTS)."""
+        model, own = self.model, torch.arange(len(ids))
+        pictures, texts = torch.cat((own, negatives[0], own)), torch.cat((own, own, negatives[1]))
+        x = model.qformer(features[pictures], ids[texts], itm, mask[texts])     # (3 B, Q+T, C)
+        x = x[:, :model.qformer.config.num_queries]                             # (3 B, Q, C)
+        logits = self.object_head(x).view(len(x), MOST_OBJECTS, -1)             # a quarter each
+        label = wrong[pictures, texts][..., None].expand_as(logits)             # (3 B, 4, Q / 4)
+        losses = F.binary_cross_entropy_with_logits(logits.float(), label, reduction="none")
+        named = label >= 0
+        return {"itm": itm_loss(model.itm_head(x).mean(1), negatives),
+                "object": (losses * named).sum() / named.sum().clamp(min=1)}
 
     def describing_loss(self, outputs, chosen, ids, labels):
         """The LLaMA's next token. outputs (B, Q, C) of the queries; chosen (b) of them; ids and
@@ -203,13 +180,9 @@ def qformer_job(out):
         model.save_pretrained(folder)
         leave_out_tower(folder, "toy/weights/clip")
 
-    def lr_scale(step):         # twice 50 steps of warm-up, then a cosine to 0; at last lower
-        peak, steps = 1, FIRST_STEPS
-        if step >= FIRST_STEPS:
-            peak, steps, step = .6, LATE_STEPS, step - FIRST_STEPS
-        return peak * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+    def lr_scale(step):         # 50 steps of warm-up, then a cosine to 0
+        return min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / STEPS)) / 2
     trained = {name: p for name, p in lessons.named_parameters() if p.requires_grad}
     return dict(model=lessons, optimizers=muon(trained, .008, 1e-3, decay=.01),
-                steps=FIRST_STEPS + LATE_STEPS,
-                batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
+                steps=STEPS, batches=Batches(model, words), loss=lessons, lr_scale=lr_scale,
                 save_model=save_model, clip=1.0, batch=2 * PAIRS)
