@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formats.errors import BadModel, TrainingFailed
-from formats.files import atomic_write
+from formats.files import atomic_write, interrupted_later
 from formats.hub import refuse_folder, refuse_pickle, resolve, shard_set
 from formats.names import ZEROS
 from formats.strict_json import loads, read_model_json
@@ -63,7 +63,7 @@ class LazyWeights(Mapping):
     @staticmethod
     def _read(path, name) -> Tensor:
         try:
-            with safe_open(path, framework="pt") as file:
+            with interrupted_later(), safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BadModel(f"{path}: damaged ({error}): download it again") from None

@@ -4,12 +4,16 @@
     write_json           the same for a file that the user named
     rename_into_place    the same for a folder
     read_text            text without its BOM; UTF-16 and UTF-32 are named, not misread
+    interrupted_later    Ctrl-C waits until a library has done what it does
 
 Write aside, fsync, rename: whatever moment the power fails at, the old file is whole or the new
 one is. A rename is the only step that others can see."""
 
 import json
 import os
+import signal
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from formats.errors import BadData, UserError
@@ -96,3 +100,21 @@ def read_text(path, limit: int, errors: str = "strict") -> str:
     if (size := os.path.getsize(path)) > limit:
         raise ValueError(f"{size:,} bytes where at most {limit:,} are expected")
     return text_of(path, BadData, errors)
+
+
+@contextmanager
+def interrupted_later():
+    """Ctrl-C inside is Ctrl-C behind it: safetensors makes a ValueError of a KeyboardInterrupt that
+    comes while it asks PyTorch for memory."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield                                   # Python hands signals to the main thread alone
+        return
+    asked = []
+    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if asked:
+            signal.raise_signal(signal.SIGINT)

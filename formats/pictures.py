@@ -194,8 +194,8 @@ def _turn(image):
 
 
 def pad_to_square(image, colour):
-    """The picture in the middle of a square of this colour. Raises BadImage for a strip whose square
-    would take hundreds of MB: 64 x 15,000 pixels, a file of 12 KB, would take 900."""
+    """The picture in the middle of a square of this colour. Raises BadImage for a strip whose
+    square would take hundreds of MB: 64 x 15,000 pixels, a file of 12 KB, would take 900."""
     side = max(image.size)
     check_pixels(side, side, LARGE if side > STRIP * min(image.size) else LARGEST)
     canvas = Image.new("RGB", (side, side), colour)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import signal
 import stat
 import struct
 from pathlib import Path
@@ -785,3 +786,42 @@ def test_an_error_is_no_longer_than_a_line_may_be(more, capsys):
     said = capsys.readouterr().err
     assert len(said.rstrip("\n")) <= LONGEST_LINE and said.endswith("x do this\n")
     assert said.startswith("error: xxx")
+
+
+def test_ctrl_c_while_a_tensor_is_read(tmp_path, monkeypatch):
+    """It comes behind the library, which would make another error of it; a handler of one's own is
+    asked, too. Control: without it nothing is raised."""
+    from formats import checkpoints
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    weights, presses = data.load_weights(tmp_path), [1]
+
+    class Swallows:
+        """As safetensors does it."""
+        def __init__(self, *args, **more):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *what):
+            pass
+
+        def get_tensor(self, name):
+            try:
+                for _ in presses:
+                    signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+            return torch.ones(3)
+
+    monkeypatch.setattr(checkpoints, "safe_open", Swallows)
+    with pytest.raises(KeyboardInterrupt):
+        weights["a"]
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        assert bool((weights["a"] == 1).all()) and seen == [True]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    presses.clear()
+    assert bool((weights["a"] == 1).all()) and signal.getsignal(signal.SIGINT) is before

@@ -90,3 +90,13 @@ def test_numbers_of_an_older_version_have_no_checksum_and_are_read(numbers):
     tensors["words"][0] = 1027
     save_file(tensors, path)
     assert torch.equal(journal.load_digests()[1], tensors["words"])
+
+
+def test_a_worker_says_nothing_of_a_process_that_was_killed(capsys):
+    """Control: of anything else it prints the traceback."""
+    from trainer.workers import say_nothing_of_a_lost_process as say
+    for error in (ConnectionResetError(104, "reset"), EOFError()):
+        say(type(error), error, None)
+    assert not capsys.readouterr().err
+    say(ValueError, ValueError("a fault"), None)
+    assert "a fault" in capsys.readouterr().err

@@ -4,9 +4,7 @@
     MicroBatches    step -> this rank's micro-batches, for a model with a LLaMA"""
 
 import math
-import os
 import random
-import signal
 from array import array
 from collections import Counter
 from typing import NamedTuple
@@ -21,6 +19,7 @@ from toy.texts import DESCRIBE, training_sample
 from trainer.distributed import gathered
 from trainer.rows import BAD, Journal, NOTHING, Rows
 from trainer.samples import encode_sample, lesson, sample_pieces
+from trainer.workers import worker_init
 
 # -------------------------------------------------------------------------------------- the samples
 
@@ -390,11 +389,3 @@ def to_device(micro, device):
     tensors = {name: value.to(device, non_blocking=True)
                for name, value in micro._asdict().items() if torch.is_tensor(value)}
     return micro._replace(**tensors)
-
-
-def worker_init(worker):
-    """A worker's first act. Ctrl-C, and what a scheduler sends to the whole group, is for the
-    process that trains: it saves, and ends its workers."""
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)

@@ -83,15 +83,20 @@ def gist(said):
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+|/\S+|\S{25,}", "_", said)[:300]
 
 
+def kind_of(fault):
+    """A fault without its numbers, as two inputs of one kind have it."""
+    return re.sub(r"[\d.,]+", "_", fault.split(":")[0])[:40]
+
+
 def smaller(read, folder, path, content, fault, most=150):
     """A shorter content with the same kind of fault, found by leaving out more and more parts."""
-    kind, size = fault.split(":")[0][:40], max(1, len(content) // 2)
+    kind, size = kind_of(fault), max(1, len(content) // 2)
     while size and most:
         at = 0
         while at < len(content) and most:
             shorter, most = content[:at] + content[at + size:], most - 1
             path.write_bytes(shorter)
-            if attempt(read, folder)[0].startswith(kind):
+            if kind_of(attempt(read, folder)[0]) == kind:
                 content = shorter
             else:
                 at += size
@@ -143,6 +148,7 @@ def search(target, source, folder, seed, amount):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     found = Search(target, source, folder, random.Random(f"{target.name}:{seed}"))
     progress = Path(f"{folder}.txt")
+    attempt(target.read, found.folder)      # what is imported by the first read is no input's
     while found.done < amount:
         found.one()
         if found.done % 20 == 0:
