@@ -26,7 +26,8 @@ def check_sizes(whose, values, **limits):
 
 
 def is_positive(value):
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Of a number: a positive one that PyTorch can hold."""
+    return type(value) in (int, float) and 0 < value < (2 ** 63 if type(value) is int else math.inf)
 
 
 def require_object(c, what):
