@@ -83,10 +83,11 @@ def load_stage1(model, folder, weights, dtype=None, tower=None):
     if names.is_lavis(weights):
         load_lavis(model, folder, weights, dtype)
     else:
-        lm_head, temp = starting_head(model, folder)
+        lm_head = model.lm_head
         model.lm_head = model.temp = None               # not in the main file
         load_into(model, table, weights, ignore, dtype)
-        model.lm_head, model.temp = lm_head, temp
+        # only now: it takes memory and time, if the config is not that of the weights much of both
+        model.lm_head, model.temp = starting_head(lm_head, model.qformer.config.width, folder)
     if tower is not None:
         model.vision = tower.without_final_block().requires_grad_(False)
         configs.check_stage1(model.vision.config, model.qformer.config)
@@ -96,13 +97,13 @@ def load_stage1(model, folder, weights, dtype=None, tower=None):
     return model
 
 
-def starting_head(model, folder):
-    """(lm_head, temp) of the folder's second file. transformers' own folders have none: both start
+def starting_head(lm_head, width, folder):
+    """(lm_head, temp), of a head on the meta device, from the folder's second file. transformers' own folders have none: both start
     anew, which ITC's cosine and ITM do not notice, and ITG must learn."""
     extra = nn.Module()
-    extra.lm_head = model.lm_head.to_empty(device="cpu")
+    extra.lm_head = lm_head.to_empty(device="cpu")
     extra.temp = nn.Parameter(torch.tensor(.07))
-    init_weights(extra.lm_head, model.qformer.config.width)
+    init_weights(extra.lm_head, width)
     if (folder / PRETRAINING).exists():
         load_into(extra, names.STAGE1_PRETRAINING, load_weights(folder / PRETRAINING))
     return extra.lm_head, extra.temp
