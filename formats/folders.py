@@ -98,8 +98,9 @@ def load_stage1(model, folder, weights, dtype=None, tower=None):
 
 
 def starting_head(lm_head, width, folder):
-    """(lm_head, temp), of a head on the meta device, from the folder's second file. transformers' own folders have none: both start
-    anew, which ITC's cosine and ITM do not notice, and ITG must learn."""
+    """(lm_head, temp) of the folder's second file; lm_head: on the meta device. transformers' own
+    folders have none: both start anew, which ITC's cosine and ITM do not notice, and ITG must
+    learn."""
     extra = nn.Module()
     extra.lm_head = lm_head.to_empty(device="cpu")
     extra.temp = nn.Parameter(torch.tensor(.07))

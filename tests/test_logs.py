@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formats.errors import BadData
+from toy import texts
+from trainer import learning, model_card
+from trainer.compare import losses_of
 from trainer.learning import plot_loss
 from trainer.logs import truncate_log
 from trainer.rows import Journal, save_numbers
@@ -100,3 +103,34 @@ def test_a_worker_says_nothing_of_a_process_that_was_killed(capsys):
     assert not capsys.readouterr().err
     say(ValueError, ValueError("a fault"), None)
     assert "a fault" in capsys.readouterr().err
+
+
+def test_keys_that_a_flipped_bit_has_renamed(tmp_path):
+    """Of any line of both logs, every key in turn: the pictures are drawn, the card and the curve
+    are read. Control: without the damage the loss is there."""
+    shown = texts.description(learning.shown_scenes()[learning.SHOWN - 1])
+    metrics = [{"step": i, "loss": 2. - i / 9, "itc": 1., "eval_loss": 1.5} for i in range(1, 4)]
+    samples = [{"step": i, "truth": shown, "says": "a red star"} for i in (1, 3)]
+    run = SimpleNamespace(args=SimpleNamespace(keep_best=False))
+
+    def read():
+        learning.plot_loss(tmp_path)
+        learning.draw_learning(tmp_path)
+        return list(model_card.losses(tmp_path / "metrics.jsonl", run)), losses_of(tmp_path)
+
+    for name, lines in (("metrics", metrics), ("samples", samples)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    whole = read()
+    assert "1.7778" in whole[0][0] and len(whole[1]) == 3
+    for name, lines in (("metrics", metrics), ("samples", samples)):
+        for number, line in enumerate(lines):
+            for key in line:
+                other = {("x" + k if k == key else k): v for k, v in line.items()}
+                text = [json.dumps(other if i == number else x) + "\n"
+                        for i, x in enumerate(lines)]
+                (tmp_path / f"{name}.jsonl").write_text("".join(text))
+                found = read()
+                if key != "eval_loss":                  # which is one of several, or the last
+                    told = name == "metrics" and key in ("loss", "step")
+                    assert (found != whole) == told
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -13,6 +13,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from trainer.logs import read_lines
+
 HERE = Path(__file__).parent
 CURVES = HERE / "curves.json"
 TENTHS = 10
@@ -51,8 +53,7 @@ def tenths(losses):
 
 def losses_of(out):
     """The loss of each step of the run in `out`."""
-    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [line.get("loss") for _, line in read_lines(Path(out) / "metrics.jsonl")]
 
 
 def digest(folder):

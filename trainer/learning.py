@@ -43,9 +43,15 @@ def shown_scenes():
     return [make_scene(count, "test", count=count) for count in (1, 2, 3, 4)]
 
 
-def rows_of(path):
-    """The lines of a .jsonl as dicts; none where there is no file."""
-    return [row for _, row in read_lines(path)] if path.exists() else []
+def rows_of(path, **kinds):
+    """The lines of a .jsonl as dicts, of those that have a step and all of `kinds` {key: type};
+    none where there is no file."""
+    return [row for _, row in read_lines(path, **kinds)] if path.exists() else []
+
+
+def numbers_of(lines, name):
+    """A number of each line; NaN, a gap in a curve, where there is none."""
+    return [line[name] if type(line.get(name)) is float else math.nan for line in lines]
 
 
 # ------------------------------------------------------------------------------ the curve
@@ -57,18 +63,17 @@ def curve(out, size, dpi, marks=()):
     from matplotlib import pyplot, ticker
     lines = rows_of(out / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    names = [name for name in ("itc", "itm", "itg") if name in lines[0]]
+    names = [name for name in ("itc", "itm", "itg") if any(name in line for line in lines)]
     for name in ("loss", *names):
-        values = [line.get(name) for line in lines]
-        axes.plot([line["step"] for line in lines], values, label=name)
-    held_out = [line for line in lines if line.get("eval_loss") is not None]
+        axes.plot([line["step"] for line in lines], numbers_of(lines, name), label=name)
+    held_out = [line for line in lines if type(line.get("eval_loss")) is float]
     if held_out:
         axes.plot([line["step"] for line in held_out], [line["eval_loss"] for line in held_out],
                   "o-", label="held-out")
     if names or held_out:                               # BLIP-2's three, and their sum
         axes.legend()
     dots = [line for line in lines if line["step"] in marks]
-    axes.plot([line["step"] for line in dots], [line["loss"] for line in dots], "o", color=INK)
+    axes.plot([line["step"] for line in dots], numbers_of(dots, "loss"), "o", color=INK)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     # 0.1, not 10 to the -1; numbers between powers of ten where there is room
     axes.yaxis.set_major_formatter(ticker.LogFormatter())
@@ -148,7 +153,8 @@ def draw_learning(out, path=None):
     """learning.png from metrics.jsonl and samples.jsonl of the run in `out`; path: elsewhere."""
     path, scene = path or out / "learning.png", shown_scenes()[SHOWN - 1]
     truth = description(scene)
-    rows = [row for row in rows_of(out / "samples.jsonl") if row["truth"] == truth]
+    rows = rows_of(out / "samples.jsonl", truth=str, says=str)
+    rows = [row for row in rows if row["truth"] == truth]
     if not rows:
         curve(out, (4.8, 2.8), 200).save(path)
         return

@@ -4,7 +4,6 @@ What the hub and a reader want to know: recipe, parts, data, commit, loss, what 
 and how it is asked. It names files, but no folder of this machine."""
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from formats.hub import hub_id
 from formats.strict_json import read_config
 from formats.templates import BLIP2, chat_template, stop_text
 from trainer.flags import BASES
+from trainer.logs import read_lines
 from trainer.start import chosen_start
 
 LAST = 50                   # steps whose mean loss the card gives
@@ -164,11 +164,11 @@ def data_of(args):
 
 def losses(log, run):
     """Rows of the table: the mean of the last steps, and what is held out."""
-    lines = [json.loads(text) for text in log.read_text().splitlines()]
-    last = [line["loss"] for line in lines if line["loss"] is not None][-LAST:]
+    lines = [line for _, line in read_lines(log)]
+    last = [line["loss"] for line in lines if type(line.get("loss")) is float][-LAST:]
     if last:
         yield f"| loss | {sum(last) / len(last):.4f}, the mean of the last {len(last)} steps |"
-    tried = [line for line in lines if line.get("eval_loss") is not None]
+    tried = [line for line in lines if type(line.get("eval_loss")) is float]
     if tried:
         chosen = tried[-1]
         if run.args.keep_best:              # the weights are those of the lowest
