@@ -59,9 +59,9 @@ with 1 and one line. *2, 1, 2 ranks*: the same run goes on with another number o
 ends within 1e-6 of the run that had two all the time, with AdamW in fp32. Other ranks add up in
 another order, and Muon, which multiplies in bf16, and moments in 8 bits make more of a last digit:
 of five runs each three with Muon and five with 8 bits ended further apart, up to 5e-3 and 1e-2 of a
-tensor's largest weight. *Memory*: resident bytes and open files; flat
-is less than 1 % between the second tenth and the last. *The model it starts from*: files of other
-people have no checksum, so a flipped bit that leaves something valid is used without a word.
+tensor's largest weight. *Memory*: resident bytes and open files; flat is less than 1 % between the
+second tenth and the last. *The model it starts from*: files of other people have no checksum, so a
+flipped bit that leaves something valid is used without a word.
 """
 HOSTILE = """
 ## Hostile inputs
