@@ -200,6 +200,12 @@ def load_library(spec, path):
     try:
         lib = tokenizers.Tokenizer.from_str(json.dumps(spec))
         lib.encode_special_tokens = True
+        cut = lib.pre_tokenizer
+        if isinstance(lib.model, tokenizers.models.BPE) and (
+                cut is None or len(cut.pre_tokenize_str("a b")) == 1):
+            # The library keeps the pieces of each word that it has seen. To LLaMA's tokenizer a
+            # whole text is one word, which seldom comes again: 2 KB of memory for every sample.
+            lib.model._resize_cache(0)
         lib.encode("a ▁ é 😀\n", add_special_tokens=False)
         return lib
     except BaseException as error:

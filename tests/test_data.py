@@ -11,6 +11,8 @@ import random
 import signal
 import stat
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -825,3 +827,30 @@ def test_ctrl_c_while_a_tensor_is_read(tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, before)
     presses.clear()
     assert bool((weights["a"] == 1).all()) and signal.getsignal(signal.SIGINT) is before
+
+
+MEMORY = """
+import random, sys
+import data, tokenizers
+tokenizer, dice = data.Tokenizer("toy/weights/llama"), random.Random(0)
+if sys.argv[1] == "kept":
+    tokenizer._lib.model._resize_cache(10_000)
+words = "red blue green star circle cross top left centre right a the is".split()
+sizes = []
+for _ in range(3):
+    for _ in range(1500):
+        tokenizer.encode(" ".join(dice.choices(words, k=30)))
+    sizes.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
+print(sizes[2] - sizes[0])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory as Linux tells it")
+def test_texts_that_were_encoded_are_not_kept():
+    """Control: the library keeps them by itself, and memory grows with every sample."""
+    grown = {}
+    for how in ("as it is", "kept"):
+        found = subprocess.run([sys.executable, "-c", MEMORY, how], capture_output=True, text=True,
+                               cwd=Path(__file__).parents[1], check=True)
+        grown[how] = int(found.stdout)
+    assert grown["as it is"] < 500_000 and grown["kept"] > 2_000_000, grown
