@@ -121,9 +121,9 @@ def test_a_message_that_could_command_a_terminal_is_found(tmp_path):
     import formats.errors
     real = formats.errors.one_line
     try:
-        formats.errors.one_line = lambda error: "\x1b[2J"
+        formats.errors.one_line = lambda error: "error: \x1b[2J"
         assert "command a terminal" in hostile.attempt(read, tmp_path)[0]
-        formats.errors.one_line = lambda error: "a" * 2000
+        formats.errors.one_line = lambda error: "error: " + "a" * 2000
         assert "2,007 characters" in hostile.attempt(read, tmp_path)[0]
     finally:
         formats.errors.one_line = real

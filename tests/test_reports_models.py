@@ -474,7 +474,8 @@ def test_every_way_to_ask_hands_on_what_was_typed(reads, monkeypatch, tmp_path):
     pixels = PIXELS[:1]
     args = SimpleNamespace(seed=0, settings={"max_new_tokens": 2}, attention=None, verbose=False,
                            num_beams=1, batch_size=2, prompt=TYPED[0], out=str(tmp_path / "o.json"),
-                           max_new_tokens=2, model="m", quantize=None, dtype="fp32")
+                           max_new_tokens=2, model=str(tmp_path), model_base=None, quantize=None,
+                           dtype="fp32")
     generate.print_answer(model, [TYPED[2]], {0: (pixels, None)}, args)
     assert given == [TYPED[2]]
     given.clear()
