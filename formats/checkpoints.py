@@ -175,6 +175,15 @@ def load_weights(folder_or_hub_id) -> LazyWeights:
     return LazyWeights([folder / file for file in sorted(set(table.values()))], table)
 
 
+def save_tensors(tensors, path, metadata=None):
+    """A .safetensors file. A full disk, of which the library makes an error of its own, is
+    TrainingFailed."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise TrainingFailed(f"{path}: cannot be written ({error}): free some space") from None
+
+
 def save_weights(folder, tensors: Mapping, max_bytes: int = 5_000_000_000):
     """Write model.safetensors, or shards of at most max_bytes with their index.
 

@@ -17,11 +17,17 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from formats import configs, names, unused
-from formats.checkpoints import dtype_name, export, load_into, load_weights, save_weights
+from formats.checkpoints import (
+    dtype_name,
+    export,
+    load_into,
+    load_weights,
+    save_tensors,
+    save_weights,
+)
 from formats.errors import BadModel, UsageError
 from formats.files import atomic_write
 from formats.processors import MEAN, STD
@@ -183,7 +189,7 @@ def save_stage1(model, folder):
         extra[name] = tensors.pop(name).contiguous()
     save_weights(folder, tensors)
     tmp = folder / f"{PRETRAINING}.tmp"
-    save_file(extra, tmp)
+    save_tensors(extra, tmp)
     tmp.replace(folder / PRETRAINING)
     write_json(folder, "config.json", {
         "model_type": "blip-2", "dtype": dtype_name(model.vision.patch.dtype),

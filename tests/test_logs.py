@@ -2,13 +2,16 @@
 
 import json
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from formats.errors import BadData
+from formats import checkpoints
+from formats.errors import BadData, TrainingFailed
 from toy import texts
 from trainer import learning, model_card
 from trainer.compare import losses_of
@@ -134,3 +137,22 @@ def test_keys_that_a_flipped_bit_has_renamed(tmp_path):
                     told = name == "metrics" and key in ("loss", "step")
                     assert (found != whole) == told
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def test_a_full_disk_is_one_line_wherever_tensors_are_written(tmp_path, monkeypatch):
+    """The library makes an error of its own of it. Every file that writes tensors takes the call
+    that knows, or says what to do by itself; control: the call without a full disk."""
+    checkpoints.save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+
+    def full(*args, **more):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(TrainingFailed, match="a.safetensors: cannot be written .*free some space"):
+        checkpoints.save_tensors({}, tmp_path / "a.safetensors")
+    with pytest.raises(TrainingFailed, match="free some space"):
+        save_numbers(tmp_path / "rows.safetensors", words=array("i", [1, 2]))
+    root = Path(__file__).parents[1]
+    for path in (*root.glob("formats/*.py"), *root.glob("trainer/*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert " save_file(" not in text or "SafetensorError" in text, path

@@ -15,11 +15,10 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import save_file
 
 from formats import names
 from formats.adapters import is_adapter, PREFIX
-from formats.checkpoints import load_weights
+from formats.checkpoints import load_weights, save_tensors
 from formats.errors import UsageError
 from formats.files import atomic_write, rename_into_place
 from formats.hub import resolve
@@ -116,7 +115,7 @@ def write_adapter(final, saved, tensors, config):
     for path in sorted(saved.iterdir()):
         if path.is_file() and ".safetensors" not in path.name:
             shutil.copyfile(path, tmp / path.name)
-    save_file(tensors, tmp / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(tensors, tmp / "adapter_model.safetensors", {"format": "pt"})
     atomic_write(tmp / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     shutil.rmtree(final, ignore_errors=True)        # of the same run, killed before it ended
     rename_into_place(tmp, final)

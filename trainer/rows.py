@@ -21,8 +21,8 @@ from array import array
 
 import torch
 from safetensors import safe_open, SafetensorError
-from safetensors.torch import save_file
 
+from formats.checkpoints import save_tensors
 from formats.conversations import images_of, read_rows
 from formats.errors import BadData, NothingToLearn
 from formats.files import atomic_write, fsync_path
@@ -252,6 +252,6 @@ def save_numbers(path, **arrays):
     for name, numbers in arrays.items():
         tensors[name] = torch.frombuffer(numbers, dtype=dtypes[numbers.typecode])
     tmp = path.with_name(path.name + ".tmp")
-    save_file(tensors, tmp, {"sha256": checksum(**tensors)})
+    save_tensors(tensors, tmp, {"sha256": checksum(**tensors)})
     fsync_path(tmp)
     os.replace(tmp, path)
