@@ -61,9 +61,9 @@ class Operations:
             self.operation(f"write {file}")
             return handle
         io.open = builtins.open = opened
-        from formats import checkpoints, folders
-        from trainer import checkpoint, rows
-        for module in (checkpoint, rows, checkpoints, folders):
+        from formats import checkpoints
+        from trainer import checkpoint
+        for module in (checkpoint, checkpoints):
             self.wrap_save(module)
 
     def operation(self, what, before=lambda: None):
