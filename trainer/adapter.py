@@ -15,7 +15,6 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-
 from formats import names
 from formats.adapters import is_adapter, PREFIX
 from formats.checkpoints import load_weights, save_tensors
